@@ -1,0 +1,74 @@
+"""Argument checks that name the argument, say what came and what was expected.
+
+    sizes = shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"))     # {"B": 2, "T": 128, ...}
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from gdn.core.errors import ArgumentError
+
+
+def shapes(*arguments: tuple[str, Tensor, str], **known: int) -> dict[str, int]:
+    """Check `(name, tensor, "letters")` against each other and return the size of each letter. `known` fixes letters in advance."""
+    sizes = dict(known)
+    for name, tensor, letters in arguments:
+        pattern = _split(letters)
+        shape = tensor.shape
+        if len(shape) != len(pattern):
+            raise ArgumentError(f"{name}: expected {len(pattern)} dimensions [{', '.join(pattern)}], got {list(shape)}")
+        for letter, size in zip(pattern, shape):
+            if sizes.setdefault(letter, size) != size:
+                expected = ", ".join(f"{x}={sizes[x]}" if x in sizes else x for x in pattern)
+                raise ArgumentError(f"{name}: expected [{expected}], got {list(shape)}")
+    return sizes
+
+
+@functools.cache
+def _split(letters: str) -> tuple[str, ...]:
+    return tuple(letters.split())
+
+
+def same_device(*arguments: tuple[str, Tensor | None]) -> None:
+    """All tensors given must be where the first one is."""
+    first, reference = arguments[0]
+    assert reference is not None
+    for name, tensor in arguments[1:]:
+        if tensor is not None and tensor.device != reference.device:
+            raise ArgumentError(f"{name}: expected on {reference.device} like {first}, got {tensor.device}")
+
+
+def same_dtype(*arguments: tuple[str, Tensor | None]) -> None:
+    """All tensors given must have the floating dtype of the first."""
+    first, reference = arguments[0]
+    assert reference is not None
+    if not reference.dtype.is_floating_point:
+        raise ArgumentError(f"{first}: expected a floating dtype, got {reference.dtype}")
+    for name, tensor in arguments[1:]:
+        if tensor is not None and tensor.dtype != reference.dtype:
+            raise ArgumentError(f"{name}: expected {reference.dtype} like {first}, got {tensor.dtype}")
+
+
+def floating(*arguments: tuple[str, Tensor | None]) -> None:
+    """All tensors given must have a floating dtype."""
+    for name, tensor in arguments:
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise ArgumentError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+
+
+def not_positive(name: str, tensor: Tensor, meaning: str) -> None:
+    """No element may be above zero. Looks at the values on the CPU in eager mode only: on a GPU it would stall the stream."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or tensor.numel() == 0:
+        return
+    largest = tensor.detach().max()
+    if bool(largest > 0):
+        raise ArgumentError(f"{name}: expected {meaning}, so at most 0 everywhere, got {float(largest):.4g}")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and states: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,93 @@
+"""The only file that asks what hardware this is."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+
+@functools.cache
+def capability(index: int = 0) -> int:
+    """Compute capability of a CUDA device as one number (90 for Hopper), 0 without one."""
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+@functools.cache
+def multiprocessors(index: int = 0) -> int:
+    """Number of streaming multiprocessors of a CUDA device, 0 without one."""
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return 0
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def has_package(name: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(name) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What `gdn doctor` prints about the machine."""
+
+    device: str
+    name: str
+    memory_bytes: int
+    threads: int
+    torch: str
+    triton: str | None
+
+
+def machine() -> Machine:
+    """Describe the machine this process runs on."""
+    triton = None
+    if has_package("triton"):
+        from importlib.metadata import version
+
+        triton = version("triton")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device, name, memory = "cuda", properties.name, properties.total_memory
+    else:
+        device, name, memory = "cpu", _cpu_name(), _memory_bytes()
+    return Machine(
+        device=device,
+        name=name,
+        memory_bytes=memory,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        triton=triton,
+    )
+
+
+def default_device() -> torch.device:
+    """CUDA when there is a GPU, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    import os
+
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0

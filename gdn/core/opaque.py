@@ -1,0 +1,149 @@
+"""A hand-written forward and backward, as autograd in eager mode and as one registered operator under torch.compile.
+
+    def forward(x: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]: ...      # results, then what backward wants saved
+    def backward(args, saved, grads): ...                                               # one gradient (or None) per differentiable name
+    def fake(x, scale, keep): ...                                                       # empty tensors shaped like forward's
+
+    scaled = Opaque("gdn::scaled", forward, backward, fake=fake, results=1, differentiable=("x",))
+    y, = scaled(x, 2.0)
+
+In eager mode a call costs one `torch.autograd.Function`; without gradients it costs nothing. Under the compiler the same functions are
+`gdn::scaled` and `gdn::scaled_backward`, so that the graph never breaks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Arguments = tuple[Any, ...]
+Tensors = tuple[Tensor, ...]
+
+
+class Opaque:
+    """See the module's docstring.
+
+    Args:
+        name: "gdn::<name>" of the registered operator.
+        forward: annotated (Tensor, Tensor | None, float, int, bool); its last parameter is `keep: bool`, whether a backward will follow.
+            Returns `results` tensors, then the tensors to save; when `keep` is false the saved ones may be empty tensors.
+        backward: `(args, saved, grads) -> gradients`; `args` are forward's arguments without `keep`, `grads` hold None for results
+            that were not used. One gradient per name in `differentiable`; None where the argument was None.
+        fake: like forward, on tensors without data.
+        results: how many of forward's tensors are results.
+        differentiable: names of the tensor arguments that have a gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Tensors],
+        backward: Callable[[Arguments, Tensors, Sequence[Tensor | None]], Sequence[Tensor | None]],
+        *,
+        fake: Callable[..., Tensors],
+        results: int,
+        differentiable: tuple[str, ...],
+    ) -> None:
+        names = list(inspect.signature(forward).parameters)
+        if names[-1] != "keep":
+            raise TypeError(f"{name}: the last parameter of forward must be keep, got {names[-1]}")
+        self.name = name
+        self.forward = forward
+        self.backward = backward
+        self.fake = fake
+        self.results = results
+        self.places = tuple(names.index(n) for n in differentiable)
+        self._operator = self._register()
+
+    def __call__(self, *args: Any) -> Tensors:
+        keep = torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.places)
+        if torch.compiler.is_compiling():
+            return self._operator(*args, keep)[: self.results]
+        if not keep:
+            return self.forward(*args, False)[: self.results]
+        return _Function.apply(self, *args)  # type: ignore[no-any-return]
+
+    def gradients(self, args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients for every argument, None for those that have none. With no gradient to propagate, all are None."""
+        out: list[Tensor | None] = [None] * len(args)
+        if any(g is not None for g in grads):
+            for place, gradient in zip(self.places, self.backward(args, saved, grads), strict=True):
+                out[place] = gradient
+        return out
+
+    def _register(self) -> Callable[..., Any]:
+        """Register `name` and `name_backward` with fakes and an autograd formula."""
+        forward = torch.library.custom_op(self.name, self.forward, mutates_args=(), schema=_schema(self.forward))
+        forward.register_fake(self.fake)
+
+        backward = self._register_backward()
+
+        def setup(ctx: Any, inputs: Arguments, output: Tensors) -> None:
+            args = inputs[:-1]
+            ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
+            ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *output[self.results :])
+
+        def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            stored = iter(ctx.saved_tensors)
+            args = [next(stored) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.rest)]
+            out: list[Tensor | None] = [None] * (len(args) + 1)
+            if any(g is not None for g in grads[: self.results]):
+                gradients = backward(*args, list(stored), *grads[: self.results])
+                for place, gradient in zip(self.places, gradients, strict=True):
+                    out[place] = gradient if args[place] is not None else None
+            return tuple(out)
+
+        forward.register_autograd(formula, setup_context=setup)
+        return forward._opoverload
+
+    def _register_backward(self) -> Callable[..., Any]:
+        arguments = _schema(self.forward).rpartition("->")[0].strip().removeprefix("(").removesuffix(")")
+        arguments = arguments.rpartition(",")[0]
+        grads = ", ".join(f"Tensor? grad{i}" for i in range(self.results))
+        schema = f"({arguments}, Tensor[] saved, {grads}) -> Tensor[]"
+
+        def run(*inputs: Any) -> list[Tensor]:
+            args, saved, grads = inputs[: -self.results - 1], inputs[-self.results - 1], inputs[-self.results :]
+            gradients = self.backward(args, tuple(saved), grads)
+            like = next(a for a in args if isinstance(a, Tensor))
+            return [like.new_empty(0) if g is None else g.contiguous() for g in gradients]
+
+        def fake(*inputs: Any) -> list[Tensor]:
+            like = next(a for a in inputs if isinstance(a, Tensor))
+            chosen = [inputs[place] for place in self.places]
+            return [like.new_empty(0) if a is None else a.new_empty(a.shape) for a in chosen]
+
+        operator = torch.library.custom_op(f"{self.name}_backward", run, mutates_args=(), schema=schema)
+        operator.register_fake(fake)
+        return operator._opoverload
+
+
+def _schema(function: Callable[..., Any]) -> str:
+    return torch.library.infer_schema(function, mutates_args=())
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, opaque: Opaque, *args: Any) -> Tensors:
+        tensors = opaque.forward(*args, True)
+        ctx.opaque = opaque
+        ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
+        ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
+        ctx.set_materialize_grads(False)
+        results = tensors[: opaque.results]
+        ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *tensors[opaque.results :])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        stored = iter(ctx.saved_tensors)
+        args = tuple(next(stored) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.rest))
+        return (None, *ctx.opaque.gradients(args, tuple(stored), grads))

@@ -1,0 +1,153 @@
+"""Document boundaries, built once a batch and handed to every layer.
+
+A packed batch `[B, T, ...]` holds several documents a row, one after another. `Packing` says where they begin, for the flattened
+`B * T` tokens; a row's end is always a boundary. State and convolution start anew at each document. Kernels read only the tensors here and
+take sizes from their shapes: nothing goes back to the host, and a compiled graph serves every batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gdn.core.errors import ArgumentError
+
+CHUNK = 64
+"""Tokens per chunk of the precomputed chunk table."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Packing:
+    """Boundaries of N documents over `total` tokens. Made by `from_lengths`, `from_cu_seqlens`, `from_position_ids` or `from_seq_idx`.
+
+    Empty documents are allowed: they have a state and no token. Recurrent states are `[N, ...]`, one per document, in order.
+    """
+
+    cu_seqlens: Tensor
+    """int32 `[N + 1]` on the device: document i is tokens `cu_seqlens[i] : cu_seqlens[i + 1]`."""
+    documents: Tensor
+    """int32 `[total]` on the device: the document of each token."""
+    positions: Tensor
+    """int32 `[total]` on the device: the place of each token in its document."""
+    chunk_table: Tensor
+    """int32 `[chunks, 2]` on the device: (document, chunk in the document) of each chunk of `CHUNK` tokens; none spans two documents."""
+    chunk_offsets: Tensor
+    """int32 `[N + 1]` on the device: the row of `chunk_table` where each document begins."""
+    host: Tensor
+    """int64 `[N + 1]`, `cu_seqlens` on the host."""
+    _rows: dict[int, bool] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_documents(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def total(self) -> int:
+        """Number of tokens."""
+        return self.positions.shape[0]
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Packing:
+        """From the number of tokens of each document, in order."""
+        lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu().reshape(-1)
+        if bool((lengths < 0).any()):
+            raise ArgumentError(f"lengths: expected no negative length, got {lengths.tolist()}")
+        return cls._build(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), device)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Packing:
+        """From cumulative lengths `[0, n1, n1 + n2, ...]`, as in FlashAttention. Stays on the tensor's device."""
+        if device is None and isinstance(cu_seqlens, Tensor):
+            device = cu_seqlens.device
+        host = torch.as_tensor(cu_seqlens)
+        if host.ndim != 1 or host.numel() < 1 or host.is_floating_point():
+            raise ArgumentError(f"cu_seqlens: expected integers [N + 1], got {host.dtype} {list(host.shape)}")
+        host = host.to("cpu", torch.int64)
+        if int(host[0]) != 0 or bool((host.diff() < 0).any()):
+            raise ArgumentError(f"cu_seqlens: expected 0 first and no decrease, got {_short(host)}")
+        return cls._build(host, device)
+
+    @classmethod
+    def from_position_ids(cls, position_ids: Tensor, *, device: torch.device | str | None = None) -> Packing:
+        """From positions `[T]` or `[B, T]` that restart at each document: a document begins wherever a position is not its
+        predecessor plus one, and at each row."""
+        ids = _rows(position_ids, "position_ids")
+        return cls._from_breaks(ids[:, 1:] != ids[:, :-1] + 1, ids, device or position_ids.device)
+
+    @classmethod
+    def from_seq_idx(cls, seq_idx: Tensor, *, device: torch.device | str | None = None) -> Packing:
+        """From document numbers `[T]` or `[B, T]`, never decreasing along a row: a document begins wherever the number changes."""
+        ids = _rows(seq_idx, "seq_idx")
+        if bool((ids.diff(dim=1) < 0).any()):
+            raise ArgumentError("seq_idx: expected numbers that never decrease along a row; sort each row's documents")
+        return cls._from_breaks(ids[:, 1:] != ids[:, :-1], ids, device or seq_idx.device)
+
+    @classmethod
+    def _from_breaks(cls, breaks: Tensor, ids: Tensor, device: torch.device | str) -> Packing:
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[:, 1:] = breaks
+        begin = starts.reshape(-1).nonzero().reshape(-1)
+        return cls._build(torch.cat([begin, begin.new_tensor([ids.numel()])]), device)
+
+    @classmethod
+    def _build(cls, host: Tensor, device: torch.device | str | None) -> Packing:
+        if int(host[-1]) > 2**31 - 1:
+            raise ArgumentError(f"packing: expected fewer than 2**31 tokens, got {int(host[-1])}")
+        lengths = host.diff()
+        documents, positions = _enumerate(lengths)
+        chunks = (lengths + CHUNK - 1) // CHUNK
+        table = torch.stack(_enumerate(chunks), dim=1)
+        offsets = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=torch.int32)
+
+        return cls(
+            cu_seqlens=move(host),
+            documents=move(documents),
+            positions=move(positions),
+            chunk_table=move(table),
+            chunk_offsets=move(offsets),
+            host=host,
+        )
+
+    def to(self, device: torch.device | str) -> Packing:
+        """The same boundaries on another device."""
+        return self if self.cu_seqlens.device == torch.device(device) else self._build(self.host, device)
+
+    def check(self, batch: int, length: int, device: torch.device) -> None:
+        """Raise `ArgumentError` unless this packing describes a `[batch, length]` array of tokens on `device`."""
+        if self.total != batch * length:
+            raise ArgumentError(f"packing: describes {self.total} tokens, but the input has {batch} x {length}")
+        if self.cu_seqlens.device != device:
+            raise ArgumentError(f"packing: is on {self.cu_seqlens.device}, but the input is on {device}; use packing.to({str(device)!r})")
+        if batch > 1 and not torch.compiler.is_compiling() and not self._covers_rows(length):
+            raise ArgumentError(f"packing: a document crosses the end of a row; expected a boundary each {length} tokens")
+
+    def _covers_rows(self, length: int) -> bool:
+        if length not in self._rows:
+            ends = torch.arange(0, self.total + 1, length) if length else self.host[:0]
+            self._rows[length] = bool(torch.isin(ends, self.host).all())
+        return self._rows[length]
+
+
+def _enumerate(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For groups of the given sizes: the group of each member, and the member's place in its group."""
+    groups = torch.repeat_interleave(torch.arange(counts.numel()), counts)
+    first = counts.cumsum(0) - counts
+    return groups, torch.arange(groups.numel()) - first[groups]
+
+
+def _rows(ids: Tensor, name: str) -> Tensor:
+    if ids.ndim not in (1, 2) or ids.numel() == 0 or ids.is_floating_point():
+        raise ArgumentError(f"{name}: expected integers [T] or [B, T], got {ids.dtype} {list(ids.shape)}")
+    ids = ids.to("cpu", torch.int64)
+    return ids.reshape(1, -1) if ids.ndim == 1 else ids
+
+
+def _short(values: Tensor) -> str:
+    shown = values.tolist()
+    return str(shown if len(shown) <= 12 else [*shown[:6], "...", *shown[-3:]])

@@ -1,0 +1,38 @@
+"""Operators: pure functions of tensors, each with a readable reference and faster rows in a table. Names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_WHERE = {
+    "gated_delta_rule": "delta_rule",
+    "gated_delta_step": "delta_step",
+    "delta_core": "delta_fused",
+    "GateParameters": "delta_fused",
+    "causal_conv1d": "short_conv",
+    "causal_conv1d_step": "short_conv",
+    "l2norm": "norm",
+    "rms_norm": "norm",
+    "gated_rms_norm": "norm",
+    "decay_gate": "gates",
+    "write_gate": "gates",
+    "linear_cross_entropy": "loss",
+}
+
+__all__ = [*sorted(_WHERE), "ops", "use"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ops", "use"):
+        value = getattr(importlib.import_module("gdn.core.dispatch"), name)
+    elif name in _WHERE:
+        value = getattr(importlib.import_module(f"gdn.ops.{_WHERE[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
