@@ -1,0 +1,242 @@
+"""Gated DeltaNet (arXiv 2412.06464): short convolutions, the gated delta rule, a gated norm.
+
+    q, k = l2norm(silu(conv(W x)))      v = silu(conv(W x))        beta = sigmoid(W_b x)        g = -exp(A_log) softplus(W_a x + dt_bias)
+    o = gated_delta_rule(q, k, v, g, beta)                         y = W_o [rms_norm(o) * silu(W_g x)]
+
+The defaults are the paper's layer; every row of its ablation (Table S.1) is a field.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdn.core.errors import ArgumentError, ConfigError
+from gdn.core.packing import Packing
+from gdn.mixers.base import Mixer, MixerConfig, MixerState
+from gdn.nn import GatedRMSNorm, RMSNorm, ShortConv
+from gdn.ops import GateParameters, decay_gate, delta_core, gated_delta_rule, gated_delta_step, l2norm, write_gate
+
+STEP_LENGTH = 8
+"""Up to this many tokens with a state and no gradients are served by the one-token operators, which update in place."""
+
+
+class GatedDeltaNet(Mixer):
+    """See the module's docstring."""
+
+    class Config(MixerConfig):
+        heads: int = 6
+        """Query/key heads."""
+        head_dim: int = 128
+        """Width K of a query/key head."""
+        value_heads: int | None = None
+        """Value heads, a multiple of `heads` (grouped values). None: as many as `heads`."""
+        expand_v: float = 2.0
+        """Width of a value head over that of a key head."""
+        short_conv: bool = True
+        """Causal convolution over q, k and v."""
+        conv_size: int = 4
+        """Taps of the convolution."""
+        qk_activation: Literal["silu", "relu", "elu+1", "identity"] = "silu"
+        """Activation of queries and keys."""
+        qk_norm: Literal["l2", "l1", "none"] = "l2"
+        """Normalisation of queries and keys."""
+        gate: bool = True
+        """Forget by a data-dependent decay. False is DeltaNet with the rest unchanged."""
+        allow_neg_eigval: bool = False
+        """beta in (0, 2) instead of (0, 1), so that the transition can reflect."""
+        beta_bias: bool = True
+        """Bias in the projection to beta, as in the official code."""
+        output_gate: bool = True
+        """Multiply the output by silu(W_g x)."""
+        output_norm: bool = True
+        """RMS norm of each head's output."""
+        norm_eps: float = 1e-5
+        """Epsilon of the output norm."""
+        decay_range: tuple[float, float] = (0.0, 16.0)
+        """exp(A_log) is drawn uniformly from this range."""
+        dt_range: tuple[float, float] = (1e-3, 0.1)
+        """softplus(dt_bias) is drawn log-uniformly from this range."""
+
+        def check(self) -> None:
+            for name in ("heads", "head_dim", "conv_size"):
+                if getattr(self, name) < 1:
+                    raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            if self.num_value_heads % self.heads:
+                raise ConfigError(f"value_heads: expected a multiple of heads={self.heads}, got {self.value_heads}")
+            if self.head_dim * self.expand_v != self.value_dim or self.value_dim < 1:
+                raise ConfigError(f"expand_v: expected head_dim * expand_v to be a whole number, got {self.head_dim * self.expand_v}")
+            if not 0 <= self.decay_range[0] < self.decay_range[1]:
+                raise ConfigError(f"decay_range: expected 0 <= low < high, got {self.decay_range}")
+            if not 0 < self.dt_range[0] < self.dt_range[1]:
+                raise ConfigError(f"dt_range: expected 0 < low < high, got {self.dt_range}")
+
+        @property
+        def num_value_heads(self) -> int:
+            return self.heads if self.value_heads is None else self.value_heads
+
+        @property
+        def value_dim(self) -> int:
+            """Width V of a value head."""
+            return int(self.head_dim * self.expand_v)
+
+        @property
+        def qkv_width(self) -> int:
+            """Channels of queries, keys and values together: those of the convolution."""
+            return 2 * self.heads * self.head_dim + self.num_value_heads * self.value_dim
+
+        def build(self, width: int) -> GatedDeltaNet:
+            return GatedDeltaNet(self, width)
+
+        def num_parameters(self, width: int) -> int:
+            hv, value_width = self.num_value_heads, self.num_value_heads * self.value_dim
+            count = width * (self.qkv_width + value_width)  # qkv_proj, o_proj
+            count += width * hv + hv * self.beta_bias  # b_proj
+            count += (width * hv + 2 * hv) * self.gate  # a_proj, A_log, dt_bias
+            count += width * value_width * self.output_gate  # g_proj
+            count += self.value_dim * self.output_norm
+            return count + self.qkv_width * self.conv_size * self.short_conv
+
+        def flops_per_token(self, width: int, length: int) -> int:
+            recall_write_read = 3 * self.num_value_heads * self.head_dim * self.value_dim
+            return 2 * (self.num_parameters(width) + recall_write_read)
+
+        def state_bytes(self, width: int, length: int, itemsize: int = 4) -> int:
+            memory = self.num_value_heads * self.head_dim * self.value_dim
+            return 4 * memory + itemsize * self.qkv_width * (self.conv_size - 1) * self.short_conv
+
+    def __init__(self, config: Config, width: int) -> None:
+        super().__init__()
+        self.config = config
+        hv, value_width = config.num_value_heads, config.num_value_heads * config.value_dim
+        self.qkv_proj = nn.Linear(width, config.qkv_width, bias=False)
+        self.b_proj = nn.Linear(width, hv, bias=config.beta_bias)
+        self.o_proj = nn.Linear(value_width, width, bias=False)
+        if config.short_conv:
+            fused = "silu" if config.qk_activation == "silu" else None
+            self.conv = ShortConv(config.qkv_width, config.conv_size, fused)
+        if config.gate:
+            self.a_proj = nn.Linear(width, hv, bias=False)
+            self.A_log = nn.Parameter(torch.empty(hv, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.empty(hv, dtype=torch.float32))
+            self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True  # type: ignore[attr-defined]
+        if config.output_gate:
+            self.g_proj = nn.Linear(width, value_width, bias=False)
+        if config.output_norm:
+            norm = GatedRMSNorm if config.output_gate else RMSNorm
+            self.o_norm = norm(config.value_dim, config.norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The official initialisation: PyTorch's for the matrices, zero biases, log-uniform time steps, uniform decay rates."""
+        if self.config.beta_bias:
+            nn.init.zeros_(self.b_proj.bias)
+        if self.config.gate:
+            low, high = self.config.decay_range
+            rate = torch.empty_like(self.A_log).uniform_(low, high).clamp_(min=1e-4)  # log 0 would freeze the head for ever
+            low, high = (math.log(x) for x in self.config.dt_range)
+            dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp_(min=1e-4)
+            with torch.no_grad():
+                self.A_log.copy_(rate.log())
+                self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
+        c = self.config
+        device = device or self.qkv_proj.weight.device
+        dtype = dtype or self.qkv_proj.weight.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        tensors = {"memory": torch.zeros(batch, c.num_value_heads, c.head_dim, c.value_dim, device=device, dtype=wide)}
+        if c.short_conv:
+            tensors["conv"] = torch.zeros(batch, c.conv_size - 1, c.qkv_width, device=device, dtype=dtype)
+        return MixerState(tensors)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: MixerState | None = None,
+        packing: Packing | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, MixerState | None]:
+        if state is not None and packing is not None:
+            raise ArgumentError("state: cannot be given together with packing; the documents of a packed batch begin empty")
+        qkv, b = self.qkv_proj(x), self.b_proj(x)
+        a = self.a_proj(x) if self.config.gate else None
+        if mask is not None:
+            # Padding must write nothing and forget nothing: zero inputs to the convolution, beta = 0, g = 0.
+            hidden = ~mask.unsqueeze(-1)
+            qkv, b = qkv.masked_fill(hidden, 0), b.masked_fill(hidden, -math.inf)
+            a = None if a is None else a.masked_fill(hidden, -math.inf)
+        if state is not None and x.shape[1] <= STEP_LENGTH and not torch.is_grad_enabled():
+            o = self._step(qkv, a, b, state)
+        else:
+            o, state = self._sequence(qkv, a, b, state, packing)
+        return self.o_proj(self._output(o, x).flatten(2)), state
+
+    def _sequence(
+        self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState | None, packing: Packing | None
+    ) -> tuple[Tensor, MixerState | None]:
+        conv = memory = None
+        if self.config.short_conv:
+            qkv, conv = self.conv(qkv, state=None if state is None else state["conv"], packing=packing)
+        q, k, v = self._split(qkv)
+        start = None if state is None else state["memory"]
+        if a is not None and self.config.qk_norm == "l2":
+            gates = GateParameters(self.A_log, self.dt_bias, self._top)
+            o, memory = delta_core(q, k, v, a, b, gates, initial_state=start, packing=packing)
+        else:
+            g, beta = self._gates(a, b)
+            o, memory = gated_delta_rule(self._norm(q), self._norm(k), v, g, beta, initial_state=start, packing=packing)
+        if state is not None:
+            state = state.update(memory=memory, **({} if conv is None else {"conv": conv}))
+        return o, state
+
+    def _step(self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState) -> Tensor:
+        if self.config.short_conv:
+            qkv = self.conv.step(qkv, state["conv"])
+        q, k, v = self._split(qkv)
+        g, beta = self._gates(a, b)
+        return gated_delta_step(self._norm(q), self._norm(k), v, g, beta, state["memory"])
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys `[B, T, H, K]` and values `[B, T, HV, V]`, activated."""
+        c = self.config
+        width = c.heads * c.head_dim
+        q, k, v = qkv.split((width, width, qkv.shape[-1] - 2 * width), dim=-1)
+        if not (c.short_conv and c.qk_activation == "silu"):
+            q, k, v = _ACTIVATIONS[c.qk_activation](q), _ACTIVATIONS[c.qk_activation](k), F.silu(v)
+        return q.unflatten(-1, (c.heads, -1)), k.unflatten(-1, (c.heads, -1)), v.unflatten(-1, (c.num_value_heads, -1))
+
+    def _gates(self, a: Tensor | None, b: Tensor) -> tuple[Tensor, Tensor]:
+        beta = write_gate(b, top=self._top)
+        return (torch.zeros_like(beta) if a is None else decay_gate(a, self.A_log, self.dt_bias)), beta
+
+    @property
+    def _top(self) -> float:
+        return 2.0 if self.config.allow_neg_eigval else 1.0
+
+    def _norm(self, x: Tensor) -> Tensor:
+        if self.config.qk_norm == "l2":
+            return l2norm(x)
+        if self.config.qk_norm == "l1":
+            return x / (x.abs().sum(-1, keepdim=True) + 1e-6)
+        return x
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        """The four combinations of output norm and output gate, on `[B, T, HV, V]`."""
+        gate = self.g_proj(x).unflatten(-1, o.shape[2:]) if self.config.output_gate else None
+        if self.config.output_norm:
+            return self.o_norm(o) if gate is None else self.o_norm(o, gate)
+        return o if gate is None else o * F.silu(gate)
+
+
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu+1": lambda x: F.elu(x) + 1,
+    "identity": lambda x: x,
+}

@@ -1,0 +1,205 @@
+"""The language model: embedding, blocks by pattern, norm, head. It knows no mixer by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from gdn.core.config import Config
+from gdn.core.errors import ArgumentError, ConfigError
+from gdn.core.packing import Packing
+from gdn.mixers.base import MixerConfig, MixerState
+from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.models.block import Block
+from gdn.nn import RMSNorm
+from gdn.ops import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class LMOutput:
+    """What a forward pass gives: a loss with targets, logits without."""
+
+    loss: Tensor | None = None
+    """Mean cross-entropy over the valid targets, nats per token, float32."""
+    logits: Tensor | None = None
+    """`[B, T, vocab]`."""
+    state: LMState | None = None
+    """The state after the last token, when one was given."""
+
+
+@dataclass(eq=False)
+class LMState:
+    """The state of every layer for a batch of sequences. Its size does not grow with the text."""
+
+    layers: list[MixerState]
+    length: int = 0
+    """Tokens read so far."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def clone(self) -> LMState:
+        """A snapshot that later tokens do not touch."""
+        return LMState([layer.clone() for layer in self.layers], self.length)
+
+    def copy_(self, other: LMState) -> None:
+        """Return to a snapshot, in place."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.copy_(theirs)
+        self.length = other.length
+
+    def select(self, sequences: Tensor) -> LMState:
+        """The state of some sequences `[n]` of the batch, in that order."""
+        return LMState([layer.select(sequences) for layer in self.layers], self.length)
+
+
+class LM(nn.Module):
+    """A causal language model.
+
+    Example:
+        >>> model = LM(LM.Config(vocab=256, width=64, layers=2, mlp=128, pattern=(GatedDeltaNet.Config(heads=2, head_dim=16),)))
+        >>> tokens = torch.zeros(1, 8, dtype=torch.int64)
+        >>> model(tokens).logits.shape
+        torch.Size([1, 8, 256])
+    """
+
+    class Config(Config):
+        vocab: int
+        """Size of the vocabulary."""
+        width: int
+        """Channels of the residual stream."""
+        layers: int
+        """Number of blocks."""
+        mlp: int
+        """Inner width of each block's SwiGLU; 0 for blocks without one."""
+        pattern: tuple[MixerConfig, ...] = (GatedDeltaNet.Config(),)
+        """The mixers of the blocks, repeated in order until there are `layers` of them."""
+        norm_eps: float = 1e-5
+        """Epsilon of the block norms."""
+        tie_embeddings: bool = True
+        """Use the embedding matrix as the head."""
+
+        def check(self) -> None:
+            for name in ("vocab", "width", "layers"):
+                if getattr(self, name) < 1:
+                    raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            if self.mlp < 0:
+                raise ConfigError(f"mlp: expected 0 or more, got {self.mlp}")
+            if not self.pattern:
+                raise ConfigError("pattern: expected at least one mixer")
+
+        @property
+        def mixers(self) -> list[MixerConfig]:
+            """The mixer of each block."""
+            return [self.pattern[i % len(self.pattern)] for i in range(self.layers)]
+
+        def num_parameters(self, *, embeddings: bool = True) -> int:
+            """Exact number of parameters, with or without embedding and head."""
+            blocks = sum(m.num_parameters(self.width) for m in self.mixers)
+            blocks += self.layers * (self.width + (3 * self.width * self.mlp + self.width if self.mlp else 0)) + self.width
+            return blocks + self.vocab * self.width * (2 - self.tie_embeddings) * embeddings
+
+        def flops_per_token(self, length: int) -> int:
+            """Floating-point operations of a forward pass per token at context `length`; a training step takes three times as many."""
+            mixers = sum(m.flops_per_token(self.width, length) for m in self.mixers)
+            return mixers + 2 * (3 * self.width * self.mlp * self.layers + self.vocab * self.width)
+
+        def state_bytes(self, length: int, itemsize: int = 4) -> int:
+            """Bytes of state per sequence after `length` tokens."""
+            return sum(m.state_bytes(self.width, length, itemsize) for m in self.mixers)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.blocks = nn.ModuleList(Block(mixer, config.width, config.mlp, config.norm_eps) for mixer in config.mixers)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.width, config.vocab, bias=False)
+        self.recompute: Literal["none", "block"] = "none"
+        """"block" keeps only each block's input for the backward pass and computes the rest again."""
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The official initialisation on top of each module's own: embeddings and an untied head N(0, 0.02^2), the MLP's output matrix
+        divided by sqrt(2 layers)."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=0.02)
+        for block in self._blocks():
+            if block.has_mlp:
+                nn.init.kaiming_uniform_(block.mlp.down.weight, a=math.sqrt(5))
+                with torch.no_grad():
+                    block.mlp.down.weight.div_(math.sqrt(2 * self.config.layers))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """`[vocab, width]`: the matrix that turns hidden states into logits."""
+        return self.embedding.weight if self.config.tie_embeddings else self.head.weight
+
+    def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LMState:
+        """An empty decoding state for `batch` sequences."""
+        return LMState([block.mixer.init_state(batch, device=device, dtype=dtype) for block in self._blocks()])
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        packing: Packing | None = None,
+        state: LMState | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, LMState | None]:
+        """The normed output of the last block, `[B, T, width]`, and the state. Arguments as in `forward`."""
+        if tokens.ndim != 2:
+            raise ArgumentError(f"tokens: expected [B, T], got {list(tokens.shape)}")
+        x = self.embedding(tokens)
+        layers = []
+        for i, block in enumerate(self._blocks()):
+            layer = None if state is None else state.layers[i]
+            if self.recompute == "block" and state is None and torch.is_grad_enabled():
+                x = checkpoint(_without_state, block, x, packing, mask, use_reentrant=False)
+            else:
+                x, layer = block(x, layer, packing, mask)
+            layers.append(layer)
+        after = None if state is None else LMState(layers, state.length + tokens.shape[1])
+        return self.norm(x), after
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        targets: Tensor | None = None,
+        packing: Packing | None = None,
+        state: LMState | None = None,
+        mask: Tensor | None = None,
+    ) -> LMOutput:
+        """
+        Args:
+            tokens: int64 `[B, T]`.
+            targets: int64 `[B, T]`, the token to predict at each place, -100 where there is none. Gives a loss and no logits.
+            packing: boundaries of packed documents.
+            state: continue from here (`init_state`); updated in place.
+            mask: bool `[B, T]`, False at padding on the left.
+        """
+        x, state = self.hidden(tokens, packing=packing, state=state, mask=mask)
+        weight = self.head_weight.to(x.dtype)
+        if targets is None:
+            return LMOutput(logits=F.linear(x, weight), state=state)
+        return LMOutput(loss=linear_cross_entropy(x, weight, targets), state=state)
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+
+def _without_state(block: Block, x: Tensor, packing: Packing | None, mask: Tensor | None) -> Tensor:
+    return block(x, None, packing, mask)[0]

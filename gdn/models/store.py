@@ -1,0 +1,67 @@
+"""A model as a folder: `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from gdn.core.errors import CheckpointError
+from gdn.models.lm import LM
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_model(model: LM, folder: str | Path) -> None:
+    """Write the model's configuration and weights; each file appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    partial = folder / f".{WEIGHTS}.partial"
+    try:
+        save_file(weights, partial, metadata={"format": "pt"})
+        os.replace(partial, folder / WEIGHTS)
+        partial = folder / f".{CONFIG}.partial"
+        partial.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+        os.replace(partial, folder / CONFIG)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {folder}: {error}") from error
+
+
+def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LM:
+    """Read a model written by `save_model`. `dtype` converts the weights; A_log and dt_bias stay float32."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} holds no {name}; expected a folder written by save_model or by a finished training run")
+    config = LM.Config.from_dict(json.loads((folder / CONFIG).read_text()))
+    with torch.device("meta"):
+        model = LM(config)
+    weights = load_file(folder / WEIGHTS, device=str(device))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        first = wrong[0]
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not fit its config: {first} is {found.get(first, 'absent')}, expected {expected.get(first, 'absent')}"
+        )
+    model.load_state_dict(weights, assign=True)
+    if dtype is not None:
+        cast(model, dtype)
+    return model
+
+
+def cast(model: LM, dtype: torch.dtype) -> LM:
+    """Convert the weights in place, but not the gates' A_log and dt_bias, whose precision the decay depends on."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith(("A_log", "dt_bias")):
+            parameter.data = parameter.data.to(dtype)
+    return model
