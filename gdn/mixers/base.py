@@ -43,6 +43,10 @@ class MixerConfig(Config):
         """Bytes of state per sequence after `length` tokens, with activations of `itemsize` bytes."""
         raise NotImplementedError
 
+    def saved_channels(self, width: int) -> int:
+        """Values per token that a training step keeps for the backward pass, beyond the mixer's input. An estimate."""
+        raise NotImplementedError
+
 
 @dataclass(eq=False)
 class MixerState:

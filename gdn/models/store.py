@@ -14,6 +14,17 @@ from gdn.models.lm import LM
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
+def model_folder(run: str | Path) -> Path:
+    """The folder with the weights: `run` itself, or `run/model` of a training directory."""
+    run = Path(run)
+    for folder in (run, run / "model"):
+        if (folder / WEIGHTS).is_file():
+            return folder
+    if not run.exists():
+        raise CheckpointError(f"{run}: no such folder")
+    raise CheckpointError(f"{run} holds no {WEIGHTS}, nor does {run / 'model'}; a training run writes it when it ends")
+
+
 def save_model(model: LM, folder: str | Path) -> None:
     """Write the model's configuration and weights; each file appears whole or not at all."""
     from safetensors.torch import save_file

@@ -1,0 +1,232 @@
+"""The command `gdn`. Options come from the configuration dataclasses; modules load when a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gdn.core.errors import ArgumentError, ConfigError, GdnError, nearest
+
+RunPath = Annotated[Path, tyro.conf.Positional]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status. Errors of gdn are one line on standard error and status 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from gdn import __version__
+
+        print(f"gdn {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f'gdn: no command "{name}".{nearest(name, COMMANDS)}', file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name](rest) or 0
+    except GdnError as error:
+        print(f"gdn {name}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe has gone; that is its right
+        return 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    lines = ["usage: gdn COMMAND [options]        (gdn COMMAND --help for its options)", ""]
+    lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _train(arguments: list[str]) -> int:
+    """Train a model: gdn train [RECIPE] [--size NAME] [options]; the same command resumes a stopped run."""
+    from gdn import recipes
+    from gdn.models.sizes import size
+    from gdn.train import Trainer
+
+    if "--list" in arguments:
+        print("\n".join(f"{name:<10} {recipes.summary(name)}" for name in recipes.names()))
+        return 0
+    named = bool(arguments) and not arguments[0].startswith("-")
+    recipe = arguments.pop(0) if named else "corpus"
+    config = recipes.load(recipe)
+    chosen = _take(arguments, "--size")
+    if chosen is not None:
+        config = config.with_(model=size(chosen).with_(vocab=config.model.vocab))
+    description = f"{recipes.summary(recipe)}\n\nRecipes: {', '.join(recipes.names())}. --size NAME picks a model size (gdn_d8, gdn_0.4b, ...)."
+    config = tyro.cli(
+        Trainer.Config, default=config, args=arguments, prog=f"gdn train {recipe}" if named else "gdn train", description=description
+    )
+    return Trainer(config).run()
+
+
+def _take(arguments: list[str], option: str) -> str | None:
+    """Remove `option VALUE` or `option=VALUE` from the arguments and return the value."""
+    for i, argument in enumerate(arguments):
+        if argument == option:
+            if i + 1 == len(arguments):
+                raise ArgumentError(f"{option}: expected a value")
+            value = arguments[i + 1]
+            del arguments[i : i + 2]
+            return value
+        if argument.startswith(f"{option}="):
+            del arguments[i]
+            return argument.partition("=")[2]
+    return None
+
+
+def generate(
+    run: RunPath,
+    *,
+    prompt: str = "",
+    tokens: int = 256,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    top_k: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+) -> int:
+    """Continue a text with a trained model; memory stays constant however long the text.
+
+    Args:
+        run: A training directory or a folder with model.safetensors.
+        prompt: Text to continue. "-" reads standard input. Empty starts a new document.
+        tokens: Number of tokens to generate; 0 goes on until interrupted.
+        temperature: Divides the logits; 0 always takes the likeliest token.
+        top_p: Draw from the smallest set of tokens with at least this probability in all.
+        top_k: Draw from this many of the likeliest tokens; 0 is no limit.
+        seed: Seed of the draws.
+        device: "auto", "cpu" or "cuda".
+    """
+    import torch
+
+    from gdn.models.sampling import Sampling
+    from gdn.models.sampling import generate as tokens_of
+
+    if tokens < 0:
+        raise ArgumentError(f"tokens: expected 0 or more, got {tokens}")
+    model, tokenizer = _open(run, device)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    ids = list(tokenizer.encode(text)) or [tokenizer.end_id]
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    sys.stdout.write(text)
+    decoder = tokenizer.stream()
+    stream = tokens_of(model.eval(), torch.tensor([ids], device=model.embedding.weight.device), sampling)
+    for count, token in enumerate(stream, start=1):
+        if int(token) == tokenizer.end_id:
+            break
+        sys.stdout.write(decoder(int(token)))
+        sys.stdout.flush()
+        if count == tokens:
+            break
+    sys.stdout.write("\n")
+    return 0
+
+
+def evaluate(
+    run: RunPath,
+    *,
+    source: str | None = None,
+    length: int = 0,
+    batch: int = 8,
+    max_tokens: int = 262_144,
+    device: str = "auto",
+) -> int:
+    """Loss and bits per byte on held-out text, whole and by position, beyond the training length too.
+
+    Args:
+        run: A training directory or a folder with model.safetensors.
+        source: Text to evaluate on; default: the validation part of what the model was trained on.
+        length: Longest context in tokens; 0 is four times the training length.
+        batch: Tokens in flight, as rows of the training length.
+        max_tokens: Stop after this many tokens.
+        device: "auto", "cpu" or "cuda".
+    """
+    from gdn.eval.report import print_evaluation
+
+    model, tokenizer = _open(run, device)
+    return print_evaluation(run, model, tokenizer, source=source, length=length, batch=batch, max_tokens=max_tokens)
+
+
+def _open(run: Path, device: str) -> tuple[Any, Any]:
+    """The model and tokenizer of a training directory or an exported folder."""
+    from gdn.core.device import default_device
+    from gdn.data import load_tokenizer
+    from gdn.models.store import load_model, model_folder
+
+    folder = model_folder(run)
+    where = default_device() if device == "auto" else device
+    return load_model(folder, device=where), load_tokenizer(str(folder))
+
+
+def info(
+    name: Annotated[str, tyro.conf.Positional],
+    *,
+    length: int = 4096,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> int:
+    """The resolved configuration of a size, recipe or run, with parameters, operations, state and memory.
+
+    Args:
+        name: A size (gdn_0.4b, gdn_1.3b, gdn_d8), a recipe, or a training directory.
+        length: Context length for operations, state and memory.
+        precision: Of activations.
+    """
+    from gdn.eval.report import print_info
+
+    return print_info(name, length=length, itemsize=4 if precision == "fp32" else 2)
+
+
+def doctor(*, device: str = "auto") -> int:
+    """Which implementations can run here, why others cannot, and the error of each against float64.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+    """
+    from gdn.testing.doctor import examine
+
+    return examine(device)
+
+
+def _bench(arguments: list[str]) -> int:
+    """Time the operators beside their peers: gdn bench ops [options]."""
+    targets = {"ops": "gdn.testing.bench:bench_ops"}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: gdn bench {{{','.join(targets)}}} [options]")
+        return 0
+    if arguments[0] not in targets:
+        raise ConfigError(f'no benchmark "{arguments[0]}".{nearest(arguments[0], targets)}')
+    from gdn.testing.bench import bench_ops
+
+    return tyro.cli(bench_ops, args=arguments[1:], prog="gdn bench ops")
+
+
+def _command(function: Callable[..., int], name: str) -> Callable[[list[str]], int]:
+    def run(arguments: list[str]) -> int:
+        return tyro.cli(function, args=arguments, prog=f"gdn {name}")
+
+    run.__doc__ = function.__doc__
+    return run
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "generate": _command(generate, "generate"),
+    "eval": _command(evaluate, "eval"),
+    "bench": _bench,
+    "info": _command(info, "info"),
+    "doctor": _command(doctor, "doctor"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

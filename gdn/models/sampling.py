@@ -1,0 +1,94 @@
+"""Generating tokens one at a time from a state of fixed size: memory does not grow with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gdn.core.config import Config
+from gdn.core.errors import ArgumentError, ConfigError
+from gdn.models.lm import LM, LMState
+
+PREFILL = 2048
+"""Tokens of a prompt that are read at once."""
+
+
+class Sampling(Config):
+    """How the next token is drawn."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_p: float = 0.95
+    """Draw from the smallest set of tokens with at least this probability in all."""
+    top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0 is no limit."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def check(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"temperature: expected 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k: expected 0 or more, got {self.top_k}")
+
+
+@torch.no_grad()
+def generate(model: LM, prompt: Tensor, sampling: Sampling | None = None, *, state: LMState | None = None) -> Iterator[Tensor]:
+    """Yield next tokens int64 `[B]` for ever, each drawn after the ones before it.
+
+    Args:
+        prompt: int64 `[B, T]`, T at least 1; read in pieces, so that a long prompt needs no more memory than a short one.
+        state: continue from here; updated in place.
+    """
+    if prompt.ndim != 2 or prompt.shape[1] < 1:
+        raise ArgumentError(f"prompt: expected [B, T] with at least one token, got {list(prompt.shape)}")
+    sampling = sampling or Sampling()
+    state = state or model.init_state(prompt.shape[0])
+    random = torch.Generator(device=prompt.device).manual_seed(sampling.seed)
+    logits = prefill(model, prompt, state)
+    while True:
+        token = draw(logits, sampling, random)
+        yield token
+        logits = _advance(model, token.unsqueeze(1), state)
+
+
+@torch.no_grad()
+def prefill(model: LM, prompt: Tensor, state: LMState) -> Tensor:
+    """Read a prompt `[B, T]` into the state in pieces; logits `[B, vocab]` after its last token."""
+    pieces = prompt.split(PREFILL, dim=1)
+    for piece in pieces[:-1]:
+        _hidden(model, piece, state)
+    return _advance(model, pieces[-1], state)
+
+
+def _advance(model: LM, tokens: Tensor, state: LMState) -> Tensor:
+    last = _hidden(model, tokens, state)[:, -1]
+    return torch.nn.functional.linear(last, model.head_weight.to(last.dtype))
+
+
+def _hidden(model: LM, tokens: Tensor, state: LMState) -> Tensor:
+    x, after = model.hidden(tokens, state=state)
+    assert after is not None
+    state.length = after.length
+    return x
+
+
+def draw(logits: Tensor, sampling: Sampling, random: torch.Generator) -> Tensor:
+    """One token for each row of `logits [B, vocab]`, int64 `[B]`."""
+    logits = logits.float()
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_k:
+        least = probabilities.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        probabilities = probabilities.where(probabilities >= least, 0)
+    if sampling.top_p < 1:
+        ordered, places = probabilities.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        kept = ordered.where(before < sampling.top_p * ordered.sum(-1, keepdim=True), 0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, places, kept)
+    return torch.multinomial(probabilities, 1, generator=random).squeeze(1)

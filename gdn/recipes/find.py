@@ -1,0 +1,53 @@
+"""Recipes by name."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gdn.core.errors import ConfigError, nearest
+from gdn.recipes import published, small
+
+if TYPE_CHECKING:
+    from gdn.train import Trainer
+
+RECIPES: dict[str, Callable[[], Trainer.Config]] = {
+    "demo": small.demo,
+    "corpus": small.corpus,
+    "gdn_0.4b": published.gdn_0_4b,
+    "gdn_1.3b": published.gdn_1_3b,
+}
+
+
+def names() -> list[str]:
+    """The recipes that come with gdn."""
+    return list(RECIPES)
+
+
+def load(name: str) -> Trainer.Config:
+    """The configuration of a recipe by name, or of a function in a file, `file.py:function`."""
+    return _function(name)()
+
+
+def summary(name: str) -> str:
+    """The first line of a recipe's description."""
+    return (_function(name).__doc__ or name).splitlines()[0]
+
+
+def _function(name: str) -> Callable[[], Trainer.Config]:
+    if name in RECIPES:
+        return RECIPES[name]
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        raise ConfigError(f'no recipe "{name}" (a recipe of your own is path/to/file.py:function).{nearest(name, RECIPES)}')
+    if not Path(file).is_file():
+        raise ConfigError(f"{file}: no such file")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ConfigError(f'{file} defines no "{function}".{nearest(function, vars(module))}')
+    return getattr(module, function)
