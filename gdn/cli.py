@@ -63,7 +63,9 @@ def _train(arguments: list[str]) -> int:
     chosen = _take(arguments, "--size")
     if chosen is not None:
         config = config.with_(model=size(chosen).with_(vocab=config.model.vocab))
-    description = f"{recipes.summary(recipe)}\n\nRecipes: {', '.join(recipes.names())}. --size NAME picks a model size (gdn_d8, gdn_0.4b, ...)."
+    description = (
+        f"{recipes.summary(recipe)}\n\nRecipes: {', '.join(recipes.names())}. --size NAME picks a model size (gdn_d8, gdn_0.4b, ...)."
+    )
     config = tyro.cli(
         Trainer.Config, default=config, args=arguments, prog=f"gdn train {recipe}" if named else "gdn train", description=description
     )

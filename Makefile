@@ -1,0 +1,36 @@
+# Everything a person does here, one word each. A fresh machine needs Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+
+.PHONY: demo test check bench clean
+
+# `demo` needs only the library and a plot; `test` needs the test extra. Each stamp is remade when the dependencies change.
+.stamps/base: pyproject.toml constraints.txt
+	@mkdir -p .stamps
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	@touch $@
+
+.stamps/test: .stamps/base
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: .stamps/base  ## train a small Gated DeltaNet on this machine's Python source and let it write
+	$(BIN)/gdn train demo --directory $(RUN)
+
+test: .stamps/test  ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+check: .stamps/test  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .stamps/test  ## time the operators beside their peers
+	$(BIN)/gdn bench ops
+
+clean:  ## forget the environment and the demo
+	rm -rf $(VENV) .stamps runs

@@ -1,0 +1,197 @@
+"""The language model: published sizes, modes that agree, losses, compilation, storage."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gdn.core.errors import ArgumentError, CheckpointError, ConfigError
+from gdn.core.packing import Packing
+from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.models.lm import LM
+from gdn.models.sampling import Sampling, draw, generate, prefill
+from gdn.models.sizes import size
+from gdn.models.store import load_model, save_model
+
+TINY = LM.Config(vocab=17, width=24, layers=3, mlp=32, pattern=(GatedDeltaNet.Config(heads=2, head_dim=8),))
+
+
+def tiny(seed: int = 0, config: LM.Config = TINY) -> LM:
+    torch.manual_seed(seed)
+    return LM(config)
+
+
+def tokens(batch: int = 2, length: int = 50, vocab: int = 17) -> torch.Tensor:
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "official", "layers"),
+    # NVlabs/GatedDeltaNet creates nine unused scalars a layer (`D`), which this library leaves out.
+    [("gdn_0.4b", 516_838_028, 11), ("gdn_1.3b", 1_309_295_776, 16)],
+)
+def test_published_sizes_have_the_official_number_of_parameters(name: str, official: int, layers: int) -> None:
+    config = size(name)
+    with torch.device("meta"):
+        model = LM(config)
+    assert sum(p.numel() for p in model.parameters()) == official - 9 * layers
+    assert config.num_parameters() == official - 9 * layers
+
+
+def test_declared_parameters_equal_those_built() -> None:
+    for config in (TINY, TINY.with_(tie_embeddings=False), TINY.with_(mlp=0), size("gdn_d4"), size("gdn_d9"), size("gdn_d17")):
+        with torch.device("meta"):
+            model = LM(config)
+        assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
+        embeddings = config.vocab * config.width * (1 if config.tie_embeddings else 2)
+        assert config.num_parameters(embeddings=False) == config.num_parameters() - embeddings
+
+
+def test_unknown_size_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r'Did you mean "gdn_1.3b"'):
+        size("gdn_1.4b")
+
+
+def test_config_round_trips_through_json() -> None:
+    for config in (TINY, size("gdn_0.4b")):
+        assert LM.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    broken = TINY.to_dict()
+    broken["pattern"][0]["head_dims"] = 4
+    with pytest.raises(ConfigError, match=r'pattern.0.head_dims: unknown field.*Did you mean "head_dim"'):
+        LM.Config.from_dict(broken)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits() -> None:
+    model, x = tiny(), tokens()
+    targets = x.roll(-1, 1)
+    targets[:, -1] = -100
+    loss = model(x, targets=targets).loss
+    torch.testing.assert_close(loss, F.cross_entropy(model(x).logits.flatten(0, 1), targets.flatten(), ignore_index=-100))
+    assert abs(float(loss) - math.log(17)) < 0.2
+
+
+def test_prefill_in_pieces_and_decoding_equal_the_whole() -> None:
+    model, x = tiny().double(), tokens()
+    whole = model(x).logits
+    for a, b in ((1, 30), (30, 31), (0, 50)):
+        state, parts = model.init_state(2), []
+        with torch.no_grad():
+            for piece in (x[:, :a], x[:, a:b], *x[:, b:].split(1, dim=1)):
+                if piece.shape[1]:
+                    out = model(piece, state=state)
+                    state, _ = out.state, parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-8, atol=1e-9)
+        assert state.length == 50
+
+
+def test_packed_rows_equal_separate_documents() -> None:
+    model, x = tiny().double(), tokens(1, 60)
+    packed = model(x, packing=Packing.from_lengths([7, 33, 20])).logits
+    separate = torch.cat([model(piece).logits for piece in x.split([7, 33, 20], dim=1)], 1)
+    torch.testing.assert_close(packed, separate, rtol=1e-8, atol=1e-9)
+
+
+def test_left_padding_changes_nothing() -> None:
+    model, x = tiny().double(), tokens(1, 20)
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.int64), x], 1)
+    mask = torch.arange(29).unsqueeze(0) >= 9
+    torch.testing.assert_close(model(padded, mask=mask).logits[:, 9:], model(x).logits, rtol=1e-8, atol=1e-9)
+
+
+def test_recomputing_blocks_changes_no_gradient() -> None:
+    grads = []
+    for recompute in ("none", "block"):
+        model, x = tiny(), tokens()
+        model.recompute = recompute
+        model(x, targets=x).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_training_step_has_the_loss_of_eager(packed: bool) -> None:
+    """One whole graph, forward and backward, through the default compiler."""
+    x = tokens()
+    packing = Packing.from_lengths([30, 20, 50]) if packed else None
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = tiny()
+        step = torch.compile(model, fullgraph=True) if compiled else model
+        loss = step(x, targets=x, packing=packing).loss
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+def test_state_does_not_grow_and_is_as_declared() -> None:
+    model = tiny()
+    state = model.init_state(2)
+    before = state.nbytes
+    assert before == 2 * TINY.state_bytes(1)
+    addresses = [t.data_ptr() for layer in state.layers for t in layer.tensors.values()]
+    with torch.no_grad():
+        for piece in tokens().split(1, dim=1):
+            state = model(piece, state=state).state
+    assert state.nbytes == before
+    assert addresses == [t.data_ptr() for layer in state.layers for t in layer.tensors.values()]
+
+
+def test_greedy_generation_is_the_argmax_of_the_whole_text() -> None:
+    model, prompt = tiny().double().eval(), tokens(1, 5)
+    stream = generate(model, prompt, Sampling(temperature=0))
+    text = prompt
+    for _ in range(12):
+        expected = model(text).logits[:, -1].argmax(-1)
+        got = next(stream)
+        assert torch.equal(got, expected)
+        text = torch.cat([text, got.unsqueeze(1)], 1)
+
+
+def test_a_long_prompt_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = tiny().double(), tokens(1, 50)
+    whole = prefill(model, prompt, model.init_state(1))
+    monkeypatch.setattr("gdn.models.sampling.PREFILL", 16)
+    state = model.init_state(1)
+    torch.testing.assert_close(prefill(model, prompt, state), whole, rtol=1e-9, atol=1e-9)
+    assert state.length == 50
+
+
+def test_draws_obey_top_k_top_p_and_seed() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log().expand(4000, 4)
+    for sampling, allowed in ((Sampling(temperature=1, top_p=1, top_k=2), {0, 1}), (Sampling(temperature=1, top_p=0.8), {0, 1, 2})):
+        drawn = draw(logits, sampling, torch.Generator().manual_seed(0))
+        assert set(drawn.tolist()) == allowed
+    free = Sampling(temperature=1, top_p=1)
+    drawn = draw(logits, free, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=4) / 4000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.25, 0.15, 0.1]), rtol=0, atol=0.03)
+    assert torch.equal(drawn, draw(logits, free, torch.Generator().manual_seed(0)))
+    assert not torch.equal(drawn, draw(logits, free, torch.Generator().manual_seed(1)))
+    with pytest.raises(ConfigError, match="temperature"):
+        Sampling(temperature=-1)
+    with pytest.raises(ArgumentError, match="prompt"):
+        next(generate(tiny(), torch.zeros(1, 0, dtype=torch.int64)))
+
+
+def test_a_stored_model_is_the_same_and_damage_is_named(tmp_path) -> None:
+    model = tiny()
+    save_model(model, tmp_path / "m")
+    again = load_model(tmp_path / "m")
+    assert again.config == model.config
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    half = load_model(tmp_path / "m", dtype=torch.bfloat16)
+    assert half.blocks[0].mixer.A_log.dtype == torch.float32
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"width": 32}))
+    with pytest.raises(CheckpointError, match="does not fit its config"):
+        load_model(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"holds no config.json"):
+        load_model(tmp_path)
