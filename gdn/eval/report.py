@@ -1,0 +1,96 @@
+"""What `gdn info` and `gdn eval` print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from gdn.core.errors import ArgumentError
+from gdn.data import DataConfig, validation_batches
+from gdn.eval.perplexity import ByPosition, evaluate, evaluate_by_position
+from gdn.models.describe import costs
+from gdn.models.lm import LM
+
+
+def print_config(config: LM.Config, *, title: str, length: int, itemsize: int) -> None:
+    """The resolved configuration as a tree, and its costs as a table."""
+    console = Console()
+    tree = Tree(f"[bold]{title}[/]")
+    _branches(tree, config.to_dict())
+    console.print(tree)
+    c = costs(config, length, itemsize=itemsize)
+    table = Table(title=f"at {length:,} tokens of context", title_justify="left", show_header=False)
+    rows = {
+        "parameters": f"{c.parameters:,}  ({c.embedding_parameters:,} of them embeddings)",
+        "forward FLOPs per token": f"{c.flops_per_token:.4g}",
+        "training FLOPs per token": f"{c.train_flops_per_token:.4g}",
+        "decoding state per sequence": f"{_bytes(c.state_bytes)}, the same at any length",
+        "weights in float32": _bytes(c.weight_bytes),
+        "weights, gradients, AdamW": _bytes(c.optimizer_bytes),
+        "activations of one sequence": f"about {_bytes(c.activation_bytes)} in training, {_bytes(c.block_activation_bytes)} recomputing blocks",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def print_evaluation(
+    model: LM, tokenizer: Any, data: DataConfig, *, trained_length: int, length: int, max_tokens: int
+) -> None:
+    """Loss and bits per byte at the training length, then loss by position up to `length`."""
+    if length and length < 2:
+        raise ArgumentError(f"length: expected at least 2 tokens, got {length}")
+    console = Console()
+    result = evaluate(model, validation_batches(data, tokenizer, max_tokens))
+    console.print(
+        f"{result.tokens:,} tokens ({result.num_bytes:,} bytes): loss {result.loss:.4f} nats per token, "
+        f"perplexity {result.perplexity:.3f}, [bold]bits per byte {result.bits_per_byte:.3f}[/]"
+    )
+    longest = length or 4 * trained_length
+    rows = data.with_(length=longest, batch=max(1, data.batch * data.length // longest))
+    buckets = evaluate_by_position(model, validation_batches(rows, tokenizer, max_tokens), _edges(trained_length, longest))
+    console.print(_by_position(buckets, trained_length))
+
+
+def _by_position(buckets: list[ByPosition], trained_length: int) -> Table:
+    table = Table(title=f"loss by position in the document (trained on {trained_length:,})", title_justify="left")
+    for column in ("positions", "tokens", "nats per token", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    for bucket in buckets:
+        beyond = "beyond the training length" if bucket.start >= trained_length else ""
+        table.add_row(f"{bucket.start:,} to {bucket.stop - 1:,}", f"{bucket.tokens:,}", f"{bucket.loss:.4f}", beyond)
+    return table
+
+
+def _edges(trained: int, longest: int) -> list[int]:
+    """0 and then doublings that meet the training length exactly and end at the longest."""
+    edges = [trained]
+    while edges[0] > 32:
+        edges.insert(0, edges[0] // 2)
+    while edges[-1] * 2 < longest:
+        edges.append(edges[-1] * 2)
+    return [0, *[edge for edge in edges if edge < longest], longest]
+
+
+def _branches(tree: Tree, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _branches(tree.add(f"[bold]{name}[/]"), value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for i, item in enumerate(value):
+                _branches(tree.add(f"[bold]{name}.{i}[/]"), item)
+        else:
+            tree.add(f"{name} = {value}")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
