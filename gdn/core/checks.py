@@ -1,6 +1,6 @@
 """Argument checks that name the argument, say what came and what was expected.
 
-    sizes = shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"))     # {"B": 2, "T": 128, ...}
+sizes = shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"))     # {"B": 2, "T": 128, ...}
 """
 
 from __future__ import annotations
@@ -67,6 +67,34 @@ def not_positive(name: str, tensor: Tensor, meaning: str) -> None:
     largest = tensor.detach().max()
     if bool(largest > 0):
         raise ArgumentError(f"{name}: expected {meaning}, so at most 0 everywhere, got {float(largest):.4g}")
+
+
+def no_gradient(*arguments: tuple[str, Tensor | None]) -> None:
+    """No tensor given may require a gradient while gradients are enabled: for operators that have none."""
+    for name, tensor in arguments:
+        if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
+            raise ArgumentError(f"{name}: expected a tensor without gradient, this operator has none; call it under torch.no_grad()")
+
+
+def slots(tensor: Tensor | None, batch: int, pool: int) -> None:
+    """Rows of a pool of states, one for each sequence of the batch; negative ones are skipped. None stands for all rows in order.
+
+    Looks at the values on the CPU in eager mode only.
+    """
+    if tensor is None:
+        if pool != batch:
+            raise ArgumentError(f"state: expected {batch} rows, one for each sequence, got {pool}; or say with slots which rows to use")
+        return
+    shapes(("slots", tensor, "B"), B=batch)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ArgumentError(f"slots: expected int32 or int64, got {tensor.dtype}")
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return
+    used = [i for i in tensor.tolist() if i >= 0]
+    if used and max(used) >= pool:
+        raise ArgumentError(f"slots: expected rows below {pool}, got {max(used)}")
+    if len(set(used)) < len(used):
+        raise ArgumentError("slots: expected each row at most once, got one twice")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,11 +8,13 @@
     y, = scaled(x, 2.0)
 
 In eager mode a call costs one `torch.autograd.Function`; without gradients it costs nothing. Under the compiler the same functions are
-`gdn::scaled` and `gdn::scaled_backward`, so that the graph never breaks.
+`gdn::scaled` and `gdn::scaled_backward`, so that the graph never breaks. `InPlace` is the counterpart for kernels that write into their
+arguments. Both run with autocast off: a hand-written kernel chooses its own precision, and a matrix product that says float32 means it.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,8 +55,8 @@ class Opaque:
         if names[-1] != "keep":
             raise TypeError(f"{name}: the last parameter of forward must be keep, got {names[-1]}")
         self.name = name
-        self.forward = forward
-        self.backward = backward
+        self.forward = _without_autocast(forward)
+        self.backward = _without_autocast(backward)
         self.fake = fake
         self.results = results
         self.places = tuple(names.index(n) for n in differentiable)
@@ -123,6 +125,47 @@ class Opaque:
         operator = torch.library.custom_op(f"{self.name}_backward", run, mutates_args=(), schema=schema)
         operator.register_fake(fake)
         return operator._opoverload
+
+
+class InPlace:
+    """A kernel that writes into some of its arguments: a plain call in eager mode, one registered operator under torch.compile.
+
+    It has no gradient; the caller must refuse arguments that need one.
+
+    Args:
+        name: "gdn::<name>" of the registered operator.
+        function: annotated (Tensor, Tensor | None, float, int, bool); returns new tensors that share no memory with the arguments.
+        mutates: names of the arguments that it writes into.
+        fake: like function, on tensors without data; returns new empty tensors and writes nothing.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], *, mutates: tuple[str, ...], fake: Callable[..., Any]) -> None:
+        self.name = name
+        self.function = _without_autocast(function)
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        operator = torch.library.custom_op(name, self.function, mutates_args=mutates, schema=schema)
+        operator.register_fake(fake)
+        self._operator = operator._opoverload
+
+    def __call__(self, *args: Any) -> Any:
+        return self._operator(*args) if torch.compiler.is_compiling() else self.function(*args)
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        device = _first_tensor(args).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
+def _first_tensor(args: Arguments) -> Tensor:
+    """The first tensor of forward's arguments, which backward receives as a tuple in its first argument."""
+    return next(a for a in (args[0] if isinstance(args[0], tuple) else args) if isinstance(a, Tensor))
 
 
 def _schema(function: Callable[..., Any]) -> str:
