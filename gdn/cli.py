@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,7 +141,6 @@ def evaluate(
     *,
     source: str | None = None,
     length: int = 0,
-    batch: int = 8,
     max_tokens: int = 262_144,
     device: str = "auto",
 ) -> int:
@@ -150,14 +150,18 @@ def evaluate(
         run: A training directory or a folder with model.safetensors.
         source: Text to evaluate on; default: the validation part of what the model was trained on.
         length: Longest context in tokens; 0 is four times the training length.
-        batch: Tokens in flight, as rows of the training length.
         max_tokens: Stop after this many tokens.
         device: "auto", "cpu" or "cuda".
     """
+    from gdn.data import DataConfig
     from gdn.eval.report import print_evaluation
 
     model, tokenizer = _open(run, device)
-    return print_evaluation(run, model, tokenizer, source=source, length=length, batch=batch, max_tokens=max_tokens)
+    saved = run / "config.json"
+    trained = DataConfig.from_dict(json.loads(saved.read_text())["data"]) if (run / "model").is_dir() and saved.is_file() else DataConfig()
+    data = trained if source is None else trained.with_(source=source, validation_fraction=1.0)
+    print_evaluation(model, tokenizer, data, length=length, max_tokens=max_tokens)
+    return 0
 
 
 def _open(run: Path, device: str) -> tuple[Any, Any]:
@@ -184,9 +188,28 @@ def info(
         length: Context length for operations, state and memory.
         precision: Of activations.
     """
-    from gdn.eval.report import print_info
+    from gdn.eval.report import print_config
 
-    return print_info(name, length=length, itemsize=4 if precision == "fp32" else 2)
+    if length < 1:
+        raise ArgumentError(f"length: expected at least 1, got {length}")
+    print_config(_config_of(name), title=name, length=length, itemsize=4 if precision == "fp32" else 2)
+    return 0
+
+
+def _config_of(name: str) -> Any:
+    """The model configuration of a size, a recipe, a training directory or a model folder."""
+    from gdn import recipes
+    from gdn.models.lm import LM
+    from gdn.models.sizes import SIZES, size
+    from gdn.models.store import CONFIG, model_folder
+
+    if name in SIZES or name.startswith("gdn_d"):
+        return size(name)
+    if name in recipes.names() or name.endswith(".py") or ".py:" in name:
+        return recipes.load(name).model
+    if Path(name).is_dir():
+        return LM.Config.from_dict(json.loads((model_folder(name) / CONFIG).read_text()))
+    raise ConfigError(f'"{name}" is no size, recipe or training directory.{nearest(name, [*SIZES, "gdn_d8", *recipes.names()])}')
 
 
 def doctor(*, device: str = "auto") -> int:

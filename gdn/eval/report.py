@@ -30,20 +30,18 @@ def print_config(config: LM.Config, *, title: str, length: int, itemsize: int) -
         "decoding state per sequence": f"{_bytes(c.state_bytes)}, the same at any length",
         "weights in float32": _bytes(c.weight_bytes),
         "weights, gradients, AdamW": _bytes(c.optimizer_bytes),
-        "activations of one sequence": f"about {_bytes(c.activation_bytes)} in training, {_bytes(c.block_activation_bytes)} recomputing blocks",
+        "training activations": f"about {_bytes(c.activation_bytes)} a sequence; recomputing blocks {_bytes(c.block_activation_bytes)}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
 
 
-def print_evaluation(
-    model: LM, tokenizer: Any, data: DataConfig, *, trained_length: int, length: int, max_tokens: int
-) -> None:
+def print_evaluation(model: LM, tokenizer: Any, data: DataConfig, *, length: int, max_tokens: int) -> None:
     """Loss and bits per byte at the training length, then loss by position up to `length`."""
     if length and length < 2:
         raise ArgumentError(f"length: expected at least 2 tokens, got {length}")
-    console = Console()
+    console, trained_length = Console(), data.length
     result = evaluate(model, validation_batches(data, tokenizer, max_tokens))
     console.print(
         f"{result.tokens:,} tokens ({result.num_bytes:,} bytes): loss {result.loss:.4f} nats per token, "
@@ -92,5 +90,3 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
-
-
