@@ -14,7 +14,7 @@ from gdn.core.packing import Packing
 OP = Op(
     "causal_conv1d",
     (
-        Impl("torch", "gdn.ops.short_conv.torch:causal_conv1d"),
+        Impl("torch", "gdn.ops.short_conv.plain:causal_conv1d"),
         Impl("reference", "gdn.ops.short_conv.reference:causal_conv1d"),
     ),
 )
@@ -23,7 +23,7 @@ OP = Op(
 STEP = Op(
     "causal_conv1d_step",
     (
-        Impl("torch", "gdn.ops.short_conv.torch:causal_conv1d_step"),
+        Impl("torch", "gdn.ops.short_conv.plain:causal_conv1d_step"),
         Impl("reference", "gdn.ops.short_conv.reference:causal_conv1d_step"),
     ),
 )

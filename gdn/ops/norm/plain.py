@@ -1,0 +1,126 @@
+"""The norms in vectorised torch, any device. The backward passes keep the inputs and one number a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdn.core.checks import accumulate_dtype
+from gdn.core.opaque import Opaque
+
+Saved = tuple[Tensor, ...]
+Grads = Sequence[Tensor | None]
+
+
+def l2norm(x: Tensor, eps: float) -> Tensor:
+    """See `gdn.ops.l2norm`."""
+    return _L2NORM(x, eps)[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `gdn.ops.rms_norm`."""
+    return _RMS_NORM(x, weight, eps)[0]
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `gdn.ops.gated_rms_norm`."""
+    return _GATED_RMS_NORM(x, gate, weight, eps)[0]
+
+
+def _l2norm(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    wide = x.to(accumulate_dtype(x.dtype))
+    inverse = _inverse_norm(wide, eps, 1)
+    return _result(wide * inverse, x), inverse
+
+
+def _l2norm_fake(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _fake_inverse(x)
+
+
+def _l2norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
+    x, _ = args
+    (inverse,), (dy,) = saved, grads
+    assert dy is not None
+    unit = x.to(inverse.dtype) * inverse
+    return [_through_norm(dy.to(inverse.dtype), unit, inverse, 1).to(x.dtype)]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    wide = x.to(accumulate_dtype(x.dtype))
+    inverse = _inverse_norm(wide, eps, x.shape[-1])
+    return _result((wide * inverse).mul_(weight), x), inverse
+
+
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _fake_inverse(x)
+
+
+def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
+    x, weight, _ = args
+    (inverse,), (dy,) = saved, grads
+    assert dy is not None
+    return list(_through_weighted_norm(dy.to(inverse.dtype), x, weight, inverse))
+
+
+def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    wide = x.to(accumulate_dtype(x.dtype))
+    inverse = _inverse_norm(wide, eps, x.shape[-1])
+    return _result((wide * inverse).mul_(weight).mul_(F.silu(gate.to(wide.dtype))), x), inverse
+
+
+def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _fake_inverse(x)
+
+
+def _gated_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
+    x, gate, weight, _ = args
+    (inverse,), (dy,) = saved, grads
+    assert dy is not None
+    dy, wide_gate = dy.to(inverse.dtype), gate.to(inverse.dtype)
+    dsilu = (x.to(inverse.dtype) * inverse).mul_(weight).mul_(dy)
+    dgate = torch.ops.aten.silu_backward(dsilu, wide_gate).to(gate.dtype)
+    dx, dweight = _through_weighted_norm(F.silu(wide_gate).mul_(dy), x, weight, inverse)
+    return [dx, dgate, dweight]
+
+
+def _inverse_norm(x: Tensor, eps: float, divisor: int) -> Tensor:
+    """`1 / sqrt(sum of x^2 / divisor + eps)`, `[..., 1]`. `vector_norm` reads x once and writes no square: 2x faster than the sum."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(divisor).add_(eps).rsqrt_()
+
+
+def _result(y: Tensor, x: Tensor) -> Tensor:
+    return y.to(x.dtype).contiguous()
+
+
+def _fake_inverse(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], 1, dtype=accumulate_dtype(x.dtype))
+
+
+def _through_norm(dy: Tensor, unit: Tensor, inverse: Tensor, divisor: int) -> Tensor:
+    """The gradient of x from that of `unit = x * inverse`: `inverse (dy - unit <unit, dy> / divisor)`."""
+    along = (unit * dy).sum(-1, keepdim=True).div_(-divisor)
+    return torch.addcmul(dy, unit, along).mul_(inverse)
+
+
+def _through_weighted_norm(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight from that of `x * inverse * weight`."""
+    unit = x.to(inverse.dtype) * inverse
+    dweight = (unit * dy).flatten(0, -2).sum(0) if x.ndim > 1 else unit * dy
+    dx = _through_norm(dy * weight, unit, inverse, x.shape[-1])
+    return dx.to(x.dtype), dweight.to(weight.dtype)
+
+
+_L2NORM = Opaque("gdn::l2norm", _l2norm, _l2norm_backward, fake=_l2norm_fake, results=1, differentiable=("x",))
+_RMS_NORM = Opaque("gdn::rms_norm", _rms_norm, _rms_norm_backward, fake=_rms_norm_fake, results=1, differentiable=("x", "weight"))
+_GATED_RMS_NORM = Opaque(
+    "gdn::gated_rms_norm",
+    _gated_rms_norm,
+    _gated_rms_norm_backward,
+    fake=_gated_rms_norm_fake,
+    results=1,
+    differentiable=("x", "gate", "weight"),
+)
