@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there.
 
-    <run>/checkpoints/step_00000100/        __0_0.distcp, ... and .metadata     torch.distributed.checkpoint: model and optimizer, shard by shard
-                                            run.json                            the resolved configuration
-                                            manifest.json                       step, processes, size and CRC-32 of every other file
+    <run>/checkpoints/step_00000100/
+        __0_0.distcp, ..., .metadata    torch.distributed.checkpoint: model and optimizer, shard by shard, and a text of each process
+        run.json                        the resolved configuration
+        manifest.json                   step, processes, size and CRC-32 of every other file
 
 A checkpoint is written under a name ending in `.partial`, synced to disk, and renamed; only then are older ones deleted. A folder without
 manifest, or with a file that does not fit it, is passed over for the one before it. So a process killed at any moment, or a full disk,

@@ -12,7 +12,7 @@ from gdn.train.metrics import Row
 
 
 class Display:
-    """Shows a run of `steps`. `start` is where it stands on its way when this process begins, in steps. Silent on all processes but the first."""
+    """Shows a run of `steps`, which stands at `start` when this process begins."""
 
     def __init__(self, steps: int, start: float, *, silent: bool = False, console: Console | None = None) -> None:
         self.steps, self.start, self.silent = steps, start, silent
@@ -64,7 +64,11 @@ def describe(row: Row) -> str:
     """The numbers of a row that a person follows, in one line."""
     parts = []
     if "loss/train" in row:
-        parts += [f"loss {row['loss/train']:.4f}", f"bits/byte {row['bits_per_byte/train']:.3f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+        parts += [
+            f"loss {row['loss/train']:.4f}",
+            f"bits/byte {row['bits_per_byte/train']:.3f}",
+            f"{row['tokens_per_second']:,.0f} tokens/s",
+        ]
     if "loss/val" in row:
         parts += [f"validation loss {row['loss/val']:.4f}", f"bits/byte {row['bits_per_byte/val']:.3f}"]
     return "  ".join(parts)

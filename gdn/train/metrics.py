@@ -1,11 +1,13 @@
 """The numbers of a run: one JSON object a line in `metrics.jsonl`, and TensorBoard when it is installed.
 
-A row stands for one step and has `step` and any of: `loss/train` (nats per token, mean since the last row), `bits_per_byte/train`, `loss/val`,
-`bits_per_byte/val`, `lr`, `grad_norm`, `tokens_per_second`, `tokens_seen`, `seconds`, `memory/peak_gib` and `mfu` (on known GPUs).
+A row stands for one step: `step`, `loss/train` (nats per token, mean since the last row), `bits_per_byte/train`, `lr`, `grad_norm`,
+`tokens_seen`, `tokens_per_second` (training alone), `seconds`, `memory/peak_gib`, after a validation `loss/val` and `bits_per_byte/val`,
+and on GPUs of known peak `mfu`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -33,16 +35,18 @@ class Metrics:
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True)
         truncate(self.path, step)
-        self.file = self.path.open("a")
+        # Without a buffer nothing is left to fail again when the file is closed on a full disk.
+        self.file = self.path.open("ab", buffering=0)
         self.board = _tensorboard(folder, step)
 
     def write(self, row: Row) -> None:
         """Append a row. Raises `CheckpointError` if the disk is full."""
+        line = (json.dumps(row) + "\n").encode()
         try:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            if self.file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}. The last checkpoint is untouched; make room and resume") from error
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror}. Earlier checkpoints are untouched") from error
         if self.board is not None:
             for name, value in row.items():
                 if name != "step":

@@ -29,7 +29,10 @@ def table(rows: list[Row], *, parameters: int) -> Table:
     if "loss/train" in last:
         shown["training loss"] = f"{last['loss/train']:.4f} nats per token"
     if "loss/val" in last:
-        shown |= {"validation loss": f"{last['loss/val']:.4f} nats per token", "validation bits per byte": f"{last['bits_per_byte/val']:.3f}"}
+        shown |= {
+            "validation loss": f"{last['loss/val']:.4f} nats per token",
+            "validation bits per byte": f"{last['bits_per_byte/val']:.3f}",
+        }
     result = Table(show_header=False)
     for name, value in shown.items():
         result.add_row(name, value)
