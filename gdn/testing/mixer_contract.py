@@ -201,7 +201,7 @@ class MixerContract:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         chance = torch.tensor(float(symbols)).log()
         assert sum(losses[-5:]) / 5 < 0.5 * chance, f"loss {losses[-1]:.2f}, chance {chance:.2f}"
 
