@@ -5,8 +5,6 @@ sizes = shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"))  
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ def shapes(*arguments: tuple[str, Tensor, str], **known: int) -> dict[str, int]:
     """Check `(name, tensor, "letters")` against each other and return the size of each letter. `known` fixes letters in advance."""
     sizes = dict(known)
     for name, tensor, letters in arguments:
-        pattern = _split(letters)
+        pattern = letters.split()
         shape = tensor.shape
         if len(shape) != len(pattern):
             raise ArgumentError(f"{name}: expected {len(pattern)} dimensions [{', '.join(pattern)}], got {list(shape)}")
@@ -26,11 +24,6 @@ def shapes(*arguments: tuple[str, Tensor, str], **known: int) -> dict[str, int]:
                 expected = ", ".join(f"{x}={sizes[x]}" if x in sizes else x for x in pattern)
                 raise ArgumentError(f"{name}: expected [{expected}], got {list(shape)}")
     return sizes
-
-
-@functools.cache
-def _split(letters: str) -> tuple[str, ...]:
-    return tuple(letters.split())
 
 
 def same_device(*arguments: tuple[str, Tensor | None]) -> None:
