@@ -1,0 +1,340 @@
+r"""The gated delta rule in Triton: forward and backward for any GPU from sm_80 on, or on the CPU under `TRITON_INTERPRET=1`.
+
+Chunks of C = 64 tokens, rows are tokens. With G the running sum of g inside the chunk, gamma = exp(G), D = exp(G_last - G), S the state
+before the chunk and S' the one after it:
+
+    M   = stril(exp(G_i - G_j) k_i.k_j)                 Phi = (I + M diag(beta))^-1 M
+    A   = scale tril(exp(G_i - G_j) q_i.k_j)
+    Z   = v - diag(gamma) K S                           what the tokens meet, were there no other in the chunk
+    R   = Z - M diag(beta) R = Z - Phi diag(beta) Z     the errors v_t - k_t^T S_t of equation (10)
+    U   = diag(beta) R
+    O   = scale diag(gamma) Q S + A U                   S' = gamma_last S + K^T diag(D) U
+
+Why this form. The inverse is taken with the gates inside, so nothing grows that the recurrence would not let grow, whatever the length
+of the keys. Only Phi, the correction, is rounded to the dtype of the inputs; the identity of R = (I - Phi diag(beta)) Z stays exact, and
+neither forward nor backward divides by beta. The backward needs of the forward Phi and the gates alone (and, with segments, the states that
+enter them); it recomputes the states.
+
+Backward, from dO and dS' (formulas in portable_grad.py for the rest):
+
+    X   = A^T dO + diag(D) K dS'                        dU = X - Phi^T diag(beta) X
+    dS  = gamma_last dS' + scale Q^T diag(gamma) dO - K^T diag(gamma beta) dU
+
+Launches, forward: prepare (all chunks at once), output (chunk after chunk). Backward: prepare (A again), states, backward, gradient (all
+chunks at once). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
+Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn.core import device as hardware
+from gdn.core.opaque import Arguments, Opaque, Tensors
+from gdn.core.packing import CHUNK, Packing
+from gdn.ops.delta_rule.portable_grad import gradient_kernel
+from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
+from gdn.ops.delta_rule.portable_prepare import prepare_kernel
+from gdn.ops.delta_rule.portable_scan import (
+    backward_kernel,
+    backward_summary_kernel,
+    handover_kernel,
+    output_kernel,
+    states_kernel,
+    summary_kernel,
+)
+
+
+GATES = int(_GATES.value)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and launch parameters of one call."""
+
+    tokens: int
+    length: int
+    """Tokens of a row of the batch; all tokens when packed."""
+    per_row: int
+    """Chunks of a row of the batch."""
+    chunks: int
+    documents: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    packed: bool
+    wide: bool
+    BK: int
+    BV: int
+    S: int
+    """Chunks of a segment, 0 without segments."""
+
+    @property
+    def segments(self) -> int:
+        return -(-self.chunks // self.S) if self.S else 0
+
+    @property
+    def value_blocks(self) -> int:
+        return -(-self.V // self.BV)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.K // self.BV)
+
+    @property
+    def runs(self) -> int:
+        return self.segments or self.documents
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    batch: int, length: int, documents: int, chunks: int, H: int, HV: int, K: int, V: int, packed: bool, wide: bool, processors: int
+) -> Plan:
+    """The launch parameters for a shape on a GPU with this many multiprocessors."""
+    BV = min(32 if wide else 64, _power_of_two(V))
+    return Plan(
+        tokens=batch * length,
+        length=batch * length if packed else length,
+        per_row=-(-length // CHUNK),
+        chunks=chunks,
+        documents=documents,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        packed=packed,
+        wide=wide,
+        BK=_power_of_two(K),
+        BV=BV,
+        S=segment_chunks(chunks, documents, HV * -(-V // BV), packed, processors or 132),
+    )
+
+
+def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
+    """Chunks of a segment, 0 for none, by estimated time in units of one step of a program that shares its multiprocessor with another.
+
+    Without segments: the longest document (twice the mean when packed, for lengths are on the device), times rounds. With them: segments of
+    S chunks, 1.6 times for the summaries, and 1.5 for each link of the chain. A lone program on a multiprocessor steps in 0.65.
+    """
+
+    def rounds(count: int) -> float:
+        return 0.65 if count <= processors else math.ceil(count / (2 * processors))
+
+    longest = min(chunks, -(-chunks // max(documents, 1)) * (2 if packed and documents > 1 else 1))
+    best, S = 0.8 * longest * rounds(documents * programs), 0
+    for size in (4, 8, 16, 32, 64, 128):
+        segments = -(-chunks // size)
+        cost = 1.6 * size * rounds(segments * programs) + 1.5 * segments + 4
+        if segments > 1 and cost < best:
+            best, S = cost, size
+    return S
+
+
+def _power_of_two(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_table: Tensor | None,
+    chunk_offsets: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, final state; saved: Phi, gates, and with segments norms, crosses, carried and entering."""
+    p = _plan(q, v, cu_seqlens, chunk_table)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    g, beta = g.contiguous(), beta.contiguous()
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final, phi, gates, norms, crosses, carried, entering = _buffers(p, q)
+    if p.chunks == 0:
+        return o, final.zero_() if initial_state is None else final.copy_(initial_state), phi, gates, norms, crosses, carried, entering
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    scores = torch.empty_like(phi)
+    bounds = (cu_seqlens, chunk_table, chunk_offsets)
+    _prepare(p, q, k, g, beta, phi, scores, gates, norms, bounds, scale, solve=True)
+    if p.S:
+        added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
+        summary_kernel[(p.value_blocks + p.key_blocks, p.HV, p.segments - 1)](
+            k, v, phi, gates, norms, initial_state, added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S,
+            k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, _power_of_two(p.S), p.packed, initial_state is not None,
+            p.wide, 2, num_warps=4,
+        )  # fmt: skip
+        _hand_over(p, added, carried, crosses, entering, backward=False)
+    output_kernel[(p.value_blocks, p.HV, p.runs)](
+        q, k, v, phi, scores, gates, o, initial_state, entering, final, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, scale,
+        q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, p.S > 0, p.packed, initial_state is not None,
+        p.wide, 2, num_warps=4,
+    )  # fmt: skip
+    return o, final, phi, gates, norms, crosses, carried, entering
+
+
+def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    q, k, v, g, beta, initial_state, *bounds, scale = args
+    phi, gates, norms, crosses, carried, entering = saved
+    do, d_final = grads
+    p = _plan(q, v, bounds[0], bounds[1])
+    q, k, v, g = _rows(q), _rows(k), _rows(v), g.contiguous()
+    do = torch.zeros_like(v) if do is None else do.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
+    dq, dk = (torch.empty((*x.shape,), dtype=x.dtype, device=x.device) for x in (q, k))
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_initial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    if p.chunks == 0:
+        if d_initial is not None:
+            d_initial = d_initial.zero_() if d_final is None else d_final
+        return [dq, dk, dv, torch.zeros_like(g), torch.zeros_like(beta), d_initial]
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+
+    scores = torch.empty_like(phi)
+    states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
+    errors, d_errors = (torch.empty((p.chunks, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
+    _prepare(p, q, k, g, beta, phi, scores, gates, norms, bounds, scale, solve=False)
+    states_kernel[(p.value_blocks, p.HV, p.runs)](
+        k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S,
+        k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, p.S > 0, p.packed, initial_state is not None,
+        p.wide, 2, num_warps=4,
+    )  # fmt: skip
+    leaving = entering
+    if p.S:
+        added, leaving = torch.empty_like(entering), torch.empty_like(entering)
+        backward_summary_kernel[(p.value_blocks, p.HV, p.segments - 1)](
+            q, k, phi, scores, gates, norms, do, d_final, added, *bounds, p.length, p.per_row, p.chunks, p.S, scale,
+            q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, _power_of_two(p.S), p.packed, d_final is not None,
+            p.wide, 2, num_warps=4,
+        )  # fmt: skip
+        _hand_over(p, added, carried, crosses, leaving, backward=True)
+    backward_kernel[(p.value_blocks, p.HV, p.runs)](
+        q, k, phi, scores, gates, do, d_states, d_errors, d_final, leaving, d_initial, *bounds, p.length, p.per_row, p.chunks,
+        p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, p.S > 0, p.packed,
+        d_final is not None, d_initial is not None, p.wide, 2, num_warps=4,
+    )  # fmt: skip
+    block = min(32 if p.wide else 64, p.BK)
+    blocks = -(-p.K // block)
+    dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
+    dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
+    gradient_kernel[(blocks, p.H, p.chunks)](
+        q, k, g, gates, do, states, errors, d_states, d_errors, dq, dk, dv, dg, dbeta, bounds[0], bounds[1], p.length, p.per_row,
+        scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, block, min(_power_of_two(p.V), 32 if p.wide else 128),
+        p.packed, p.wide, num_warps=4,
+    )  # fmt: skip
+    dg = dg[0] if blocks == 1 else dg.sum(0)
+    return [dq, dk, dv, dg.to(g.dtype), dbeta.to(beta.dtype), d_initial]
+
+
+def _prepare(
+    p: Plan,
+    q: Tensor,
+    k: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    phi: Tensor,
+    scores: Tensor,
+    gates: Tensor,
+    norms: Tensor,
+    bounds: Sequence[Tensor | None],
+    scale: float,
+    *,
+    solve: bool,
+) -> None:
+    prepare_kernel[(p.chunks * p.HV,)](
+        q, k, g, beta, phi, scores, gates, norms, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.H, p.HV,
+        p.K, min(p.BK, 64), p.packed, solve, True, solve and p.S > 0, p.wide, num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
+def _hand_over(p: Plan, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
+    width = 16
+    handover_kernel[(-(-p.V // width), p.HV)](
+        added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, width, backward, 2, num_warps=4
+    )
+
+
+def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None) -> Plan:
+    B, T, H, K = q.shape
+    wide = q.dtype == torch.float32
+    processors = hardware.multiprocessors(q.device.index or 0)
+    if cu_seqlens is None or chunk_table is None:
+        return plan(B, T, B, B * -(-T // CHUNK), H, v.shape[2], K, v.shape[3], False, wide, processors)
+    return plan(B, T, cu_seqlens.shape[0] - 1, chunk_table.shape[0], H, v.shape[2], K, v.shape[3], True, wide, processors)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B, T, heads, width] with dense heads and one stride over all tokens: itself when it is a slice of wider rows, or a copy."""
+    token, head, last = x.stride()[1:]
+    if last == 1 and head == x.shape[3] and x.stride(0) == token * x.shape[1] and token % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.contiguous()
+
+
+def _buffers(p: Plan, like: Tensor) -> Tensors:
+    """final, Phi, gates, norms, crosses, carried, entering."""
+    f32 = {"dtype": torch.float32, "device": like.device}
+    segmented = [p.segments, p.HV] if p.S else [0, 0]
+    return (
+        torch.empty((p.documents, p.HV, p.K, p.V), **f32),
+        torch.empty((p.chunks, p.HV, CHUNK, CHUNK), dtype=like.dtype, device=like.device),
+        torch.empty((p.chunks, p.HV, GATES, CHUNK), **f32),
+        torch.empty((p.chunks if p.S else 0, p.HV), **f32),
+        torch.empty(segmented, dtype=torch.int32, device=like.device),
+        torch.empty((*segmented, p.K, p.K), **f32),
+        torch.empty((*segmented, p.K, p.V), **f32),
+    )
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_table: Tensor | None,
+    chunk_offsets: Tensor | None,
+    scale: float,
+    keep: bool,
+) -> Tensors:
+    return (v.new_empty(v.shape), *_buffers(_plan(q, v, cu_seqlens, chunk_table), q))
+
+
+_OPAQUE = Opaque(
+    "gdn::gated_delta_rule_portable",
+    _forward,
+    _backward,
+    fake=_fake,
+    results=2,
+    differentiable=("q", "k", "v", "g", "beta", "initial_state"),
+)
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    packing: Packing | None,
+) -> tuple[Tensor, Tensor]:
+    """See `gdn.ops.gated_delta_rule`."""
+    bounds: tuple[Any, ...] = (None, None, None) if packing is None else (packing.cu_seqlens, packing.chunk_table, packing.chunk_offsets)
+    o, final = _OPAQUE(q, k, v, g, beta, initial_state, *bounds, scale)
+    return o, final

@@ -1,0 +1,593 @@
+"""Triton kernels that carry the state from chunk to chunk, forward and backward. Any GPU from sm_80 on.
+
+A program owns BV columns of the state of one value head and walks over a run of chunks. It holds the state transposed, [BV, K] fp32 in
+registers, so that the state and every product made from it is the first operand of the next product and never passes through memory.
+
+Runs: without segments, one document each; with segments, S consecutive chunks of the flattened chunk list, wherever documents begin and
+end. What crosses from one segment into the next is handed over: `summary_kernel` finds for each segment the affine map S -> R S + N of the
+part of it that matters to the next one, `handover_kernel` chains the maps, and the runs start from the results. The gradient goes the other
+way through the same R, transposed. Chunks whose product of maps has norm below exp(FORGOTTEN) are left out of a summary: the bound is exact
+for any key (`norms` of portable_prepare.py), and 2e-9 of a state is far below its own rounding.
+
+Letters as in portable_prepare.py. One chunk, with Z = v - gamma K S:
+
+    U = beta (Z - Phi (beta Z))       what is written        O = scale gamma Q S + A U        S <- gamma_last S + K^T (D U)
+
+and backward, from the gradient dS of the state after the chunk, with X = A^T dO + D (K dS):
+
+    dU = X - Phi^T (beta X)           dv = beta dU           dS <- gamma_last dS + Q^T (scale gamma dO) - K^T (gamma beta dU)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gdn.ops.delta_rule.portable_prepare import GATES, C, int64, load_rows
+
+FORGOTTEN = tl.constexpr(-20.0)
+
+
+@triton.jit
+def run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS: tl.constexpr, PACKED: tl.constexpr):
+    """Chunks [begin, end) of a run and the documents [first, last] that have a chunk in it or are empty and lie around it."""
+    if SEGMENTS:
+        begin = index * S
+        end = tl.minimum(begin + S, chunks)
+        if PACKED:
+            first = tl.load(chunk_table + 2 * tl.maximum(begin - 1, 0))
+            last = tl.load(chunk_table + 2 * (end - 1))
+            first = tl.where(index == 0, 0, first)
+            last = tl.where(end == chunks, documents - 1, last)
+        else:
+            first = begin // per_row
+            last = (end - 1) // per_row
+    else:
+        begin = 0
+        end = chunks
+        first = index
+        last = index
+    return begin, end, first, last
+
+
+@triton.jit
+def document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED: tl.constexpr):
+    """A document's chunks [c0, c1) in the flattened list, its first token (int64) and its length."""
+    if PACKED:
+        c0 = tl.load(chunk_offsets + document)
+        c1 = tl.load(chunk_offsets + document + 1)
+        token = int64(tl.load(cu_seqlens + document))
+        length = tl.load(cu_seqlens + document + 1) - token.to(tl.int32)
+    else:
+        c0 = document * per_row
+        c1 = c0 + per_row
+        token = int64(document) * T
+        length = T
+    return c0, c1, token, length
+
+
+@triton.jit
+def load_state(base, first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Columns first .. first + BV of a [K, V] fp32 state, transposed: [BV, BK]."""
+    at = tl.arange(0, BK)[:, None]
+    columns = (first + tl.arange(0, BV))[None, :]
+    return tl.trans(tl.load(base + at * V + columns, mask=(at < K) & (columns < V), other=0.0))
+
+
+@triton.jit
+def store_state(base, state, first, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    at = tl.arange(0, BK)[:, None]
+    columns = (first + tl.arange(0, BV))[None, :]
+    tl.store(base + at * V + columns, tl.trans(state), mask=(at < K) & (columns < V))
+
+
+@triton.jit
+def load_tile(base, tile, first, V: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows first .. first + BV of a [V, WIDTH] tile of a chunk and value head."""
+    row = (first + tl.arange(0, BV))[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    return tl.load(base + tile * (V * WIDTH) + (row * WIDTH + column), mask=(row < V) & (column < WIDTH), other=0.0)
+
+
+@triton.jit
+def store_tile(base, x, tile, first, V: tl.constexpr, WIDTH: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr):
+    row = (first + tl.arange(0, BV))[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    at = base + tile * (V * WIDTH) + (row * WIDTH + column)
+    tl.store(at, x.to(base.dtype.element_ty), mask=(row < V) & (column < WIDTH))
+
+
+@triton.jit
+def store_rows(base, x, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store [BLOCK, 64], transposed, as columns first .. of the rows of a chunk."""
+    i = tl.arange(0, C)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    at = base + start * stride + first + (i * stride + c)
+    tl.store(at, tl.trans(x).to(base.dtype.element_ty), mask=(i < rows) & (c + first < WIDTH))
+
+
+@triton.jit
+def load_square(base, tile):
+    """A [64, 64] tile."""
+    i = tl.arange(0, C)
+    return tl.load(base + tile * (C * C) + (i[:, None] * C + i[None, :]))
+
+
+@triton.jit
+def load_gate(gates, tile, WHICH: tl.constexpr):
+    """One row of the gates of a chunk and value head: 0 G, 1 gamma, 2 beta, 3 D, 4 the low part of G."""
+    return tl.load(gates + tile * (GATES * C) + WHICH * C + tl.arange(0, C))
+
+
+@triton.jit
+def load_last(gates, tile):
+    """gamma of the last token: the decay over the whole chunk."""
+    return tl.load(gates + tile * (GATES * C) + (2 * C - 1))
+
+
+@triton.jit
+def _dot(x, y, WIDE: tl.constexpr):
+    return tl.dot(x, y, input_precision="tf32x3" if WIDE else "tf32")
+
+
+@triton.jit
+def _add_dot(acc, x, y, WIDE: tl.constexpr):
+    return tl.dot(x, y, acc, input_precision="tf32x3" if WIDE else "tf32")
+
+
+@triton.jit
+def output_kernel(
+    q,
+    k,
+    v,
+    phi,
+    scores,
+    gates,
+    o,
+    initial,
+    entering,
+    final,
+    cu_seqlens,
+    chunk_table,
+    chunk_offsets,
+    T,
+    per_row,
+    chunks,
+    documents,
+    S,
+    scale,
+    q_stride,
+    k_stride,
+    v_stride,
+    H,
+    HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PACKED: tl.constexpr,
+    INITIAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """o and the final states. Grid [value blocks, HV, runs].
+
+    O = gamma scale Q S + A (beta V');  S <- gamma_last S + K^T (D beta V').
+    """
+    first = tl.program_id(0) * BV
+    hv = tl.program_id(1)
+    index = tl.program_id(2)
+    h = hv // (HV // H)
+    begin, end, d0, d1 = run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
+    for document in range(d0, d1 + 1):
+        c0, c1, token, length = document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED)
+        low = tl.maximum(begin, c0)
+        high = tl.minimum(end, c1)
+        slot = int64(document) * HV + hv
+        state = tl.zeros((BV, BK), tl.float32)
+        if low > c0:
+            if SEGMENTS:
+                state = load_state(entering + (int64(index) * HV + hv) * (K * V), first, K, V, BK, BV)
+        else:
+            if INITIAL:
+                state = load_state(initial + slot * (K * V), first, K, V, BK, BV)
+        for chunk in tl.range(low, high, num_stages=STAGES):
+            inside = (chunk - c0) * C
+            start = token + inside
+            rows = length - inside
+            tile = int64(chunk) * HV + hv
+            k_rows = load_rows(k + h * K, start, rows, k_stride, 0, K, BK)
+            narrow = state.to(k_rows.dtype)
+            recalled = _dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
+            v_rows = load_rows(v + hv * V, start, rows, v_stride, first, V, BV)
+            beta = load_gate(gates, tile, 2)[None, :]
+            x = (tl.trans(v_rows).to(tl.float32) - recalled) * beta
+            u = x - beta * _dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
+            q_rows = load_rows(q + h * K, start, rows, q_stride, 0, K, BK)
+            out = _dot(narrow, tl.trans(q_rows), WIDE) * (load_gate(gates, tile, 1) * scale)[None, :]
+            out = _add_dot(out, u.to(k_rows.dtype), tl.trans(load_square(scores, tile)), WIDE)
+            store_rows(o + hv * V, out, start, rows, HV * V, first, V, BV)
+            u *= load_gate(gates, tile, 3)[None, :]
+            state = _add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
+        if (low < high and high == c1) or c0 == c1:
+            store_state(final + slot * (K * V), state, first, K, V, BK, BV)
+
+
+@triton.jit
+def states_kernel(
+    k,
+    v,
+    phi,
+    gates,
+    states,
+    errors,
+    initial,
+    entering,
+    cu_seqlens,
+    chunk_table,
+    chunk_offsets,
+    T,
+    per_row,
+    chunks,
+    documents,
+    S,
+    k_stride,
+    v_stride,
+    H,
+    HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PACKED: tl.constexpr,
+    INITIAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """For the backward: the state before each chunk, states [chunks, HV, V, K], and the errors U / beta, [chunks, HV, V, 64].
+    Grid [value blocks, HV, runs]."""
+    first = tl.program_id(0) * BV
+    hv = tl.program_id(1)
+    index = tl.program_id(2)
+    h = hv // (HV // H)
+    begin, end, d0, d1 = run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
+    for document in range(d0, d1 + 1):
+        c0, c1, token, length = document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED)
+        low = tl.maximum(begin, c0)
+        high = tl.minimum(end, c1)
+        state = tl.zeros((BV, BK), tl.float32)
+        if low > c0:
+            if SEGMENTS:
+                state = load_state(entering + (int64(index) * HV + hv) * (K * V), first, K, V, BK, BV)
+        else:
+            if INITIAL:
+                state = load_state(initial + (int64(document) * HV + hv) * (K * V), first, K, V, BK, BV)
+        for chunk in tl.range(low, high, num_stages=STAGES):
+            inside = (chunk - c0) * C
+            tile = int64(chunk) * HV + hv
+            k_rows = load_rows(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
+            narrow = state.to(k_rows.dtype)
+            store_tile(states, narrow, tile, first, V, K, BV, BK)
+            recalled = _dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
+            v_rows = load_rows(v + hv * V, token + inside, length - inside, v_stride, first, V, BV)
+            z = tl.trans(v_rows).to(tl.float32) - recalled
+            beta = load_gate(gates, tile, 2)[None, :]
+            error = z - _dot((z * beta).to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
+            store_tile(errors, error, tile, first, V, C, BV, C)
+            u = error * beta * load_gate(gates, tile, 3)[None, :]
+            state = _add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
+
+
+@triton.jit
+def summary_kernel(
+    k,
+    v,
+    phi,
+    gates,
+    norms,
+    initial,
+    added,
+    carried,
+    crosses,
+    cu_seqlens,
+    chunk_table,
+    chunk_offsets,
+    T,
+    per_row,
+    chunks,
+    S,
+    k_stride,
+    v_stride,
+    H,
+    HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BS: tl.constexpr,
+    PACKED: tl.constexpr,
+    INITIAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What a segment hands to the next: the state R S + N at its end. Grid [value blocks + key blocks, HV, segments - 1].
+
+    added [segments, HV, K, V] is N, carried [segments, HV, K, K] is R, crosses [segments, HV] whether R is needed: the whole segment lies
+    inside one document and does not forget what came before. R is the state that grows from the identity with values 0.
+    Segments at whose end a document ends write crosses alone.
+    """
+    VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    block = tl.program_id(0)
+    hv = tl.program_id(1)
+    index = tl.program_id(2)
+    h = hv // (HV // H)
+    begin = index * S
+    end = begin + S
+    if PACKED:
+        document = tl.load(chunk_table + 2 * (end - 1))
+    else:
+        document = (end - 1) // per_row
+    c0, c1, token, length = document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED)
+    low = tl.maximum(begin, c0)
+    place = begin + tl.arange(0, BS)
+    valid = (place >= low) & (place < end)
+    norm = tl.load(norms + place * HV + hv, mask=valid, other=0.0)
+    after = tl.cumsum(norm, 0, reverse=True)
+    start = tl.min(tl.where(valid & (after - norm >= FORGOTTEN), place, end - 1), 0)
+    cross = (start == begin) & (begin > c0) & (tl.sum(norm, 0) >= FORGOTTEN) & (c1 > end)
+    slot = int64(index) * HV + hv
+    if block == 0:
+        tl.store(crosses + slot, cross.to(tl.int32))
+    identity = block >= VALUE_BLOCKS
+    if (c1 > end) & (cross | (block < VALUE_BLOCKS)):
+        first = tl.where(identity, block - VALUE_BLOCKS, block) * BV
+        state = tl.zeros((BV, BK), tl.float32)
+        if identity:
+            state += tl.where((first + tl.arange(0, BV))[:, None] == tl.arange(0, BK)[None, :], 1.0, 0.0)
+        if INITIAL:
+            if (start == c0) & (block < VALUE_BLOCKS):
+                state = load_state(initial + (int64(document) * HV + hv) * (K * V), first, K, V, BK, BV)
+        for chunk in tl.range(start, end, num_stages=STAGES):
+            inside = (chunk - c0) * C
+            tile = int64(chunk) * HV + hv
+            k_rows = load_rows(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
+            recalled = _dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
+            v_count = tl.where(identity, 0, length - inside)
+            v_rows = load_rows(v + hv * V, token + inside, v_count, v_stride, first, V, BV)
+            beta = load_gate(gates, tile, 2)[None, :]
+            x = (tl.trans(v_rows).to(tl.float32) - recalled) * beta
+            u = x - beta * _dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
+            u *= load_gate(gates, tile, 3)[None, :]
+            state = _add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
+        if identity:
+            store_state(carried + slot * (K * K), state, first, K, K, BK, BV)
+        else:
+            store_state(added + slot * (K * V), state, first, K, V, BK, BV)
+
+
+@triton.jit
+def handover_kernel(
+    added,
+    carried,
+    crosses,
+    out,
+    segments,
+    HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Chain the maps of the segments. Grid [value blocks, HV].
+
+    Forward, out[s + 1] = R_s out[s] + N_s; backward, out[s - 1] = R_s^T out[s] + N_s. R_s is 0 where crosses[s] is.
+    Keys beyond 128 go in two halves, so that R fits shared memory.
+    """
+    first = tl.program_id(0) * BV
+    hv = tl.program_id(1)
+    HALVES: tl.constexpr = 2 if BK > 128 else 1
+    B: tl.constexpr = BK // HALVES
+    x = tl.zeros((B, BV), tl.float32)
+    y = tl.zeros((B, BV), tl.float32)
+    for step in tl.range(0, segments - 1, num_stages=STAGES):
+        s = segments - 1 - step if BACKWARD else step
+        slot = int64(s) * HV + hv
+        cross = (tl.load(crosses + slot) != 0) & (s < segments - 1)
+        target = out + (slot - HV if BACKWARD else slot + HV) * (K * V)
+        r00 = _load_map(carried + slot * (K * K), 0, 0, cross, K, B, BACKWARD)
+        n0 = _load_part(added + slot * (K * V), 0, first, K, V, B, BV)
+        if HALVES == 2:
+            r01 = _load_map(carried + slot * (K * K), 0, B, cross, K, B, BACKWARD)
+            n0 = tl.dot(r01, y, n0, input_precision="tf32x3")
+            n1 = _load_part(added + slot * (K * V), B, first, K, V, B, BV)
+            r10 = _load_map(carried + slot * (K * K), B, 0, cross, K, B, BACKWARD)
+            n1 = tl.dot(r10, x, n1, input_precision="tf32x3")
+            r11 = _load_map(carried + slot * (K * K), B, B, cross, K, B, BACKWARD)
+            y = tl.dot(r11, y, n1, input_precision="tf32x3")
+            _store_part(target, y, B, first, K, V, B, BV)
+        x = tl.dot(r00, x, n0, input_precision="tf32x3")
+        _store_part(target, x, 0, first, K, V, B, BV)
+
+
+@triton.jit
+def _load_map(base, row, column, wanted, K: tl.constexpr, B: tl.constexpr, TRANSPOSED: tl.constexpr):
+    i = (row + tl.arange(0, B))[:, None]
+    j = (column + tl.arange(0, B))[None, :]
+    at = j * K + i if TRANSPOSED else i * K + j
+    return tl.load(base + at, mask=(i < K) & (j < K) & wanted, other=0.0)
+
+
+@triton.jit
+def _load_part(base, row, first, K: tl.constexpr, V: tl.constexpr, B: tl.constexpr, BV: tl.constexpr):
+    i = (row + tl.arange(0, B))[:, None]
+    j = (first + tl.arange(0, BV))[None, :]
+    return tl.load(base + i * V + j, mask=(i < K) & (j < V), other=0.0)
+
+
+@triton.jit
+def _store_part(base, x, row, first, K: tl.constexpr, V: tl.constexpr, B: tl.constexpr, BV: tl.constexpr):
+    i = (row + tl.arange(0, B))[:, None]
+    j = (first + tl.arange(0, BV))[None, :]
+    tl.store(base + i * V + j, x, mask=(i < K) & (j < V))
+
+
+@triton.jit
+def backward_kernel(
+    q,
+    k,
+    phi,
+    scores,
+    gates,
+    do,
+    d_states,
+    d_errors,
+    d_final,
+    leaving,
+    d_initial,
+    cu_seqlens,
+    chunk_table,
+    chunk_offsets,
+    T,
+    per_row,
+    chunks,
+    documents,
+    S,
+    scale,
+    q_stride,
+    k_stride,
+    H,
+    HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PACKED: tl.constexpr,
+    FINAL: tl.constexpr,
+    INITIAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The gradient of the state after each chunk, d_states [chunks, HV, V, K], dU [chunks, HV, V, 64] as d_errors, and d_initial.
+    Grid [value blocks, HV, runs]."""
+    first = tl.program_id(0) * BV
+    hv = tl.program_id(1)
+    index = tl.program_id(2)
+    h = hv // (HV // H)
+    begin, end, d0, d1 = run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
+    for document in range(d0, d1 + 1):
+        c0, c1, token, length = document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED)
+        low = tl.maximum(begin, c0)
+        high = tl.minimum(end, c1)
+        slot = int64(document) * HV + hv
+        state = tl.zeros((BV, BK), tl.float32)
+        if high < c1:
+            if SEGMENTS:
+                state = load_state(leaving + (int64(index) * HV + hv) * (K * V), first, K, V, BK, BV)
+        else:
+            if FINAL:
+                state = load_state(d_final + slot * (K * V), first, K, V, BK, BV)
+        for step in tl.range(0, high - low, num_stages=STAGES):
+            chunk = high - 1 - step
+            inside = (chunk - c0) * C
+            start = token + inside
+            rows = length - inside
+            tile = int64(chunk) * HV + hv
+            k_rows = load_rows(k + h * K, start, rows, k_stride, 0, K, BK)
+            narrow = state.to(k_rows.dtype)
+            store_tile(d_states, narrow, tile, first, V, K, BV, BK)
+            x = _dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
+            do_columns = tl.trans(load_rows(do + hv * V, start, rows, HV * V, first, V, BV))
+            x = _add_dot(x, do_columns, load_square(scores, tile), WIDE)
+            beta = load_gate(gates, tile, 2)[None, :]
+            x -= _dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
+            store_tile(d_errors, x, tile, first, V, C, BV, C)
+            gamma = load_gate(gates, tile, 1)[None, :]
+            q_rows = load_rows(q + h * K, start, rows, q_stride, 0, K, BK)
+            read = (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype)
+            state = _add_dot(state * load_last(gates, tile), read, q_rows, WIDE)
+            state = _add_dot(state, (x * (-gamma * beta)).to(k_rows.dtype), k_rows, WIDE)
+        if INITIAL:
+            if (low < high and low == c0) or c0 == c1:
+                store_state(d_initial + slot * (K * V), state, first, K, V, BK, BV)
+
+
+@triton.jit
+def backward_summary_kernel(
+    q,
+    k,
+    phi,
+    scores,
+    gates,
+    norms,
+    do,
+    d_final,
+    added,
+    cu_seqlens,
+    chunk_table,
+    chunk_offsets,
+    T,
+    per_row,
+    chunks,
+    S,
+    scale,
+    q_stride,
+    k_stride,
+    H,
+    HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BS: tl.constexpr,
+    PACKED: tl.constexpr,
+    FINAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The part N of the state gradient R^T dS + N that a segment hands to the one before it. Grid [value blocks, HV, segments - 1].
+    Segments at whose beginning a document begins write nothing."""
+    first = tl.program_id(0) * BV
+    hv = tl.program_id(1)
+    index = tl.program_id(2) + 1
+    h = hv // (HV // H)
+    begin = index * S
+    end = tl.minimum(begin + S, chunks)
+    if PACKED:
+        document = tl.load(chunk_table + 2 * begin)
+    else:
+        document = begin // per_row
+    c0, c1, token, length = document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED)
+    high = tl.minimum(end, c1)
+    place = begin + tl.arange(0, BS)
+    valid = place < high
+    norm = tl.load(norms + place * HV + hv, mask=valid, other=0.0)
+    before = tl.cumsum(norm, 0) - norm
+    stop = tl.max(tl.where(valid & (before >= FORGOTTEN), place, begin), 0) + 1
+    if begin > c0:
+        state = tl.zeros((BV, BK), tl.float32)
+        if FINAL:
+            if stop == c1:
+                state = load_state(d_final + (int64(document) * HV + hv) * (K * V), first, K, V, BK, BV)
+        for step in tl.range(0, stop - begin, num_stages=STAGES):
+            chunk = stop - 1 - step
+            inside = (chunk - c0) * C
+            start = token + inside
+            rows = length - inside
+            tile = int64(chunk) * HV + hv
+            k_rows = load_rows(k + h * K, start, rows, k_stride, 0, K, BK)
+            x = _dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
+            do_columns = tl.trans(load_rows(do + hv * V, start, rows, HV * V, first, V, BV))
+            x = _add_dot(x, do_columns, load_square(scores, tile), WIDE)
+            beta = load_gate(gates, tile, 2)[None, :]
+            x -= _dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
+            gamma = load_gate(gates, tile, 1)[None, :]
+            q_rows = load_rows(q + h * K, start, rows, q_stride, 0, K, BK)
+            read = (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype)
+            state = _add_dot(state * load_last(gates, tile), read, q_rows, WIDE)
+            state = _add_dot(state, (x * (-gamma * beta)).to(k_rows.dtype), k_rows, WIDE)
+        store_state(added + (int64(index) * HV + hv) * (K * V), state, first, K, V, BK, BV)
