@@ -1,4 +1,4 @@
-"""The gated delta rule by matrix products over chunks of 64 tokens, in plain torch, on any device. Derivation: README.md.
+"""The gated delta rule by matrix products over chunks of at most 64 tokens, in plain torch, on any device. Derivation: README.md.
 
 The sequence is walked in groups of a few chunks of all heads, so that everything between two products stays in the cache: on two CPU cores
 a product of [128, 128] matrices runs at 180 GFLOP/s from cache and at 90 to 110 from memory (batches of 16 and 512, float32).
@@ -6,6 +6,7 @@ a product of [128, 128] matrices runs at 180 GFLOP/s from cache and at 90 to 110
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,9 +18,13 @@ from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
 from gdn.ops.delta_rule import SMALLEST_LOG_DECAY
 
-CHUNK = 64
-GROUP = 32
-"""Chunks times value heads that are handled together, about; a group is at least one step of all sequences."""
+GROUP = 4096
+"""Rows of chunks (tokens times value heads) that are handled together, about; a group is at least one chunk of every sequence."""
+
+
+def chunk_size(longest: int) -> int:
+    """Tokens of a chunk: 64, and less where the longest document would leave most of a chunk empty."""
+    return 16 if longest <= 16 else 32 if longest <= 32 else 64
 
 
 def gated_delta_rule(
@@ -52,17 +57,16 @@ class Plan:
 
     def __init__(self, batch: int, length: int, heads: int, bounds: Tensor | None) -> None:
         self.length = length
-        starts = range(0, batch * length, length) if length else [0] * batch
-        begins, ends = (list(starts), [s + length for s in starts]) if bounds is None else (bounds[:-1].tolist(), bounds[1:].tolist())
-        counts = [-(-(end - begin) // CHUNK) for begin, end in zip(begins, ends)]
+        begins = [i * length for i in range(batch)] if bounds is None else bounds[:-1].tolist()
+        ends = [begin + length for begin in begins] if bounds is None else bounds[1:].tolist()
+        self.chunk = chunk_size(max((end - begin for begin, end in zip(begins, ends)), default=0))
+        counts = [-(-(end - begin) // self.chunk) for begin, end in zip(begins, ends)]
         self.order = sorted(range(len(counts)), key=lambda i: -counts[i])
         self.regular = bounds is None
         self.begins = [begins[i] for i in self.order]
         self.ends = [ends[i] for i in self.order]
         sizes = [counts[i] for i in self.order]
-        self.active = [sum(1 for size in sizes if size > j) for j in range(sizes[0] if sizes else 0)] if bounds is not None else None
-        if self.active is None:
-            self.active = [batch] * (sizes[0] if sizes else 0)
+        self.active = [bisect.bisect_left(sizes, -j, key=lambda size: -size) for j in range(sizes[0] if sizes else 0)]
         self.rows = sum(self.active)
         self.documents = len(counts)
         self.heads = heads
@@ -72,7 +76,7 @@ class Plan:
         first = row = 0
         active: list[int] = []
         for count in self.active:
-            if active and (sum(active) + count) * self.heads > GROUP:
+            if active and (sum(active) + count) * self.heads * self.chunk > GROUP:
                 yield Group(first, row, tuple(active))
                 first, row, active = first + len(active), row + sum(active), []
             active.append(count)
@@ -80,37 +84,40 @@ class Plan:
             yield Group(first, row, tuple(active))
 
     def load(self, x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-        """The group's tokens of x `[B, T, heads, width]` as `[chunks, heads, CHUNK, width]`, zero beyond a document's end."""
+        """The group's tokens of x `[B, T, heads, width]` as `[chunks, heads, C, width]`, zero beyond a document's end."""
         if self.regular:
-            low = group.first * CHUNK
-            piece = x[:, low : low + len(group.active) * CHUNK].to(dtype)
-            missing = len(group.active) * CHUNK - piece.shape[1]
+            low = group.first * self.chunk
+            piece = x[:, low : low + len(group.active) * self.chunk].to(dtype)
+            missing = len(group.active) * self.chunk - piece.shape[1]
             if missing:
                 piece = torch.nn.functional.pad(piece, (0, 0, 0, 0, 0, missing))
-            piece = piece.unflatten(1, (len(group.active), CHUNK)).permute(1, 0, 3, 2, 4)
-            return piece.reshape(-1, *piece.shape[2:])
+            piece = piece.unflatten(1, (len(group.active), self.chunk)).permute(1, 0, 3, 2, 4)
+            return piece.contiguous().flatten(0, 1)
         index, inside = self._places(group, x.device)
         piece = x.flatten(0, 1)[index].to(dtype).masked_fill_(~inside[..., None, None], 0)
         return piece.transpose(1, 2).contiguous()
 
     def store(self, out: Tensor, values: Tensor, group: Group) -> None:
-        """Write `[chunks, heads, CHUNK, width]` back to the group's tokens of out `[B, T, heads, width]`."""
+        """Write `[chunks, heads, C, width]` back to the group's tokens of out `[B, T, heads, width]`."""
         if self.regular:
-            low = group.first * CHUNK
-            high = min(self.length, low + len(group.active) * CHUNK)
-            values = values.unflatten(0, (len(group.active), -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-            out[:, low:high] = values[:, : high - low]
+            low = group.first * self.chunk
+            high = min(self.length, low + len(group.active) * self.chunk)
+            values = values.unflatten(0, (len(group.active), -1)).permute(1, 0, 3, 2, 4)
+            if high - low == len(group.active) * self.chunk:
+                out[:, low:high].unflatten(1, values.shape[1:3]).copy_(values)
+            else:
+                out[:, low:high] = values.flatten(1, 2)[:, : high - low]
             return
         index, inside = self._places(group, out.device)
         out.flatten(0, 1)[index[inside]] = values.transpose(1, 2)[inside].to(out.dtype)
 
     def _places(self, group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Token numbers `[chunks, CHUNK]`, and which of them lie inside their document."""
+        """Token numbers `[chunks, C]`, and which of them lie inside their document."""
         begins, ends = [], []
         for j, count in enumerate(group.active, start=group.first):
-            begins += [begin + j * CHUNK for begin in self.begins[:count]]
+            begins += [begin + j * self.chunk for begin in self.begins[:count]]
             ends += self.ends[:count]
-        index = torch.tensor(begins).unsqueeze(1) + torch.arange(CHUNK)
+        index = torch.tensor(begins).unsqueeze(1) + torch.arange(self.chunk)
         inside = index < torch.tensor(ends).unsqueeze(1)
         return index.masked_fill(~inside, 0).to(device), inside.to(device)
 
@@ -166,9 +173,11 @@ class Chunks:
         decay = (total - total.mT).tril_().exp_().tril_()
         kk.mul_(decay).tril_(-1)
         qk.mul_(decay).mul_(scale)
-        unit = torch.eye(CHUNK, dtype=dtype, device=v.device).expand_as(kk)
+        unit = torch.eye(plan.chunk, dtype=dtype, device=v.device).expand_as(kk)
         inverse = torch.linalg.solve_triangular(kk * strength, unit, upper=False, unitriangular=True)
-        both = torch.cat([keys * gamma, queries * (scale * gamma)], dim=1)
+        both = torch.empty(keys.shape[0], 2 * plan.chunk, keys.shape[2], dtype=dtype, device=v.device)
+        torch.mul(keys, gamma, out=both[:, : plan.chunk])
+        torch.mul(queries, scale * gamma, out=both[:, plan.chunk :])
         return cls(queries, keys, values, strength, gamma, tail, decay, kk, inverse, qk, both)
 
 
@@ -201,9 +210,9 @@ def _forward(
             if keep:
                 states[group.row * heads + low : group.row * heads + high] = s
             read = torch.bmm(c.both[low:high], s)
-            error = (c.v[low:high] - read[:, :CHUNK]).mul_(c.beta[low:high])
+            error = (c.v[low:high] - read[:, : plan.chunk]).mul_(c.beta[low:high])
             written = torch.bmm(c.inverse[low:high], error)
-            torch.baddbmm(read[:, CHUNK:], c.reads[low:high], written, out=outputs[low:high])
+            torch.baddbmm(read[:, plan.chunk :], c.reads[low:high], written, out=outputs[low:high])
             s.mul_(last[low:high]).baddbmm_(keys[low:high], written)
             low = high
         plan.store(o, outputs.unflatten(0, (-1, heads)), group)
@@ -239,13 +248,13 @@ def _group_gradients(
     c: Chunks, group: Group, heads: int, states: Tensor, d_out: Tensor, d_memory: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and beta of a group's chunks; `d_memory` goes from the state after the group to the state before it."""
-    last, tail_keys = c.gamma[:, -1:], c.k * c.tail
-    error = c.v - torch.bmm(c.both[:, :CHUNK], states)
+    size, last, tail_keys = c.k.shape[1], c.gamma[:, -1:], c.k * c.tail
+    error = c.v - torch.bmm(c.both[:, :size], states)
     written = torch.bmm(c.inverse, error * c.beta)
     d_written = torch.bmm(c.reads.mT, d_out)
     d_solved = torch.empty_like(error)
-    d_both = torch.empty(len(error), 2 * CHUNK, error.shape[2], dtype=error.dtype, device=error.device)
-    d_both[:, CHUNK:] = d_out
+    d_both = torch.empty(len(error), 2 * size, error.shape[2], dtype=error.dtype, device=error.device)
+    d_both[:, size:] = d_out
     d_tail = torch.empty_like(c.k)
     d_last = torch.empty_like(last)
     high = len(error)
@@ -254,15 +263,15 @@ def _group_gradients(
         ds = d_memory[: count * heads]
         dw = d_written[low:high].baddbmm_(tail_keys[low:high], ds)
         torch.bmm(c.inverse[low:high].mT, dw, out=d_solved[low:high])
-        torch.mul(d_solved[low:high], -c.beta[low:high], out=d_both[low:high, :CHUNK])
+        torch.mul(d_solved[low:high], -c.beta[low:high], out=d_both[low:high, :size])
         torch.bmm(written[low:high], ds.mT, out=d_tail[low:high])
         d_last[low:high, 0, 0] = (ds * states[low:high]).sum((1, 2))
         ds.mul_(last[low:high]).baddbmm_(c.both[low:high].mT, d_both[low:high])
         high = low
     d_tail.mul_(c.tail)
     d_state_reads = torch.bmm(d_both, states.mT)
-    d_k = d_state_reads[:, :CHUNK].mul_(c.gamma)
-    d_q = d_state_reads[:, CHUNK:].mul_(scale * c.gamma)
+    d_k = d_state_reads[:, :size].mul_(c.gamma)
+    d_q = d_state_reads[:, size:].mul_(scale * c.gamma)
     d_reads = torch.bmm(d_out, written.mT).tril_()
     d_keys = torch.bmm(d_solved, written.mT).tril_(-1).neg_()
     through_keys = d_keys * c.keys
@@ -277,7 +286,7 @@ def _group_gradients(
     d_kk = d_keys.mul_(c.decay).mul_(c.beta)
     d_q = torch.baddbmm(d_q, d_qk, c.k)
     d_k = torch.baddbmm(d_k, d_qk.mT, c.q).add_(d_tail).baddbmm_(d_kk + d_kk.mT, c.k)
-    return d_q, d_k, -d_both[:, :CHUNK], d_g.unsqueeze(-1), d_beta.unsqueeze(-1)
+    return d_q, d_k, -d_both[:, :size], d_g.unsqueeze(-1), d_beta.unsqueeze(-1)
 
 
 def _fake(
@@ -294,7 +303,7 @@ def _fake(
     dtype = accumulate_dtype(v.dtype)
     documents = v.shape[0] if bounds is None else bounds.shape[0] - 1
     final = v.new_empty((documents, v.shape[2], k.shape[3], v.shape[3]), dtype=dtype)
-    rows = v.shape[0] * -(-v.shape[1] // CHUNK) if bounds is None else torch.library.get_ctx().new_dynamic_size()
+    rows = v.shape[0] * -(-v.shape[1] // chunk_size(v.shape[1])) if bounds is None else torch.library.get_ctx().new_dynamic_size()
     states = v.new_empty((rows * v.shape[2] if keep else 0, k.shape[3], v.shape[3]), dtype=dtype)
     return v.new_empty(v.shape), final, states
 
