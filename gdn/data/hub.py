@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 from collections.abc import Iterator
@@ -27,10 +26,9 @@ class HubSource(Source):
         self._dataset = _load(name)
 
     def units(self, view: View, epoch: int, start: Any = None) -> Iterator[Unit]:
-        dataset = copy.deepcopy(self._dataset)  # its place belongs to one reader
-        by_shard = view.world == 1 or dataset.num_shards >= view.world
-        if by_shard and view.world > 1:
-            dataset = dataset.shard(view.world, view.rank)
+        by_shard = self._dataset.num_shards >= view.world
+        # A shard is a new object even if it is the only one, so that the place in it belongs to this reader alone.
+        dataset = self._dataset.shard(view.world, view.rank) if by_shard else self._dataset.shard(1, 0)
         if start is not None:
             dataset.load_state_dict(start["dataset"])
         rows, at = iter(dataset), start

@@ -59,7 +59,7 @@ def pack(tokens: NDArray[Any], targets: NDArray[Any], tokenizer: Tokenizer, *, b
         starts[: len(tokens)] = tokens == tokenizer.end_id
         starts[len(tokens)] = True
         starts[::length] = True
-        packing = Packing.from_cu_seqlens(np.flatnonzero(starts))
+        packing = Packing.from_cu_seqlens(torch.from_numpy(np.flatnonzero(starts)))
     tokens = np.pad(tokens, (0, missing), constant_values=tokenizer.end_id)
     targets = np.pad(targets, (0, missing), constant_values=IGNORE)
     return Batch(
