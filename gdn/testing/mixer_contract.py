@@ -191,7 +191,7 @@ class MixerContract:
         parameters = [*embedding.parameters(), *mixer.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         losses = []
-        for _ in range(60):
+        for _ in range(120):
             tokens = torch.randint(symbols, (32, length))
             answer, place = torch.randint(symbols, (32,)), torch.randint(length - 1, (32,))
             tokens[torch.arange(32), place] = symbols + answer
