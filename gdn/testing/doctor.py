@@ -1,8 +1,6 @@
 """`gdn doctor`: which implementations can run here, why others cannot, and the error of each against float64.
 
-Every operator is called on one small problem through each of its rows. The error is the norm of the difference to the float64 reference over
-the reference's norm, outputs and gradients alike; the same for the reference row at the working dtype says how much rounding alone costs.
-A row may be at most twice as wrong as that.
+Every operator is called on one small problem through each of its rows; `gdn.testing.compare` says what an error is and how large it may be.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +24,7 @@ from gdn.core.dispatch import ops as tables
 from gdn.core.errors import ArgumentError, GdnError
 from gdn.core.packing import Packing
 from gdn.ops.delta_fused import GateParameters
-
-FLOOR = 4
-"""Errors below this many units of the dtype's last place are rounding, whatever the reference's own are."""
+from gdn.testing import compare
 
 
 @dataclass(frozen=True)
@@ -78,9 +74,8 @@ def examine(device: str = "auto") -> int:
 def examine_op(op: Op, device: torch.device, dtype: torch.dtype) -> list[Finding]:
     """One finding per row of a table."""
     make = EXAMPLES[op.name]
-    truth = _run(op, "reference", make(torch.device("cpu"), torch.float64, torch.float64))
-    rounding = _distance(_run(op, "reference", make(device, dtype, torch.float32)), truth)
-    allowed = max(2 * rounding, FLOOR * torch.finfo(dtype).eps)
+    truth = compare.run(op, "reference", make(torch.device("cpu"), torch.float64, torch.float64))
+    allowed = compare.allowed(compare.distance(compare.run(op, "reference", make(device, dtype, torch.float32)), truth), dtype)
     dims = {"K": 64, "V": 64, "D": 64, "W": 4}
     verdicts = op.explain(device.type, dtype, index=device.index or 0, **dims)
     first = next(v.name for v in verdicts if v.reason is None)
@@ -89,7 +84,7 @@ def examine_op(op: Op, device: torch.device, dtype: torch.dtype) -> list[Finding
         finding = Finding(op.name, verdict.name, verdict.name == first, verdict.reason)
         if verdict.reason is None:
             try:
-                error = _distance(_run(op, verdict.name, make(device, dtype, torch.float32)), truth)
+                error = compare.distance(compare.run(op, verdict.name, make(device, dtype, torch.float32)), truth)
                 elapsed = _time(op, verdict.name, make(device, dtype, torch.float32), device)
                 finding = dataclasses.replace(finding, error=error, allowed=allowed, milliseconds=elapsed)
             except (GdnError, RuntimeError) as failure:
@@ -100,43 +95,6 @@ def examine_op(op: Op, device: torch.device, dtype: torch.dtype) -> list[Finding
 
 
 Arguments = dict[str, Any]
-
-
-def _run(op: Op, impl: str, arguments: Arguments) -> list[Tensor]:
-    """Outputs, the tensors updated in place, and gradients of a random weighting of the outputs."""
-    with use(**{op.name: impl}):
-        results = getattr(ops, op.name)(**arguments)
-    outputs = [results] if isinstance(results, Tensor) else list(results)
-    leaves = [t for t in _tensors(arguments) if t.requires_grad]
-    if leaves:
-        random = torch.Generator().manual_seed(1)
-        weights = [torch.randn(o.shape, generator=random, dtype=torch.float64).to(o.device, o.dtype) for o in outputs]
-        loss = sum(
-            ((o * w).double().sum() for o, w in zip(outputs, weights)), torch.zeros((), dtype=torch.float64, device=outputs[0].device)
-        )
-        outputs += list(torch.autograd.grad(loss, leaves))
-    elif "state" in arguments:
-        outputs.append(arguments["state"])
-    return [o.detach().double().cpu() for o in outputs]
-
-
-def _tensors(arguments: Arguments) -> list[Tensor]:
-    flat: list[Tensor] = []
-    for value in arguments.values():
-        if isinstance(value, Tensor):
-            flat.append(value)
-        elif isinstance(value, GateParameters):
-            flat += [value.A_log, value.dt_bias]
-    return flat
-
-
-def _distance(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest relative error of any output or gradient; infinite if one is not finite."""
-    worst = 0.0
-    for a, b in zip(actual, truth, strict=True):
-        error = float((a - b).norm() / b.norm().clamp(min=1e-30))
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
 
 
 def _time(op: Op, impl: str, arguments: Arguments, device: torch.device) -> float:
@@ -172,7 +130,7 @@ def _table(findings: list[Finding], dtype: torch.dtype) -> Table:
 
 
 def _random(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Callable[..., Tensor]:
-    """Normal tensors that are the same for every device and dtype, rounded once to bfloat16 so that each dtype starts from the same numbers."""
+    """Normal tensors that are the same for every device and dtype, rounded once to bfloat16 so that all dtypes start from the same."""
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int, gradient: bool = True, precise: bool = False) -> Tensor:

@@ -1,0 +1,341 @@
+"""The gated delta rule: every row that runs on the CPU against the float64 recurrence, and the promises of the contract."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gdn.core.dispatch import use
+from gdn.core.errors import ArgumentError
+from gdn.core.packing import Packing
+from gdn.ops import gated_delta_rule
+from gdn.ops.delta_rule import OP
+from gdn.ops.delta_rule.problems import SMALL, Problem
+from gdn.testing import bench, compare
+
+ROWS = [verdict.name for verdict in OP.explain("cpu", K=16, V=16) if verdict.reason is None]
+FAST = [name for name in ROWS if name != "reference"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+PROBLEMS = {problem.name: problem for problem in SMALL}
+
+in_rows = pytest.mark.parametrize("impl", FAST)
+
+
+@functools.cache
+def reference(name: str, dtype: torch.dtype) -> compare.Results:
+    return compare.run(OP, "reference", PROBLEMS[name].build(dtype=dtype))
+
+
+def call(impl: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    with use(gated_delta_rule=impl):
+        return gated_delta_rule(**arguments)
+
+
+def leaves(arguments: dict[str, Any]) -> list[Tensor]:
+    return [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad]
+
+
+def gradients(outputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(outputs, leaves(arguments), compare.weights(outputs))
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+@in_rows
+def test_agrees_with_the_recurrence(impl: str, name: str, dtype: torch.dtype) -> None:
+    rounding = reference(name, torch.float32 if dtype == torch.float64 else dtype)
+    actual = compare.run(OP, impl, PROBLEMS[name].build(dtype=dtype))
+    assert compare.complaints(actual, rounding, reference(name, torch.float64), dtype) == []
+
+
+@pytest.mark.parametrize("impl", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_of_the_results(impl: str, dtype: torch.dtype) -> None:
+    o, state = call(impl, Problem(name="", T=3, HV=2, V=5).build(dtype=dtype))
+    assert (o.dtype, list(o.shape)) == (dtype, [1, 3, 2, 5])
+    assert (state.dtype, list(state.shape)) == (torch.float64 if dtype == torch.float64 else torch.float32, [1, 2, 16, 5])
+
+
+@pytest.mark.parametrize("impl", ROWS)
+def test_no_tokens_hand_the_state_through(impl: str) -> None:
+    arguments = Problem(name="", T=0, B=2, initial=True).build()
+    o, state = call(impl, arguments)
+    assert list(o.shape) == [2, 0, 1, 16]
+    close(state, arguments["initial_state"])
+    close(torch.autograd.grad(state.sum(), arguments["initial_state"])[0], torch.ones_like(state))
+
+
+@in_rows
+@pytest.mark.parametrize("decay", [1e2, 1e4, 1e30, float("inf")])
+def test_memory_that_forgets_everything_is_finite(impl: str, decay: float) -> None:
+    arguments = Problem(name="", T=130, initial=True).build(dtype=torch.float32)
+    arguments["g"] = torch.full_like(arguments["g"], -decay).requires_grad_()
+    outputs = call(impl, arguments)
+    q, k, v, beta = (arguments[name].double() for name in ("q", "k", "v", "beta"))
+    alone = 0.25 * (q * k).sum(-1, keepdim=True) * beta.unsqueeze(-1) * v  # each token reads only what it wrote itself
+    torch.testing.assert_close(outputs[0].double(), alone, rtol=1e-5, atol=1e-6)
+    for gradient in gradients(outputs, arguments):
+        assert bool(gradient.isfinite().all())
+    assert float(torch.autograd.grad(call(impl, arguments)[0].sum(), arguments["g"])[0].abs().max()) < 1e-5
+
+
+@in_rows
+def test_zero_keys_write_nothing(impl: str) -> None:
+    arguments = Problem(name="", T=70, keys="zero", decay=0.0, initial=True).build()
+    o, state = call(impl, arguments)
+    close(state, arguments["initial_state"])
+    close(o, 0.25 * torch.einsum("bthk,bhkv->bthv", arguments["q"], state))
+
+
+@in_rows
+def test_gradients_agree_with_finite_differences(impl: str) -> None:
+    arguments = Problem(name="", T=5, B=2, H=1, HV=2, K=2, V=3, lengths=(2, 0, 3, 5), initial=True).build()
+    packing = arguments.pop("packing")
+    arguments["g"] = (arguments["g"].detach() - 0.05).requires_grad_()  # differences must not cross zero
+
+    def function(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return call(impl, {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": state, "packing": packing})
+
+    assert torch.autograd.gradcheck(function, tuple(arguments.values()))
+
+
+@in_rows
+def test_gradients_across_chunks_agree_with_finite_differences(impl: str) -> None:
+    arguments = Problem(name="", T=67, K=2, V=2, initial=True).build()
+    arguments["g"] = (arguments["g"].detach() - 0.05).requires_grad_()
+
+    def function(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return call(impl, {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": state})
+
+    assert torch.autograd.gradcheck(function, tuple(arguments.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("use_o, use_state", [(True, False), (False, True)])
+@in_rows
+def test_one_result_alone_has_its_gradient(impl: str, use_o: bool, use_state: bool) -> None:
+    problem = PROBLEMS["packed"]
+
+    def result(name: str) -> tuple[Tensor, ...]:
+        arguments = problem.build()
+        o, state = call(name, arguments)
+        loss = o.square().sum() if use_o else state.square().sum()
+        return torch.autograd.grad(loss, leaves(arguments), materialize_grads=True)
+
+    close(result(impl), result("reference"))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (2, 4)])
+def test_agrees_with_transformers(heads: tuple[int, int]) -> None:
+    peer = bench.peer()
+    assert peer is not None
+    problem = Problem(name="", B=2, T=150, H=heads[0], HV=heads[1], K=32, V=24, initial=True)
+    ours, theirs = problem.build(dtype=torch.float32), problem.build(dtype=torch.float32)
+    a, b = call(FAST[0], ours), peer(theirs)
+    for x, y in zip((*a, *gradients(a, ours)), (*b, *gradients(b, theirs))):
+        assert compare.error(x.double(), y.double()) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["chunk plus one", "packed"])
+@in_rows
+def test_compiled_equals_eager(impl: str, name: str) -> None:
+    problem = PROBLEMS[name]
+
+    def function(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        with_scale = {**arguments, "q": 2 * arguments["q"]}
+        return tuple(x + 1 for x in gated_delta_rule(**with_scale))
+
+    torch._dynamo.reset()
+    with use(gated_delta_rule=impl):
+        eager, compiled = problem.build(), problem.build()
+        expected = function(eager)
+        actual = torch.compile(function, fullgraph=True, backend="aot_eager")(compiled)
+        close(actual, expected)
+        close(gradients(actual, compiled), gradients(expected, eager))
+
+
+def test_compiled_by_the_default_compiler_equals_eager() -> None:
+    torch._dynamo.reset()
+    eager, compiled = PROBLEMS["empty documents"].build(), PROBLEMS["empty documents"].build()
+    actual = torch.compile(gated_delta_rule, fullgraph=True)(**compiled)
+    expected = gated_delta_rule(**eager)
+    close(actual, expected)
+    close(gradients(actual, compiled), gradients(expected, eager))
+
+
+@functools.cache
+def long_call() -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+    arguments = Problem(name="", T=200, H=1, HV=2, K=4, V=3, initial=True).build(gradient=False)
+    return arguments, call("reference", arguments)
+
+
+@in_rows
+@settings(max_examples=20, deadline=None, database=None)
+@given(cuts=st.lists(st.integers(0, 200), max_size=4))
+def test_a_split_anywhere_gives_the_same(impl: str, cuts: list[int]) -> None:
+    arguments, (o, final) = long_call()
+    state, outputs = arguments["initial_state"], []
+    for begin, end in itertools.pairwise([0, *sorted(cuts), 200]):
+        piece = {name: x[:, begin:end] for name, x in arguments.items() if name != "initial_state"}
+        part, state = call(impl, {**piece, "initial_state": state})
+        outputs.append(part)
+    close(torch.cat(outputs, dim=1), o)
+    close(state, final)
+
+
+@in_rows
+@settings(max_examples=12, deadline=None, database=None)
+@given(lengths=st.lists(st.sampled_from([0, 1, 2, 30, 63, 64, 65, 128]), min_size=1, max_size=4))
+def test_packed_equals_separate(impl: str, lengths: list[int]) -> None:
+    problem = Problem(name="", T=sum(lengths), HV=2, K=4, V=3, lengths=tuple(lengths), initial=True)
+    packed, whole = problem.build(), problem.build()
+    outputs, states, begin = [], [], 0
+    for i, length in enumerate(lengths):
+        piece = {name: whole[name][:, begin : begin + length] for name in ("q", "k", "v", "g", "beta")}
+        o, state = call(impl, {**piece, "initial_state": whole["initial_state"][i : i + 1]})
+        outputs.append(o)
+        states.append(state)
+        begin += length
+    separate = torch.cat(outputs, dim=1), torch.cat(states)
+    together = call(impl, packed)
+    close(together, separate)
+    close(gradients(together, packed), gradients(separate, whole))
+
+
+@in_rows
+def test_the_future_does_not_matter(impl: str) -> None:
+    arguments = Problem(name="", T=140, B=2).build(dtype=torch.float32, gradient=False)
+    changed = {name: x.clone() for name, x in arguments.items()}
+    for name in ("q", "k", "v", "beta"):
+        changed[name][:, 70:] = changed[name][:, 70:].flip(1)
+    assert torch.equal(call(impl, arguments)[0][:, :70], call(impl, changed)[0][:, :70])
+
+
+@in_rows
+def test_every_run_gives_the_same_bits(impl: str) -> None:
+    runs = []
+    for _ in range(2):
+        arguments = PROBLEMS["packed"].build(dtype=torch.float32)
+        outputs = call(impl, arguments)
+        runs.append((*outputs, *gradients(outputs, arguments)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@in_rows
+def test_arguments_are_left_alone(impl: str) -> None:
+    arguments, before = PROBLEMS["packed"].build(), PROBLEMS["packed"].build()
+    gradients(call(impl, arguments), arguments)
+    gradients(call(impl, arguments), arguments)
+    assert all(torch.equal(x, before[name]) for name, x in arguments.items() if isinstance(x, Tensor))
+
+
+@in_rows
+def test_strides_do_not_matter(impl: str) -> None:
+    arguments = PROBLEMS["grouped values"].build()
+    strided = {name: x.detach().mT.contiguous().mT.requires_grad_() for name, x in arguments.items()}
+    a, b = call(impl, arguments), call(impl, strided)
+    close((*b, *gradients(b, strided)), (*a, *gradients(a, arguments)))
+
+
+@pytest.mark.parametrize("name", ["batch of several chunks", "packed", "empty documents", "odd sizes", "one token"])
+@in_rows
+def test_uninitialised_memory_is_not_read(impl: str, name: str) -> None:
+    torch.use_deterministic_algorithms(True)  # fills the memory of torch.empty and its relatives with NaN
+    try:
+        assert torch.empty(3).isnan().all() and torch.ones(1).new_empty(3).isnan().all()
+        actual = compare.run(OP, impl, PROBLEMS[name].build(dtype=torch.float32))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert compare.complaints(actual, reference(name, torch.float32), reference(name, torch.float64), torch.float32) == []
+
+
+def saved_bytes(impl: str, length: int) -> tuple[int, int]:
+    """Bytes of the arguments, and of all memory that autograd keeps for the backward pass."""
+    arguments = Problem(name="", T=length, H=2, HV=2, K=64, V=64).build(dtype=torch.float32)
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = call(impl, arguments)
+    assert outputs[0].requires_grad
+    return sum(x.nbytes for x in leaves(arguments)), sum(kept.values())
+
+
+@in_rows
+def test_memory_grows_with_the_length_and_holds_no_state_per_token(impl: str) -> None:
+    inputs, once = saved_bytes(impl, 512)
+    twice = saved_bytes(impl, 1024)[1]
+    assert 1.8 * once < twice < 2.2 * once
+    assert once < 2 * inputs  # a state for each token would be more than 20 times the inputs
+
+
+@in_rows
+def test_nothing_is_kept_without_gradients(impl: str) -> None:
+    with torch.no_grad():
+        assert not call(impl, PROBLEMS["packed"].build())[0].requires_grad
+
+
+def change(**changes: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda arguments: {**arguments, **{name: make(arguments) for name, make in changes.items()}}
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "too few dimensions": (change(q=lambda a: a["q"][0]), r"q: expected 4 dimensions \[B, T, H, K\], got \[6, 2, 16\]"),
+    "gate with a width": (change(g=lambda a: a["v"]), r"g: expected 3 dimensions \[B, T, HV\], got \[2, 6, 4, 16\]"),
+    "another length": (change(k=lambda a: a["k"][:, :5]), r"k: expected \[B=2, T=6, H=2, K=16\], got \[2, 5, 2, 16\]"),
+    "another width": (change(k=lambda a: a["k"][..., :5]), r"k: expected \[B=2, T=6, H=2, K=16\], got \[2, 6, 2, 5\]"),
+    "gate of other heads": (change(beta=lambda a: a["beta"][..., :3]), r"beta: expected \[B=2, T=6, HV=4\], got \[2, 6, 3\]"),
+    "no multiple": (
+        lambda a: {**a, **{n: a[n][:, :, :3] for n in ("v", "g", "beta")}},
+        r"v: expected a multiple of 2 value heads .*, got 3",
+    ),
+    "dtypes differ": (change(v=lambda a: a["v"].double()), r"v: expected torch.float32 like q, got torch.float64"),
+    "integers": (change(q=lambda a: a["q"].long()), r"q: expected a floating dtype, got torch.int64"),
+    "integer gate": (change(g=lambda a: a["g"].long()), r"g: expected a floating dtype, got torch.int64"),
+    "devices differ": (change(k=lambda a: a["k"].to("meta")), r"k: expected on cpu like q, got meta"),
+    "state elsewhere": (change(initial_state=lambda a: a["initial_state"].to("meta")), r"initial_state: expected on cpu like q, got meta"),
+    "positive decay": (change(g=lambda a: -a["g"] + 0.5), r"g: expected a log decay, so at most 0 everywhere, got \d"),
+    "packing of another total": (change(packing=lambda a: Packing.from_lengths([6, 7])), r"packing: describes 13 tokens, .* 2 x 6"),
+    "document over two rows": (change(packing=lambda a: Packing.from_lengths([5, 7])), r"packing: a document crosses the end of a row"),
+    "packing elsewhere": (change(packing=lambda a: Packing.from_lengths([6, 6], device="meta")), r"packing: is on meta, .* on cpu"),
+    "state of another batch": (
+        change(initial_state=lambda a: a["initial_state"][:1]),
+        r"initial_state: expected \[N=2, HV=4, K=16, V=16\], got \[1, 4, 16, 16\]",
+    ),
+    "state for fewer documents": (
+        change(packing=lambda a: Packing.from_lengths([6, 3, 3])),
+        r"initial_state: expected \[N=3, HV=4, K=16, V=16\], got \[2, 4, 16, 16\]",
+    ),
+    "state turned": (change(initial_state=lambda a: a["initial_state"][..., :3]), r"initial_state: expected .*, got \[2, 4, 16, 3\]"),
+    "state in low precision": (
+        change(initial_state=lambda a: a["initial_state"].bfloat16()),
+        r"initial_state: expected torch.float32, got torch.bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_named(case: str) -> None:
+    spoil, message = WRONG[case]
+    arguments = Problem(name="", B=2, T=6, H=2, HV=4, initial=True).build(dtype=torch.float32, gradient=False)
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        gated_delta_rule(**spoil(arguments))
+
+
+def test_wrong_boundaries_are_named() -> None:
+    with pytest.raises(ArgumentError, match=r"cu_seqlens: expected 0 first and no decrease, got \[0, 8, 4, 12\]"):
+        Packing.from_cu_seqlens([0, 8, 4, 12])

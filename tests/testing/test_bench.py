@@ -1,0 +1,68 @@
+"""The benchmark prints and records what it measured, and gives a wrong row no time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from gdn.core.dispatch import Impl
+from gdn.ops.delta_rule import OP
+from gdn.ops.delta_rule.problems import Problem
+from gdn.testing import bench
+
+TINY = Problem(name="tiny", T=70, H=1, HV=2, K=8, V=8)
+
+
+@pytest.fixture
+def one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first row is timed, in this process."""
+    monkeypatch.setattr(bench, "SLOW", {"recurrent": 0, "reference": 0})
+    monkeypatch.setattr(bench, "_peak", lambda problem, name: dict.fromkeys(bench.MODES, 2**20))
+
+
+@pytest.mark.usefixtures("one_row")
+def test_table_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "results" / "ops.jsonl"
+    assert bench.bench_problems([TINY], repeats=2, out=out) == 0
+    printed = capsys.readouterr().out
+    assert "T=70 H=1 HV=2 K=8 V=8" in printed and "transformers" in printed
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == len(bench.MODES) * len(bench._rows(TINY))
+    assert {row["mode"] for row in rows} == set(bench.MODES)
+    for row in rows:
+        assert row["ok"] and row["milliseconds"] > 0 and len(row["samples"]) == 2 and row["threads"] >= 1
+        assert row["cpu"] and row["torch"] and row["transformers"] and row["command"] and row["problem"]["T"] == 70
+
+
+def without_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return OP.function("reference")(q, k, v, 0 * g, *rest)
+
+
+@pytest.mark.usefixtures("one_row")
+def test_a_wrong_row_gets_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(OP, "impls", OP.impls)
+    OP.register(Impl("wrong row", f"{__name__}:without_decay"))
+    out = tmp_path / "ops.jsonl"
+    try:
+        assert bench.bench_problems([TINY], repeats=1, out=out) == 1
+    finally:
+        OP._choices.clear()
+    line = next(line for line in capsys.readouterr().out.splitlines() if "wrong row" in line)
+    assert "wrong" in line.replace("wrong row", "")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    (row,) = [row for row in rows if row["impl"] == "wrong row"]
+    assert not row["ok"] and "milliseconds" not in row
+    assert all("milliseconds" in row for row in rows if row["impl"] != "wrong row")
+
+
+def test_peak_memory_is_that_of_a_fresh_process() -> None:
+    peaks = bench._peak(TINY.with_(T=4096, K=64, V=64), "chunked")
+    if not peaks:
+        pytest.skip("the system does not tell")
+    assert 2**20 < peaks["forward"] <= peaks["forward+backward"] < 2**30
