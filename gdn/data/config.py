@@ -26,6 +26,8 @@ class DataConfig(Config):
     """Read the text in another order each epoch; otherwise in the order of the source."""
     packing: bool = True
     """Start with a fresh state at each document; otherwise the state runs on through a row, as in the official recipe."""
+    mix: int = 1
+    """Batches whose rows are dealt out in random order among them, so that the pieces of a long document do not all meet in one batch."""
     validation_fraction: float = 0.02
     """Part of the source that is never trained on; not used with validation_source."""
     validation_source: str | None = None
@@ -34,7 +36,7 @@ class DataConfig(Config):
     """Batches made ahead in a background thread; 0 makes each when it is asked for."""
 
     def check(self) -> None:
-        for name, least in (("length", 1), ("batch", 1), ("seed", 0), ("prefetch", 0)):
+        for name, least in (("length", 1), ("batch", 1), ("mix", 1), ("seed", 0), ("prefetch", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected {least} or more, got {getattr(self, name)}")
         if not 0 <= self.validation_fraction < 1:

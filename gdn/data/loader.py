@@ -34,8 +34,9 @@ class Loader:
     """An endless iterator of training batches whose place can be saved and restored.
 
     `state_dict()` is the place after the last batch that was delivered, in plain JSON values, whatever was made ahead. A loader of the
-    same configuration that loads it delivers exactly the batches that were left. `length`, `batch`, `packing` and `prefetch` may differ:
-    the text goes on at the same place. If files were added or removed meanwhile, the text that is left goes on, new files among it.
+    same configuration that loads it delivers exactly the batches that were left. `length`, `batch` (both only without `mix`), `packing`
+    and `prefetch` may differ: the text goes on at the same place. If files were added or removed meanwhile, the text that is left goes on,
+    new files among it.
 
     An error while reading leaves the place where it was: the next call tries again.
     """
@@ -59,7 +60,10 @@ class Loader:
             "rank": rank,
             "world": world,
         }
-        self._place = self._stream.place
+        if config.mix > 1:
+            self._identity |= {"mix": config.mix, "batch": config.batch, "length": config.length}
+        self._block: tuple[np.ndarray, np.ndarray] | None = None
+        self._place = self._making = dict(self._stream.place) | ({"block": 0, "dealt": 0} if config.mix > 1 else {})
         self._ahead: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gdn-data") if config.prefetch else None
 
@@ -93,8 +97,9 @@ class Loader:
             future = self._ahead.pop()
             if not future.cancel():
                 future.exception()  # wait: the thread must not touch the stream any more
-        self._stream.restart(place)
-        self._place = dict(place)
+        self._stream.restart({name: value for name, value in place.items() if name not in ("block", "dealt")})
+        self._block = None
+        self._making = self._place = dict(place)
 
     def _next_ahead(self, thread: ThreadPoolExecutor) -> tuple[Batch, dict[str, Any]]:
         while len(self._ahead) <= self.config.prefetch:
@@ -103,9 +108,29 @@ class Loader:
 
     def _make(self) -> tuple[Batch, dict[str, Any]]:
         config = self.config
-        tokens, targets = self._stream.take(config.batch * config.length)
+        if config.mix > 1:
+            tokens, targets = self._deal()
+        else:
+            tokens, targets = self._stream.take(config.batch * config.length)
+            self._making = self._stream.place
         batch = pack(tokens, targets, self.tokenizer, batch=config.batch, length=config.length, boundaries=config.packing)
-        return batch, dict(self._stream.place)
+        return batch, dict(self._making)
+
+    def _deal(self) -> tuple[np.ndarray, np.ndarray]:
+        """The next batch of a block of `mix` batches with its rows in random order. A place in a block is where the block begins, its
+        number and how many of its batches are dealt, so that the same block can be read and mixed again."""
+        config, place = self.config, self._making
+        if self._block is None:
+            rows = np.random.default_rng((config.seed, place["block"])).permutation(config.mix * config.batch)
+            tokens, targets = self._stream.take(len(rows) * config.length)
+            self._block = tokens.reshape(len(rows), -1)[rows], targets.reshape(len(rows), -1)[rows]
+        first = place["dealt"] * config.batch
+        tokens, targets = (x[first : first + config.batch].reshape(-1) for x in self._block)
+        self._making = {**place, "dealt": place["dealt"] + 1}
+        if self._making["dealt"] == config.mix:
+            self._block = None
+            self._making = {**self._stream.place, "block": place["block"] + 1, "dealt": 0}
+        return tokens, targets
 
 
 class Data:

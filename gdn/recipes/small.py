@@ -17,12 +17,13 @@ def demo() -> Trainer.Config:
     mixer = GatedDeltaNet.Config(heads=3, head_dim=32)
     return Trainer.Config(
         model=LM.Config(vocab=BYTES, width=128, layers=4, mlp=384, pattern=(mixer,)),
-        data=DataConfig(source="python", tokenizer="bytes", length=256, batch=8),
+        data=DataConfig(source="python", tokenizer="bytes", length=256, batch=4, mix=128),
         optim=AdamW(lr=4e-3),
         schedule=Schedule(warmup=50),
-        steps=2000,
+        steps=4000,
         time_limit_s=170,
-        validate_every=500,
+        validate_every=1000,
+        log_every=20,
         prompt="def ",
         directory="runs/demo",
     )
@@ -32,7 +33,7 @@ def corpus() -> Trainer.Config:
     """A model of depth 4 on this machine's Python source; the start for runs of your own."""
     return Trainer.Config(
         model=from_depth(4, vocab=BYTES),
-        data=DataConfig(source="python", tokenizer="bytes", length=1024, batch=8),
+        data=DataConfig(source="python", tokenizer="bytes", length=1024, batch=8, mix=32),
         optim=AdamW(lr=2e-3),
         schedule=Schedule(warmup=200),
         steps=10_000,
