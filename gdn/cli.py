@@ -132,7 +132,7 @@ def generate(
         sys.stdout.flush()
         if count == tokens:
             break
-    sys.stdout.write("\n")
+    sys.stdout.write(decoder.flush() + "\n")
     return 0
 
 
@@ -159,7 +159,7 @@ def evaluate(
     model, tokenizer = _open(run, device)
     saved = run / "config.json"
     trained = DataConfig.from_dict(json.loads(saved.read_text())["data"]) if (run / "model").is_dir() and saved.is_file() else DataConfig()
-    data = trained if source is None else trained.with_(source=source, validation_fraction=1.0)
+    data = trained if source is None else trained.with_(validation_source=source)
     print_evaluation(model, tokenizer, data, length=length, max_tokens=max_tokens)
     return 0
 
