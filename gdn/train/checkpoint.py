@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step_00000100/
         __0_0.distcp, ..., .metadata    torch.distributed.checkpoint: model and optimizer, shard by shard, and a text of each process
-        run.json                        the resolved configuration
+        config.json                     the resolved configuration
         manifest.json                   step, processes, size and CRC-32 of every other file
 
 A checkpoint is written under a name ending in `.partial`, synced to disk, and renamed; only then are older ones deleted. A folder without
@@ -36,7 +36,7 @@ from gdn.models.lm import LM
 from gdn.models.store import save_model
 from gdn.train.distributed import World
 
-FOLDER, RUN, MANIFEST, PARTIAL = "checkpoints", "run.json", "manifest.json", ".partial"
+FOLDER, RUN, MANIFEST, PARTIAL = "checkpoints", "config.json", "manifest.json", ".partial"
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when there is no room for a file."""
@@ -242,7 +242,8 @@ def _reason(error: BaseException, path: Path) -> str:
         if isinstance(cause, OSError) and cause.errno in FULL:
             free = shutil.disk_usage(path.parent if path.parent.exists() else path.anchor).free
             return f"the disk is full ({cause.strerror}; {free / 1e6:.0f} MB free). Make room and start the same command again"
-    return f"{type(error).__name__}: {error}"
+    first = next((cause for cause in _causes(error) if not isinstance(cause, CheckpointException)), error)
+    return f"{type(first).__name__}: {first}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from gdn.core.config import Config
@@ -13,9 +14,11 @@ from gdn.train.optim import AdamW
 from gdn.train.schedule import Schedule
 from gdn.train.step import Precision
 
-MAY_CHANGE = ("steps", "time_limit_s", "directory", "resume", "device", "compile", "recompute", "checkpoints", "prompt")
-MAY_CHANGE += ("log_every", "validate_every", "validation_tokens", "sample_tokens")
-"""Fields that a resumed run may give anew. All others must be those of the checkpoint."""
+MAY_CHANGE = (
+    *("steps", "time_limit_s", "directory", "resume", "device", "compile", "recompute"),
+    *("log_every", "validate_every", "validation_tokens", "sample_tokens", "prompt", "checkpoints", "data.prefetch"),
+)
+"""What a resumed run may give anew; all else must be as in the checkpoint. device, compile and recompute change the rounding."""
 
 
 class TrainerConfig(Config):
@@ -76,16 +79,22 @@ class TrainerConfig(Config):
                 raise ConfigError(f"{name}: expected above 0 or none, got {getattr(self, name)}")
 
 
-def first_difference(saved: Any, given: Any, path: str = "") -> str | None:
-    """The first field in which two configurations differ, `name: saved a, given b`; those that `MAY_CHANGE` are left out."""
-    if isinstance(saved, dict) and isinstance(given, dict):
-        for name in sorted(saved.keys() | given.keys()):
-            if path or name not in MAY_CHANGE:
-                inner = first_difference(saved.get(name), given.get(name), f"{path}.{name}" if path else name)
-                if inner:
-                    return inner
-        return None
-    if isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
-        differences = (first_difference(a, b, f"{path}.{i}") for i, (a, b) in enumerate(zip(saved, given)))
-        return next((d for d in differences if d), None)
-    return None if saved == given else f"{path} was {saved!r} and is now {given!r}"
+def first_difference(saved: dict[str, Any], given: dict[str, Any]) -> str | None:
+    """`optim.lr was 0.1 and is now 0.2`: the first field in which two configurations (`to_dict`) differ and that may not change."""
+    before, now = dict(_leaves(saved)), dict(_leaves(given))
+    for name in sorted(before.keys() | now.keys()):
+        parts = name.split(".")
+        if any(".".join(parts[:n]) in MAY_CHANGE for n in (1, 2)):
+            continue
+        if name not in before or name not in now or before[name] != now[name]:
+            return f"{name} was {before.get(name, 'absent')} and is now {now.get(name, 'absent')}"
+    return None
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every scalar of nested dictionaries and lists by its dotted path."""
+    if isinstance(value, dict | list) and value:
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(item, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, value

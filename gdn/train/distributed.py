@@ -81,7 +81,11 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    flagged = {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for name, parameter in model.named_parameters():
+        if name in flagged:  # the shard is another object
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]

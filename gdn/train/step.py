@@ -17,9 +17,6 @@ from gdn.data import Batch
 from gdn.train.distributed import World
 from gdn.train.optim import GATES
 
-IGNORE = -100
-"""A target that counts for nothing."""
-
 Precision = Literal["fp32", "bf16"]
 
 
@@ -49,7 +46,7 @@ def train_step(
     So two micro-batches are one batch of twice the size, whatever the number of valid targets in each, and so are two processes.
     A loss or gradient that is not finite raises `NonFiniteError` before anything is updated.
     """
-    counts = [int((batch.targets != IGNORE).sum()) for batch in batches]
+    counts = [batch.num_targets for batch in batches]
     tokens, num_bytes = world.reduce([sum(counts), sum(batch.num_bytes for batch in batches)])
     if not tokens:
         raise DataError("expected at least one token to predict in a step, got none; are the documents a single token each?")

@@ -23,7 +23,7 @@ from torch import distributed as dist
 from torch import nn
 
 from gdn.core.errors import CheckpointError, ConfigError, NonFiniteError
-from gdn.data import Loader, Tokenizer, open_tokenizer, validation_batches
+from gdn.data import Batch, Data, Loader, Tokenizer
 from gdn.eval.perplexity import evaluate
 from gdn.models.lm import LM
 from gdn.train import checkpoint, metrics, random_state, report
@@ -35,6 +35,9 @@ from gdn.train.progress import Progress, Speed
 from gdn.train.schedule import position
 from gdn.train.step import Step, autocast, check_precision, train_step
 from gdn.train.stop import StopRequest, exit_code
+
+MODEL = "model"
+"""Folder of the exported model in the run's directory."""
 
 
 class Trainer:
@@ -73,15 +76,20 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: Loader
+    validation: list[Batch]
+    """Held-out text, the same each time; empty for none."""
     tokenizer: Tokenizer
     progress: Progress
 
 
 def build(config: TrainerConfig, world: World) -> Run:
     """The parts of a run at step 0, on this process's device."""
-    tokenizer = open_tokenizer(config.data)
-    if tokenizer.vocab > config.model.vocab:
-        raise ConfigError(f"model.vocab: expected at least the {tokenizer.vocab} tokens of the tokenizer, got {config.model.vocab}")
+    data = Data(config.data)
+    vocab = data.tokenizer.vocab_size
+    if vocab > config.model.vocab:
+        raise ConfigError(f"model.vocab: expected at least the {vocab} tokens of the tokenizer, got {config.model.vocab}")
+    loader = data.train_loader(rank=world.rank, world=world.size)
+    validation = data.validation(config.validation_tokens) if config.validation_tokens else []
     random_state.seed(config.seed)
     with world.device:
         model = LM(config.model)
@@ -92,8 +100,7 @@ def build(config: TrainerConfig, world: World) -> Run:
     if config.compile:
         model.compile()
     random_state.seed(config.seed + world.rank)
-    loader = Loader(config.data, tokenizer, rank=world.rank, world=world.size)
-    return Run(model.train(), optimizer, loader, tokenizer, Progress())
+    return Run(model.train(), optimizer, loader, validation, data.tokenizer, Progress())
 
 
 def resume(run: Run, config: TrainerConfig, folder: Path, world: World) -> Path | None:
@@ -152,8 +159,8 @@ def save(run: Run, config: TrainerConfig, world: World) -> Path:
 
 
 def export(run: Run, config: TrainerConfig, world: World) -> None:
-    """Leave model and tokenizer in the directory, for `gdn generate` and `gdn.models.load_model`."""
-    folder = Path(config.directory)
+    """Leave model and tokenizer in `model/` of the directory, for `gdn generate` and `gdn.models.load_model`."""
+    folder = Path(config.directory, MODEL)
     checkpoint.export(run.model, config.model, folder, world=world)
     if world.is_first:
         run.tokenizer.save(folder)
@@ -167,9 +174,9 @@ def finish(run: Run, config: TrainerConfig, world: World, display: Display) -> N
     rows = list(metrics.read(folder / metrics.FILE))
     display.console.print(report.table(rows, parameters=config.model.num_parameters()))
     picture = report.plot(rows, folder / "loss.png")
-    display.say(f"{folder}: model.safetensors, metrics.jsonl" + (", loss.png" if picture else ""))
+    display.say(f"{folder}: {MODEL}, {metrics.FILE}" + (", loss.png" if picture else ""))
     if config.sample_tokens:
-        text = report.sample(folder, run.tokenizer, prompt=config.prompt, tokens=config.sample_tokens, device=world.device)
+        text = report.sample(folder / MODEL, run.tokenizer, prompt=config.prompt, tokens=config.sample_tokens, device=world.device)
         display.say(f"\nThe model writes:\n\n{text}\n")
     scores = [row["bits_per_byte/val"] for row in rows if "bits_per_byte/val" in row]
     if scores:
@@ -204,7 +211,7 @@ def _row(run: Run, config: TrainerConfig, world: World, speed: Speed, *, over: b
     """The metrics due after a step: training every `log_every` steps, validation every `validate_every`, both at the end. Often empty."""
     progress = run.progress
     validating = over or (config.validate_every > 0 and progress.step % config.validate_every == 0)
-    validating = validating and config.validation_tokens > 0
+    validating = validating and bool(run.validation)
     if not (over or validating or progress.step % config.log_every == 0):
         return {}
     row = progress.take_window() | {"tokens_seen": progress.tokens, "seconds": round(progress.seconds, 3)}
@@ -222,7 +229,7 @@ def _row(run: Run, config: TrainerConfig, world: World, speed: Speed, *, over: b
 def validate(run: Run, config: TrainerConfig, world: World) -> Row:
     """Loss and bits per byte on held-out text, the same text every time. Every process computes all of it: sharded parameters need all."""
     with autocast(world.device, config.precision):
-        result = evaluate(run.model, validation_batches(config.data, run.tokenizer, config.validation_tokens))
+        result = evaluate(run.model, run.validation)
     return {"loss/val": result.loss, "bits_per_byte/val": result.bits_per_byte}
 
 
@@ -240,9 +247,12 @@ def _log(folder: Path, config: TrainerConfig, progress: Progress, world: World) 
     if not world.is_first:
         yield None
         return
-    log = Metrics(folder, progress.step)
     try:
+        log = Metrics(folder, progress.step)
         checkpoint.write_synced(folder / checkpoint.RUN, json.dumps(config.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
+    try:
         yield log
     finally:
         log.close()
@@ -250,9 +260,8 @@ def _log(folder: Path, config: TrainerConfig, progress: Progress, world: World) 
 
 def _opening(run: Run, found: Path | None, config: TrainerConfig, world: World) -> str:
     where = str(world.device) if world.size == 1 else f"{world.size} x {world.device.type}"
-    text = (
-        f"{config.model.num_parameters():,} parameters on {where}, {config.precision}, up to {config.steps:,} steps into {config.directory}"
-    )
+    size = f"{config.model.num_parameters():,} parameters"
+    text = f"{config.directory}: {size}, {where}, {config.precision}, up to {config.steps:,} steps"
     if found is None:
         return text
     more = "complete" if _is_over(run.progress, config) else f"going on after step {run.progress.step:,}"

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gdn.core.errors import CheckpointError, ConfigError, NonFiniteError
+from gdn.data import Loader, load_tokenizer
+from gdn.models.store import load_model
+from gdn.train import AdamW, Checkpoints, Schedule, Trainer, checkpoint, metrics
+from gdn.train.config import first_difference
+
+Tiny = Callable[..., Trainer.Config]
+
+TIMES = ("seconds", "tokens_per_second", "memory/peak_gib")
+"""Metrics that no two runs share."""
+
+
+def rows(config: Trainer.Config) -> list[dict[str, float]]:
+    """What must be equal to the last bit."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics.read(Path(config.directory) / metrics.FILE)]
+
+
+def weights(config: Trainer.Config) -> bytes:
+    return Path(config.directory, "model", "model.safetensors").read_bytes()
+
+
+def run(config: Trainer.Config) -> Trainer.Config:
+    assert Trainer(config).run() == 0
+    return config
+
+
+def interrupt(config: Trainer.Config, signal: str, step: int, where: str = "step") -> subprocess.CompletedProcess[str]:
+    """Run in another process that sends itself a signal. See interrupted.py."""
+    file = Path(config.directory).with_suffix(".json")
+    file.write_text(json.dumps(config.to_dict()))
+    command = [sys.executable, "-W", "error", str(Path(__file__).with_name("interrupted.py")), str(file), signal, str(step), where]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2], check=False)
+
+
+def steps_saved(config: Trainer.Config) -> list[str]:
+    return sorted(path.name for path in Path(config.directory, "checkpoints").iterdir())
+
+
+def test_a_run_leaves_what_it_promises(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run(tiny(prompt="one two"))
+    folder = Path(config.directory)
+    found = rows(config)
+    assert [row["step"] for row in found] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in found if "loss/val" in row] == [6, 12]
+    assert found[-1]["loss/val"] < found[0]["loss/train"]
+    assert found[-1]["tokens_seen"] == 12 * 64
+    assert {"lr", "grad_norm", "bits_per_byte/train"} <= found[0].keys()
+    assert steps_saved(config) == ["step_00000008", "step_00000012"]
+    assert Trainer.Config.from_dict(json.loads((folder / "config.json").read_text())) == config
+    assert (folder / "loss.png").exists()
+    assert load_model(folder / "model").config == config.model
+    assert load_tokenizer(folder / "model").end_id == 256
+    output = capsys.readouterr().out
+    assert "step      2  loss " in output
+    assert "The model writes:\n\none two" in output
+    assert f"validation bits per byte {found[-1]['bits_per_byte/val']:.2f}\n" in output
+
+
+@pytest.mark.parametrize(
+    ("signal", "status", "where", "resumes"),
+    [
+        ("SIGINT", 130, "step", "step_00000007: going on after step 7"),
+        ("SIGTERM", 143, "step", "step_00000007: going on after step 7"),
+        ("SIGKILL", -9, "step", "step_00000004: going on after step 4"),
+        ("SIGKILL", -9, "checkpoint", "step_00000004: going on after step 4"),
+    ],
+)
+def test_a_run_that_was_stopped_and_resumed_is_bit_for_bit_one_that_was_not(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], signal: str, status: int, where: str, resumes: str
+) -> None:
+    whole, broken = run(tiny("whole", accumulate=2)), tiny("broken", accumulate=2)
+    stopped = interrupt(broken, signal, 7 if where == "step" else 8, where)
+    assert stopped.returncode == status, stopped.stderr
+    if status > 0:
+        assert "stopped after step 7 and saved; the same command goes on from there" in stopped.stdout
+        assert load_model(Path(broken.directory, "model")).config == broken.model
+    if where == "checkpoint":
+        assert steps_saved(broken) == ["step_00000004", "step_00000008.partial"]
+    capsys.readouterr()
+    run(broken)
+    assert resumes in capsys.readouterr().out
+    assert rows(broken) == rows(whole)
+    assert weights(broken) == weights(whole)
+
+
+def test_many_stops_are_as_none(tiny: Tiny) -> None:
+    """In one process and at each step, by way of a longer and longer run. The schedule must not depend on the length for that."""
+    flat = Schedule(warmup=3, final_fraction=1.0)
+    whole, broken = run(tiny("whole", schedule=flat)), tiny("broken", schedule=flat)
+    for steps in range(1, 13):
+        run(broken.with_(steps=steps, validation_tokens=0, log_every=100, sample_tokens=0))
+    assert weights(broken) == weights(whole)
+
+
+def test_a_checkpoint_that_was_damaged_is_not_loaded_and_the_one_before_gives_the_same_end(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run(tiny())
+    expected, model = rows(config), weights(config)
+    data = Path(config.directory, "checkpoints", "step_00000012", "__0_0.distcp")
+    data.write_bytes(data.read_bytes()[:1000])
+    capsys.readouterr()
+    run(config)
+    output = capsys.readouterr().out
+    assert "checkpoint step_00000012 cannot be used: __0_0.distcp has 1000 bytes" in output
+    assert "step_00000008: going on after step 8" in output
+    assert rows(config) == expected
+    assert weights(config) == model
+
+
+@pytest.mark.parametrize("lost", ["data", "optimizer", "window"])
+def test_the_comparison_sees_what_a_resumed_run_forgot(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """The data one batch late; the optimizer's moments anew; the sums behind the next row of metrics."""
+    whole, broken = run(tiny("whole")), tiny("broken", checkpoints=Checkpoints(every=5))
+    assert interrupt_at_once(broken, monkeypatch, after=5) == 130
+    if lost == "data":
+        load = Loader.load_state_dict
+
+        def late(self: Loader, state: dict[str, Any]) -> None:
+            load(self, state)
+            next(self)
+
+        monkeypatch.setattr(Loader, "load_state_dict", late)
+    elif lost == "optimizer":
+        original = checkpoint.load
+
+        def forgetful(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> dict[str, Any]:
+            local = original(folder, model, optimizer, **options)
+            optimizer.state.clear()
+            return local
+
+        monkeypatch.setattr(checkpoint, "load", forgetful)
+    else:
+        original = checkpoint.load
+
+        def without_sums(*args: Any, **options: Any) -> dict[str, Any]:
+            local = original(*args, **options)
+            local["progress"] |= {"window_nats": 0.0, "window_tokens": 0, "window_bytes": 0}
+            return local
+
+        monkeypatch.setattr(checkpoint, "load", without_sums)
+    run(broken)
+    assert rows(broken) != rows(whole)
+
+
+def interrupt_at_once(config: Trainer.Config, monkeypatch: pytest.MonkeyPatch, *, after: int) -> int:
+    """Run in this process and request a stop after a step, as a signal would."""
+    from gdn.train import stop, trainer
+
+    requests: list[stop.StopRequest] = []
+
+    class Request(stop.StopRequest):
+        def __enter__(self) -> stop.StopRequest:
+            requests.append(self)
+            return super().__enter__()
+
+    original, steps = trainer.train_step, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        steps.append(1)
+        if len(steps) == after:
+            requests[0].received = 2
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "StopRequest", Request)
+        patch.setattr(trainer, "train_step", counted)
+        return Trainer(config).run()
+
+
+def test_a_finished_run_is_not_run_again(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run(tiny())
+    expected = rows(config)
+    capsys.readouterr()
+    run(config)
+    output = capsys.readouterr().out
+    assert "step_00000012: complete" in output
+    assert "validation bits per byte" in output
+    assert rows(config) == expected
+
+
+def test_resuming_with_another_configuration_names_the_first_difference(tiny: Tiny) -> None:
+    run(tiny())
+    with pytest.raises(CheckpointError, match=r"optim.lr was 0.003 and is now 0.5"):
+        Trainer(tiny(optim=AdamW(lr=0.5), seed=4)).run()
+    with pytest.raises(CheckpointError, match="holds a run"):
+        Trainer(tiny(resume=False)).run()
+
+
+def test_what_may_change_may_change(tiny: Tiny) -> None:
+    config = tiny()
+    changed = config.with_(
+        steps=20, log_every=1, checkpoints=Checkpoints(every=1), directory="elsewhere", data=config.data.with_(prefetch=0), time_limit_s=9.0
+    )
+    assert first_difference(config.to_dict(), changed.to_dict()) is None
+    mixers = config.with_(model=config.model.with_(pattern=config.model.pattern * 2))
+    assert first_difference(config.to_dict(), mixers.to_dict()) == "model.pattern.1.allow_neg_eigval was absent and is now False"
+    assert first_difference(config.to_dict(), config.with_(data=config.data.with_(seed=1)).to_dict()) == "data.seed was 0 and is now 1"
+
+
+def test_a_loss_that_is_not_finite_stops_with_where_and_what_to_try(tiny: Tiny) -> None:
+    config = tiny(optim=AdamW(lr=1e30), schedule=Schedule(warmup=0), accumulate=2, checkpoints=Checkpoints(every=1))
+    with pytest.raises(NonFiniteError) as caught:
+        Trainer(config).run()
+    message = str(caught.value)
+    cause = r"(the loss of micro-batch 0 is nan|every loss is finite, the norm of the gradient is nan)"
+    assert re.match(rf"step 2: {cause}\. It was batches 2 to 3 of this process \(0 is the first\), learning rate \d", message)
+    for part in ("losses before it: 5.", "Nothing was updated", "smaller optim.lr", "schedule.warmup", "clip=1.0", "gdn doctor"):
+        assert part in message, part
+    assert checkpoint.defect(Path(config.directory, "checkpoints", "step_00000001")) is None
+
+
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tiny: Tiny) -> None:
+    import resource
+
+    whole, config = run(tiny("whole")), tiny("full")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run(config.with_(steps=4, schedule=config.schedule))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            Trainer(config).run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert steps_saved(config) == ["step_00000004"]
+    run(config)
+    assert [row["step"] for row in rows(config)] == [row["step"] for row in rows(whole)]
+
+
+def test_a_time_limit_ends_the_run_with_the_learning_rate_of_the_end(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run(tiny(steps=1_000_000, time_limit_s=0.5, log_every=1, validate_every=0))
+    found = rows(config)
+    assert 3 < found[-1]["step"] < 1_000_000
+    assert found[-1]["lr"] < 0.3 * max(row["lr"] for row in found)
+    assert "loss/val" in found[-1]
+    capsys.readouterr()
+    run(config)
+    assert "complete" in capsys.readouterr().out
+
+
+def test_recomputing_blocks_changes_no_number(tiny: Tiny) -> None:
+    assert rows(run(tiny("kept"))) == rows(run(tiny("again", recompute="block")))
+
+
+def test_bf16_runs_and_resumes(tiny: Tiny) -> None:
+    config = tiny(precision="bf16", schedule=Schedule(warmup=1, final_fraction=1.0))
+    run(config.with_(steps=6))
+    run(config)
+    assert rows(config) == rows(run(tiny("whole", precision="bf16", schedule=Schedule(warmup=1, final_fraction=1.0))))
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match=r"model.vocab: expected at least the 257 tokens of the tokenizer, got 200"):
+        Trainer(tiny(model=tiny().model.with_(vocab=200))).run()
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"accumulate": 0}, {"clip": 0.0}, {"time_limit_s": -1.0}, {"validate_every": -1}])
+def test_values_that_cannot_work_are_named(tiny: Tiny, wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        tiny(**wrong)
