@@ -25,6 +25,9 @@ from gdn.core.dispatch import Op, use
 FLOOR = 4
 """Units of the dtype's last place that every implementation may be wrong by."""
 
+SCALED = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+"""Turns a rounding error in float32 into one in float64."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
@@ -97,19 +100,18 @@ def allowed(rounding: float, dtype: torch.dtype) -> float:
     return 2 * rounding + FLOOR * torch.finfo(dtype).eps
 
 
-def complaints(actual: Results, rounding: Results, truth: Results, dtype: torch.dtype) -> list[str]:
+def complaints(actual: Results, rounding: Results, truth: Results, dtype: torch.dtype, *, scale: float = 1.0) -> list[str]:
     """One line for each output or gradient that is more wrong than `allowed`; empty when the implementation is right.
 
     Args:
         actual: of the implementation at dtype.
-        rounding: of the reference at dtype. For float64, where the reference is the truth, of the reference at float32: its errors count in
-            proportion to the last places of the two dtypes.
+        rounding: of plain torch at dtype, usually the reference.
         truth: of the reference in float64.
         dtype: of the activations.
+        scale: factor on the errors of `rounding`. `SCALED` where the reference is the truth (float64) and `rounding` was run in float32.
     """
     assert actual.names == rounding.names == truth.names
     found = []
-    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if dtype == torch.float64 else 1.0
     for name in truth.names:
         is_wrong, may_be = error(actual[name], truth[name]), allowed(scale * error(rounding[name], truth[name]), dtype)
         if not is_wrong <= may_be:

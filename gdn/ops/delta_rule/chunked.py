@@ -191,9 +191,12 @@ class Chunks:
         queries, keys, kk, qk = (x.flatten(0, 1) for x in (queries, keys, kk, qk))
         values = load("v", v).flatten(0, 1)
         log, strength = (load(name, x.unsqueeze(-1)).flatten(0, 1) for name, x in (("g", g), ("beta", beta)))
-        total = log.clamp_(min=SMALLEST_LOG_DECAY).cumsum(1)
-        gamma, tail = total.exp(), (total[:, -1:] - total).exp()
-        decay = torch.sub(total, total.mT, out=scratch("decay", *kk.shape)).tril_().exp_().tril_()
+        exact = log.clamp_(min=SMALLEST_LOG_DECAY).cumsum(1, dtype=torch.float64)
+        total = exact.to(scratch.dtype)
+        rest = (exact - total).to(scratch.dtype)  # what rounding took: a difference of two large sums must still be right
+        gamma, tail = exact.exp().to(scratch.dtype), (exact[:, -1:] - exact).exp().to(scratch.dtype)
+        decay = torch.sub(total, total.mT, out=scratch("decay", *kk.shape))
+        decay.add_(rest).sub_(rest.mT).tril_().exp_().tril_()
         kk.mul_(decay).tril_(-1)
         qk.mul_(decay).mul_(scale)
         inverse = scratch("inverse", *kk.shape).copy_(torch.eye(size, dtype=scratch.dtype, device=v.device).expand_as(kk))
@@ -311,11 +314,13 @@ def _group_gradients(
     through_keys = torch.mul(d_keys, c.keys, out=scratch("through_keys", *c.keys.shape))
     d_beta = torch.linalg.vecdot(d_solved, error).add_(through_keys.sum(-1))
     pairs = through_keys.mul_(c.beta).addcmul_(d_reads, c.reads)
+    # g_t decays what passes from before t to t or after: pairs (i, j) with j < t <= i. Summed as such, nothing cancels.
+    crossing = torch.cumsum(pairs, 2, out=scratch("crossing", *pairs.shape)).sub_(pairs).tril_()
+    d_g = crossing.sum(1)
+    d_g += (torch.linalg.vecdot(c.k, d_k) + torch.linalg.vecdot(c.q, d_q)).flip(1).cumsum(1).flip(1)
     from_tail = torch.linalg.vecdot(c.k, d_tail)
-    d_total = pairs.sum(-1) - pairs.sum(-2) - from_tail
-    d_total += torch.linalg.vecdot(c.k, d_k) + torch.linalg.vecdot(c.q, d_q)
-    d_total[:, -1] += from_tail.sum(-1) + (d_last * last)[:, 0, 0]
-    d_g = d_total.flip(1).cumsum(1).flip(1)
+    d_g += from_tail.cumsum(1) - from_tail
+    d_g += (d_last * last).squeeze(-1)
     d_qk = d_reads.mul_(c.decay).mul_(scale)
     d_kk = d_keys.mul_(c.decay).mul_(c.beta)
     symmetric = torch.add(d_kk, d_kk.mT, out=scratch("through_keys", *d_kk.shape))
