@@ -59,9 +59,10 @@ class Loader:
             "held_out": config.held_out,
             "rank": rank,
             "world": world,
+            "mix": config.mix,
         }
         if config.mix > 1:
-            self._identity |= {"mix": config.mix, "batch": config.batch, "length": config.length}
+            self._identity |= {"batch": config.batch, "length": config.length}
         self._block: tuple[np.ndarray, np.ndarray] | None = None
         self._place = self._making = dict(self._stream.place) | ({"block": 0, "dealt": 0} if config.mix > 1 else {})
         self._ahead: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()

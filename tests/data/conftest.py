@@ -1,40 +1,21 @@
-"""A small corpus in every form that a source can have."""
+"""Fixtures of the data tests."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from corpora import Corpus, write_corpus
+from hypothesis import settings
+
+from gdn.data import DataConfig
+
+# No deadline: other work on the machine must not fail a test.
+settings.register_profile("data", deadline=None, max_examples=60)
+settings.load_profile("data")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub when it is first imported
-
-from gdn.data import ByteTokenizer, DataConfig, prepare
-
-TEXTS = [f"# text {i}\n" + "".join(f"line {j} of {i}: é€😀 {'x' * (j * i % 40)}\n" for j in range(i % 13)) for i in range(60)]
-
-LONG = 12
-"""How often the long text repeats the others."""
-
-KINDS = ["python", "text", "long text", "jsonl", "parquet", "tokens", "hf", "joined"]
-
-Corpus = Callable[[str], DataConfig]
-
-
-def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
-    return path
-
-
-def write_parquet(path: Path, texts: list[str | None], field: str = "text", rows: int = 8) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({field: pyarrow.array(texts, pyarrow.string())}), path, row_group_size=rows)
-    return path
 
 
 @pytest.fixture
@@ -42,30 +23,6 @@ def corpus(tmp_path: Path) -> Corpus:
     """The configuration of a small corpus by kind. A third of it is on the validation side."""
 
     def make(kind: str) -> DataConfig:
-        return DataConfig(source=_write(kind, tmp_path), length=37, batch=3, validation_fraction=0.33, seed=5)
+        return DataConfig(source=write_corpus(kind, tmp_path), length=37, batch=3, validation_fraction=0.33, seed=5)
 
     return make
-
-
-def _write(kind: str, folder: Path) -> str:
-    if kind in ("python", "text"):
-        suffix = "py" if kind == "python" else "txt"
-        for i, text in enumerate(TEXTS):
-            path = folder / "many" / f"p{i % 7}" / f"f{i}.{suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return f"python:{folder / 'many'}" if kind == "python" else str(folder / "many" / "**" / "*.txt")
-    if kind == "long text":
-        (folder / "long.md").write_text("".join(TEXTS) * LONG)
-        return str(folder / "long.md")
-    if kind == "jsonl":
-        return str(write_jsonl(folder / "rows.jsonl", TEXTS))
-    if kind == "parquet":
-        return str(write_parquet(folder / "rows.parquet", list(TEXTS)))
-    if kind == "tokens":
-        return f"tokens:{prepare(TEXTS, ByteTokenizer(), folder / 'tokens.bin')}"
-    if kind == "hf":
-        for i in range(3):
-            write_jsonl(folder / "hub" / f"train-{i}.jsonl", TEXTS[i::3])
-        return f"hf:{folder / 'hub'}"
-    return ",".join(_write(part, folder) for part in ("python", "jsonl", "tokens"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import TEXTS
+from corpora import TEXTS
 
 from gdn.core.errors import ArgumentError, DataError
 from gdn.data import load_tokenizer, train_bpe

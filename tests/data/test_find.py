@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import write_jsonl, write_parquet
+from corpora import write_jsonl, write_parquet
 
 from gdn.core.errors import DataError
 from gdn.data import ByteTokenizer, prepare

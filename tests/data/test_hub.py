@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import write_jsonl, write_parquet
+from corpora import write_jsonl, write_parquet
 
 from gdn.core import errors
 from gdn.core.errors import DataError, MissingExtraError

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, LONG, TEXTS, Corpus, write_jsonl
+from corpora import KINDS, LONG, TEXTS, Corpus, write_jsonl
 
 from gdn.core.errors import ArgumentError, ConfigError, DataError
 from gdn.data import Batch, ByteTokenizer, Data, DataConfig, Loader, files, hub, load_tokenizer, rows, tokens, train_bpe, validation_batches

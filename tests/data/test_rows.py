@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import write_jsonl, write_parquet
+from corpora import write_jsonl, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 

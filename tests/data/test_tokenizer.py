@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from conftest import TEXTS
+from corpora import TEXTS
 from hypothesis import given
 from hypothesis import strategies as st
 
