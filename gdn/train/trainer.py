@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import distributed as dist
-from torch import nn
 
 from gdn.core.errors import CheckpointError, ConfigError, NonFiniteError
 from gdn.data import Batch, Data, Loader, Tokenizer
@@ -73,7 +72,7 @@ class Trainer:
 class Run:
     """What a run consists of."""
 
-    model: nn.Module
+    model: LM
     optimizer: torch.optim.Optimizer
     loader: Loader
     validation: list[Batch]

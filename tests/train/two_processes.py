@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
@@ -33,10 +32,10 @@ def batches(count: int) -> list[Batch]:
 
 def sharded_beside_whole(config: LM.Config, world: World) -> dict[str, Any]:
     """Losses and norms of three steps on one process with two micro-batches, and on two processes with one each."""
-    torch.manual_seed(0)
-    whole = LM(config)
-    whole.blocks[0].mixer.g_proj.weight._no_weight_decay = True
-    model = copy.deepcopy(whole)
+    whole, model = LM(config), LM(config)
+    model.load_state_dict(whole.state_dict())
+    for lm in (whole, model):
+        lm.blocks[0].mixer.g_proj.weight._no_weight_decay = True
     shard(model, list(model.blocks), world)
     names = {id(p): name for name, p in model.named_parameters()}
     kept = [names[id(p)] for group in groups(model, AdamW()) if group["name"] == "no_decay" for p in group["params"]]
@@ -73,6 +72,7 @@ def stopped_after(config: Trainer.Config, step: int, rank: int) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     config = Trainer.Config.from_dict(json.loads(Path(sys.argv[1]).read_text()))
     with processes("cpu") as world:
         found = sharded_beside_whole(config.model, world)
