@@ -140,7 +140,7 @@ def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[
         _get(dbuffer, rows.tokens, x),
         _weight_gradient(dz, buffer, past + 1).to(weight.dtype),
         None if bias is None else dz.sum((0, 1)).to(bias.dtype),
-        None if initial_state is None else _get(dbuffer, rows.past, initial_state),
+        None if initial_state is None else _get(dbuffer, rows.past, initial_state).clone(),
     ]
 
 
