@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gdn.core.config import Config
+from gdn.core.config import Config as BaseConfig
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
 from gdn.mixers.base import MixerConfig, MixerState
@@ -71,7 +71,7 @@ class LM(nn.Module):
         torch.Size([1, 8, 256])
     """
 
-    class Config(Config):
+    class Config(BaseConfig):
         vocab: int
         """Size of the vocabulary."""
         width: int

@@ -7,6 +7,8 @@ All documents advance together, sorted by length, so that the work per token is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -101,7 +103,7 @@ def _forward(
     return o, final, torch.cat(saved) if saved else state.new_empty((0, *shape[1:]))
 
 
-def _backward(args: Arguments, saved: Tensors, grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     q, k, v, g, beta, initial_state, bounds, scale = args
     (states,), (d_o, d_final) = saved, grads
     walk, dtype = Walk(v, bounds), accumulate_dtype(v.dtype)

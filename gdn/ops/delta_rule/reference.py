@@ -37,8 +37,8 @@ def gated_delta_rule(
     outputs, states = [], []
     for i in range(len(bounds) - 1):
         state = zero if initial_state is None else initial_state[i]
-        document = [x[bounds[i] : bounds[i + 1]] for x in flat]
-        o, state = _document(*document, scale, state)
+        queries, keys, values, decays, strengths = (x[bounds[i] : bounds[i + 1]] for x in flat)
+        o, state = _document(queries, keys, values, decays, strengths, scale, state)
         outputs.append(o)
         states.append(state)
     return torch.cat(outputs).reshape(v.shape).to(dtype), torch.stack(states)
