@@ -8,6 +8,8 @@ product before the update was no faster.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,21 +40,22 @@ def _run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
         o = v.new_zeros(v.shape)
         for b, row in enumerate(range(v.shape[0]) if slots is None else slots.tolist()):
             if row >= 0:
-                o[b : b + 1] = _update(*(x[b : b + 1] for x in tokens), state[row : row + 1], scale)
+                o[b : b + 1] = _update([x[b : b + 1] for x in tokens], state[row : row + 1], scale)
         return o
     if slots is None:
-        return _update(*tokens, state, scale)
+        return _update(tokens, state, scale)
     used = (slots >= 0).nonzero().squeeze(1)
     rows = slots.index_select(0, used)
     memory = state.index_select(0, rows)
     o = v.new_zeros(v.shape)
-    o[used] = _update(*(x.index_select(0, used) for x in tokens), memory, scale)
+    o[used] = _update([x.index_select(0, used) for x in tokens], memory, scale)
     state.index_copy_(0, rows, memory)
     return o
 
 
-def _update(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float) -> Tensor:
+def _update(tokens: Sequence[Tensor], state: Tensor, scale: float) -> Tensor:
     """All sequences, sequence b on row b of `state`, in place."""
+    q, k, v, g, beta = tokens
     wide = accumulate_dtype(v.dtype)
     memory = state.to(wide).reshape(-1, k.shape[3], v.shape[3])  # the state itself, where it has this dtype and is contiguous
     queries, keys = _per_value_head(q.to(wide) * scale, v.shape[2]), _per_value_head(k.to(wide), v.shape[2])
