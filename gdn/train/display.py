@@ -25,7 +25,7 @@ class Display:
     def __enter__(self) -> Display:
         if self.console.is_terminal and not self.silent:
             self.bar = Progress(
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=16),
                 TextColumn("{task.fields[where]}"),
                 TextColumn("{task.fields[numbers]}"),
                 TextColumn("[dim]{task.fields[left]}[/]"),
@@ -49,7 +49,8 @@ class Display:
         numbers = describe(row)
         left = f"{duration(self.seconds_left(at))} left"
         if self.bar is not None:
-            self.text = numbers if "loss/train" in row else self.text
+            if "loss/train" in row:
+                self.text = f"loss {row['loss/train']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"  # fits 80 columns
             self.bar.update(self.task, completed=at, where=f"step {step:,}", numbers=self.text, left=left)
         if numbers and (self.bar is None or "loss/val" in row):
             self.say(f"step {step:>6,}  {numbers}  {left}")
