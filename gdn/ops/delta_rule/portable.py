@@ -56,6 +56,19 @@ GATES = int(_GATES.value)
 
 
 @dataclass(frozen=True)
+class Launch:
+    """Block sizes and resources of one kernel."""
+
+    block: int
+    """Columns of V of a program (of K for the gradient kernel)."""
+    warps: int
+    stages: int = 2
+    """Depth of the software pipeline over chunks, or over blocks of V."""
+    inner: int = 0
+    """Columns of V at a time, for the gradient kernel."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sizes and launch parameters of one call."""
 
@@ -70,24 +83,16 @@ class Plan:
     HV: int
     K: int
     V: int
+    BK: int
     packed: bool
     wide: bool
-    BK: int
-    BV: int
     S: int
     """Chunks of a segment, 0 without segments."""
+    launches: dict[str, Launch]
 
     @property
     def segments(self) -> int:
         return -(-self.chunks // self.S) if self.S else 0
-
-    @property
-    def value_blocks(self) -> int:
-        return -(-self.V // self.BV)
-
-    @property
-    def key_blocks(self) -> int:
-        return -(-self.K // self.BV)
 
     @property
     def runs(self) -> int:
@@ -99,7 +104,7 @@ def plan(
     batch: int, length: int, documents: int, chunks: int, H: int, HV: int, K: int, V: int, packed: bool, wide: bool, processors: int
 ) -> Plan:
     """The launch parameters for a shape on a GPU with this many multiprocessors."""
-    BV = min(32 if wide else 64, _power_of_two(V))
+    table = launches(_power_of_two(K), V, wide)
     return Plan(
         tokens=batch * length,
         length=batch * length if packed else length,
@@ -110,12 +115,28 @@ def plan(
         HV=HV,
         K=K,
         V=V,
+        BK=_power_of_two(K),
         packed=packed,
         wide=wide,
-        BK=_power_of_two(K),
-        BV=BV,
-        S=segment_chunks(chunks, documents, HV * -(-V // BV), packed, processors or 132),
+        S=segment_chunks(chunks, documents, HV * -(-V // table["output"].block), packed, processors or 132),
+        launches=table,
     )
+
+
+def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
+    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32."""
+    scan = Launch(block=min(32 if wide else 64, _power_of_two(V)), warps=4, stages=1 if wide or BK > 128 else 2)
+    key = min(32 if wide else 64, BK)
+    return {
+        "prepare": Launch(block=0, warps=4, stages=1),
+        "output": scan,
+        "states": scan,
+        "summary": scan,
+        "backward": scan,
+        "backward_summary": scan,
+        "handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1),
+        "gradient": Launch(block=key, warps=4, stages=1, inner=min(_power_of_two(V), 32 if wide else 64)),
+    }
 
 
 def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
@@ -170,16 +191,18 @@ def _forward(
     _prepare(p, q, k, g, beta, phi, scores, gates, norms, bounds, scale, solve=True)
     if p.S:
         added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
-        summary_kernel[(p.value_blocks + p.key_blocks, p.HV, p.segments - 1)](
+        use = p.launches["summary"]
+        summary_kernel[(-(-p.V // use.block) - (-p.K // use.block), p.HV, p.segments - 1)](
             k, v, phi, gates, norms, initial_state, added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S,
-            k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, _power_of_two(p.S), p.packed, initial_state is not None,
-            p.wide, 2, num_warps=4,
+            k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, _power_of_two(p.S), p.packed,
+            initial_state is not None, p.wide, use.stages, num_warps=use.warps,
         )  # fmt: skip
         _hand_over(p, added, carried, crosses, entering, backward=False)
-    output_kernel[(p.value_blocks, p.HV, p.runs)](
+    use = p.launches["output"]
+    output_kernel[(-(-p.V // use.block), p.HV, p.runs)](
         q, k, v, phi, scores, gates, o, initial_state, entering, final, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, scale,
-        q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, p.S > 0, p.packed, initial_state is not None,
-        p.wide, 2, num_warps=4,
+        q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, initial_state is not None,
+        p.wide, use.stages, num_warps=use.warps,
     )  # fmt: skip
     return o, final, phi, gates, norms, crosses, carried, entering
 
@@ -206,36 +229,38 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
     errors, d_errors = (torch.empty((p.chunks, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
     _prepare(p, q, k, g, beta, phi, scores, gates, norms, bounds, scale, solve=False)
-    states_kernel[(p.value_blocks, p.HV, p.runs)](
+    use = p.launches["states"]
+    states_kernel[(-(-p.V // use.block), p.HV, p.runs)](
         k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S,
-        k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, p.S > 0, p.packed, initial_state is not None,
-        p.wide, 2, num_warps=4,
+        k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, initial_state is not None,
+        p.wide, use.stages, num_warps=use.warps,
     )  # fmt: skip
     leaving = entering
     if p.S:
         added, leaving = torch.empty_like(entering), torch.empty_like(entering)
-        backward_summary_kernel[(p.value_blocks, p.HV, p.segments - 1)](
+        use = p.launches["backward_summary"]
+        backward_summary_kernel[(-(-p.V // use.block), p.HV, p.segments - 1)](
             q, k, phi, scores, gates, norms, do, d_final, added, *bounds, p.length, p.per_row, p.chunks, p.S, scale,
-            q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, _power_of_two(p.S), p.packed, d_final is not None,
-            p.wide, 2, num_warps=4,
+            q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, _power_of_two(p.S), p.packed, d_final is not None,
+            p.wide, use.stages, num_warps=use.warps,
         )  # fmt: skip
         _hand_over(p, added, carried, crosses, leaving, backward=True)
-    backward_kernel[(p.value_blocks, p.HV, p.runs)](
+    use = p.launches["backward"]
+    backward_kernel[(-(-p.V // use.block), p.HV, p.runs)](
         q, k, phi, scores, gates, do, d_states, d_errors, d_final, leaving, d_initial, *bounds, p.length, p.per_row, p.chunks,
-        p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, p.BV, p.S > 0, p.packed,
-        d_final is not None, d_initial is not None, p.wide, 2, num_warps=4,
+        p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed,
+        d_final is not None, d_initial is not None, p.wide, use.stages, num_warps=use.warps,
     )  # fmt: skip
-    block = min(32 if p.wide else 64, p.BK)
-    blocks = -(-p.K // block)
+    use = p.launches["gradient"]
+    blocks = 2 * -(-p.K // use.block)
     dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
     dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
     gradient_kernel[(blocks, p.H, p.chunks)](
         q, k, g, gates, do, states, errors, d_states, d_errors, dq, dk, dv, dg, dbeta, bounds[0], bounds[1], p.length, p.per_row,
-        scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, block, min(_power_of_two(p.V), 32 if p.wide else 128),
-        p.packed, p.wide, num_warps=4,
+        scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
+        num_warps=use.warps, num_stages=1,
     )  # fmt: skip
-    dg = dg[0] if blocks == 1 else dg.sum(0)
-    return [dq, dk, dv, dg.to(g.dtype), dbeta.to(beta.dtype), d_initial]
+    return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
 
 
 def _prepare(
@@ -255,14 +280,14 @@ def _prepare(
 ) -> None:
     prepare_kernel[(p.chunks * p.HV,)](
         q, k, g, beta, phi, scores, gates, norms, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.H, p.HV,
-        p.K, min(p.BK, 64), p.packed, solve, True, solve and p.S > 0, p.wide, num_warps=4, num_stages=1,
+        p.K, min(p.BK, 64), p.packed, solve, True, solve and p.S > 0, p.wide, num_warps=p.launches["prepare"].warps, num_stages=1,
     )  # fmt: skip
 
 
 def _hand_over(p: Plan, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
-    width = 16
-    handover_kernel[(-(-p.V // width), p.HV)](
-        added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, width, backward, 2, num_warps=4
+    use = p.launches["handover"]
+    handover_kernel[(-(-p.V // use.block), p.HV)](
+        added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward, use.stages, num_warps=use.warps
     )
 
 

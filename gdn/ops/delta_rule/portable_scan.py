@@ -126,12 +126,12 @@ def load_last(gates, tile):
 
 
 @triton.jit
-def _dot(x, y, WIDE: tl.constexpr):
+def dot(x, y, WIDE: tl.constexpr):
     return tl.dot(x, y, input_precision="tf32x3" if WIDE else "tf32")
 
 
 @triton.jit
-def _add_dot(acc, x, y, WIDE: tl.constexpr):
+def add_dot(acc, x, y, WIDE: tl.constexpr):
     return tl.dot(x, y, acc, input_precision="tf32x3" if WIDE else "tf32")
 
 
@@ -199,17 +199,17 @@ def output_kernel(
             tile = int64(chunk) * HV + hv
             k_rows = load_rows(k + h * K, start, rows, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
-            recalled = _dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
+            recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
             v_rows = load_rows(v + hv * V, start, rows, v_stride, first, V, BV)
             beta = load_gate(gates, tile, 2)[None, :]
             x = (tl.trans(v_rows).to(tl.float32) - recalled) * beta
-            u = x - beta * _dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
+            u = x - beta * dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
             q_rows = load_rows(q + h * K, start, rows, q_stride, 0, K, BK)
-            out = _dot(narrow, tl.trans(q_rows), WIDE) * (load_gate(gates, tile, 1) * scale)[None, :]
-            out = _add_dot(out, u.to(k_rows.dtype), tl.trans(load_square(scores, tile)), WIDE)
+            out = dot(narrow, tl.trans(q_rows), WIDE) * (load_gate(gates, tile, 1) * scale)[None, :]
+            out = add_dot(out, u.to(k_rows.dtype), tl.trans(load_square(scores, tile)), WIDE)
             store_rows(o + hv * V, out, start, rows, HV * V, first, V, BV)
             u *= load_gate(gates, tile, 3)[None, :]
-            state = _add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
+            state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
         if (low < high and high == c1) or c0 == c1:
             store_state(final + slot * (K * V), state, first, K, V, BK, BV)
 
@@ -270,14 +270,14 @@ def states_kernel(
             k_rows = load_rows(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
             store_tile(states, narrow, tile, first, V, K, BV, BK)
-            recalled = _dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
+            recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
             v_rows = load_rows(v + hv * V, token + inside, length - inside, v_stride, first, V, BV)
             z = tl.trans(v_rows).to(tl.float32) - recalled
             beta = load_gate(gates, tile, 2)[None, :]
-            error = z - _dot((z * beta).to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
+            error = z - dot((z * beta).to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
             store_tile(errors, error, tile, first, V, C, BV, C)
             u = error * beta * load_gate(gates, tile, 3)[None, :]
-            state = _add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
+            state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
 
 
 @triton.jit
@@ -353,14 +353,14 @@ def summary_kernel(
             inside = (chunk - c0) * C
             tile = int64(chunk) * HV + hv
             k_rows = load_rows(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
-            recalled = _dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
+            recalled = dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
             v_count = tl.where(identity, 0, length - inside)
             v_rows = load_rows(v + hv * V, token + inside, v_count, v_stride, first, V, BV)
             beta = load_gate(gates, tile, 2)[None, :]
             x = (tl.trans(v_rows).to(tl.float32) - recalled) * beta
-            u = x - beta * _dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
+            u = x - beta * dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
             u *= load_gate(gates, tile, 3)[None, :]
-            state = _add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
+            state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
         if identity:
             store_state(carried + slot * (K * K), state, first, K, K, BK, BV)
         else:
@@ -500,17 +500,17 @@ def backward_kernel(
             k_rows = load_rows(k + h * K, start, rows, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
             store_tile(d_states, narrow, tile, first, V, K, BV, BK)
-            x = _dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
+            x = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
             do_columns = tl.trans(load_rows(do + hv * V, start, rows, HV * V, first, V, BV))
-            x = _add_dot(x, do_columns, load_square(scores, tile), WIDE)
+            x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
-            x -= _dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
+            x -= dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
             store_tile(d_errors, x, tile, first, V, C, BV, C)
             gamma = load_gate(gates, tile, 1)[None, :]
             q_rows = load_rows(q + h * K, start, rows, q_stride, 0, K, BK)
             read = (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype)
-            state = _add_dot(state * load_last(gates, tile), read, q_rows, WIDE)
-            state = _add_dot(state, (x * (-gamma * beta)).to(k_rows.dtype), k_rows, WIDE)
+            state = add_dot(state * load_last(gates, tile), read, q_rows, WIDE)
+            state = add_dot(state, (x * (-gamma * beta)).to(k_rows.dtype), k_rows, WIDE)
         if INITIAL:
             if (low < high and low == c0) or c0 == c1:
                 store_state(d_initial + slot * (K * V), state, first, K, V, BK, BV)
@@ -580,14 +580,14 @@ def backward_summary_kernel(
             rows = length - inside
             tile = int64(chunk) * HV + hv
             k_rows = load_rows(k + h * K, start, rows, k_stride, 0, K, BK)
-            x = _dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
+            x = dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
             do_columns = tl.trans(load_rows(do + hv * V, start, rows, HV * V, first, V, BV))
-            x = _add_dot(x, do_columns, load_square(scores, tile), WIDE)
+            x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
-            x -= _dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
+            x -= dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
             gamma = load_gate(gates, tile, 1)[None, :]
             q_rows = load_rows(q + h * K, start, rows, q_stride, 0, K, BK)
             read = (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype)
-            state = _add_dot(state * load_last(gates, tile), read, q_rows, WIDE)
-            state = _add_dot(state, (x * (-gamma * beta)).to(k_rows.dtype), k_rows, WIDE)
+            state = add_dot(state * load_last(gates, tile), read, q_rows, WIDE)
+            state = add_dot(state, (x * (-gamma * beta)).to(k_rows.dtype), k_rows, WIDE)
         store_state(added + (int64(index) * HV + hv) * (K * V), state, first, K, V, BK, BV)
