@@ -105,7 +105,7 @@ def _softmax(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = logits.amax(1, keepdim=True)
     exps = logits.sub_(largest).exp_()
     total = exps.sum(1, keepdim=True)
-    return (total.log() + largest - at_target).squeeze(1), exps, total
+    return (total.log() + (largest - at_target)).squeeze(1), exps, total
 
 
 _LOSS = Opaque("gdn::linear_cross_entropy", _forward, _backward, fake=_fake, results=1, differentiable=("x", "weight"))
