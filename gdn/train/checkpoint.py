@@ -171,11 +171,13 @@ def export(model: nn.Module, config: LM.Config, folder: Path, *, world: World) -
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("w") as file:
+    """Write a file and wait until it is on the disk. It appears whole, and what it replaces is there until then."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, local: str, world: World) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 
 from gdn.core.device import has_package, machine
 from gdn.core.errors import CheckpointError
+from gdn.train.checkpoint import write_synced
 
 FILE = "metrics.jsonl"
 
@@ -73,9 +74,7 @@ def truncate(path: Path, step: int) -> None:
     """Drop the rows after a step, and an unfinished last line. The file is replaced whole."""
     if not path.exists():
         return
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in read(path) if row["step"] <= step))
-    os.replace(partial, path)
+    write_synced(path, "".join(json.dumps(row) + "\n" for row in read(path) if row["step"] <= step))
 
 
 def utilisation(flops_per_second: float, device: torch.device, processes: int = 1) -> float | None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import re
 import subprocess
 import sys
@@ -8,14 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from gdn.core.errors import CheckpointError, ConfigError, NonFiniteError
 from gdn.data import Loader, load_tokenizer
 from gdn.models.store import load_model
-from gdn.train import AdamW, Checkpoints, Schedule, Trainer, checkpoint, metrics
+from gdn.train import AdamW, Checkpoints, Schedule, Trainer, checkpoint, metrics, stop, trainer
 from gdn.train.config import first_difference
+from gdn.train.step import Step
 
 Tiny = Callable[..., Trainer.Config]
 
@@ -121,6 +125,19 @@ def test_a_checkpoint_that_was_damaged_is_not_loaded_and_the_one_before_gives_th
     assert weights(config) == model
 
 
+def test_random_numbers_go_on_where_they_were(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = trainer.train_step
+
+    def with_luck(*args: Any, **options: Any) -> Step:
+        step = original(*args, **options)
+        return dataclasses.replace(step, grad_norm=random.random() + np.random.rand() + float(torch.rand(1)))
+
+    monkeypatch.setattr(trainer, "train_step", with_luck)
+    whole, broken = run(tiny("whole")), tiny("broken")
+    assert interrupt_at_once(broken, monkeypatch, after=5) == 130
+    assert rows(run(broken)) == rows(whole)
+
+
 @pytest.mark.parametrize("lost", ["data", "optimizer", "window"])
 def test_the_comparison_sees_what_a_resumed_run_forgot(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     """The data one batch late; the optimizer's moments anew; the sums behind the next row of metrics."""
@@ -158,8 +175,6 @@ def test_the_comparison_sees_what_a_resumed_run_forgot(tiny: Tiny, monkeypatch: 
 
 def interrupt_at_once(config: Trainer.Config, monkeypatch: pytest.MonkeyPatch, *, after: int) -> int:
     """Run in this process and request a stop after a step, as a signal would."""
-    from gdn.train import stop, trainer
-
     requests: list[stop.StopRequest] = []
 
     class Request(stop.StopRequest):
