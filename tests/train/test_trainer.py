@@ -277,6 +277,19 @@ def test_bf16_runs_and_resumes(tiny: Tiny) -> None:
     assert rows(config) == rows(run(tiny("whole", precision="bf16", schedule=Schedule(warmup=1, final_fraction=1.0))))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_trains_and_resumes(tiny: Tiny, precision: str) -> None:
+    flat = Schedule(warmup=1, final_fraction=1.0)
+    whole, broken = (tiny(name, device="cuda", precision=precision, schedule=flat) for name in ("whole", "broken"))
+    run(broken.with_(steps=6))
+    ends = [rows(run(config))[-1] for config in (whole, broken)]
+    assert ends[0]["loss/val"] == pytest.approx(ends[1]["loss/val"], rel=1e-3)
+    assert ends[0]["loss/val"] < 5.3
+    assert list(metrics.read(Path(whole.directory) / metrics.FILE))[-1]["memory/peak_gib"] > 0
+
+
 def test_a_vocabulary_that_is_too_small_is_refused(tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match=r"model.vocab: expected at least the 257 tokens of the tokenizer, got 200"):
         Trainer(tiny(model=tiny().model.with_(vocab=200))).run()
