@@ -77,9 +77,7 @@ def gated_delta_rule(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, packing: Packing | None
 ) -> dict[str, int]:
-    sizes = checks.shapes(
-        ("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"), ("g", g, "B T HV"), ("beta", beta, "B T HV")
-    )
+    sizes = checks.shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"), ("g", g, "B T HV"), ("beta", beta, "B T HV"))
     if sizes["HV"] % sizes["H"]:
         raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
     checks.same_dtype(("q", q), ("k", k), ("v", v))

@@ -41,7 +41,7 @@ from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
 from gdn.ops.delta_rule.portable_grad import gradient_kernel
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
-from gdn.ops.delta_rule.portable_prepare import prepare_kernel
+from gdn.ops.delta_rule.portable_prepare import gates_kernel, scores_kernel, solve_kernel
 from gdn.ops.delta_rule.portable_scan import (
     backward_kernel,
     backward_summary_kernel,
@@ -51,7 +51,6 @@ from gdn.ops.delta_rule.portable_scan import (
     summary_kernel,
 )
 
-
 GATES = int(_GATES.value)
 
 
@@ -60,7 +59,7 @@ class Launch:
     """Block sizes and resources of one kernel."""
 
     block: int
-    """Columns of V of a program (of K for the gradient kernel)."""
+    """Columns of V of a program; of K at a time for solve, scores and gradient."""
     warps: int
     stages: int = 2
     """Depth of the software pipeline over chunks, or over blocks of V."""
@@ -128,7 +127,8 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
     scan = Launch(block=min(32 if wide else 64, _power_of_two(V)), warps=4, stages=1 if wide or BK > 128 else 2)
     key = min(32 if wide else 64, BK)
     return {
-        "prepare": Launch(block=0, warps=4, stages=1),
+        "solve": Launch(block=min(BK, 64), warps=4),
+        "scores": Launch(block=min(BK, 64), warps=4),
         "output": scan,
         "states": scan,
         "summary": scan,
@@ -188,7 +188,16 @@ def _forward(
         initial_state = initial_state.contiguous()
     scores = torch.empty_like(phi)
     bounds = (cu_seqlens, chunk_table, chunk_offsets)
-    _prepare(p, q, k, g, beta, phi, scores, gates, norms, bounds, scale, solve=True)
+    heads = min(16, _power_of_two(p.HV))
+    gates_kernel[(-(-p.HV // heads), p.chunks)](
+        g, beta, gates, bounds[0], bounds[1], p.length, p.per_row, p.HV, heads, p.packed, num_warps=2
+    )
+    use = p.launches["solve"]
+    solve_kernel[(p.HV, p.chunks)](
+        k, phi, gates, norms, bounds[0], bounds[1], p.length, p.per_row, k.stride(1), p.H, p.HV, p.K, use.block, p.packed, p.S > 0,
+        p.wide, num_warps=use.warps, num_stages=1,
+    )  # fmt: skip
+    _scores(p, q, k, scores, gates, bounds, scale)
     if p.S:
         added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
         use = p.launches["summary"]
@@ -228,7 +237,7 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     scores = torch.empty_like(phi)
     states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
     errors, d_errors = (torch.empty((p.chunks, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
-    _prepare(p, q, k, g, beta, phi, scores, gates, norms, bounds, scale, solve=False)
+    _scores(p, q, k, scores, gates, bounds, scale)
     use = p.launches["states"]
     states_kernel[(-(-p.V // use.block), p.HV, p.runs)](
         k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S,
@@ -240,8 +249,8 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         added, leaving = torch.empty_like(entering), torch.empty_like(entering)
         use = p.launches["backward_summary"]
         backward_summary_kernel[(-(-p.V // use.block), p.HV, p.segments - 1)](
-            q, k, phi, scores, gates, norms, do, d_final, added, *bounds, p.length, p.per_row, p.chunks, p.S, scale,
-            q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, _power_of_two(p.S), p.packed, d_final is not None,
+            q, k, phi, scores, gates, norms, do, d_final, added, *bounds, p.length, p.per_row, p.chunks, p.S,
+            scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, _power_of_two(p.S), p.packed, d_final is not None,
             p.wide, use.stages, num_warps=use.warps,
         )  # fmt: skip
         _hand_over(p, added, carried, crosses, leaving, backward=True)
@@ -263,24 +272,11 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
 
 
-def _prepare(
-    p: Plan,
-    q: Tensor,
-    k: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    phi: Tensor,
-    scores: Tensor,
-    gates: Tensor,
-    norms: Tensor,
-    bounds: Sequence[Tensor | None],
-    scale: float,
-    *,
-    solve: bool,
-) -> None:
-    prepare_kernel[(p.chunks * p.HV,)](
-        q, k, g, beta, phi, scores, gates, norms, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.H, p.HV,
-        p.K, min(p.BK, 64), p.packed, solve, True, solve and p.S > 0, p.wide, num_warps=p.launches["prepare"].warps, num_stages=1,
+def _scores(p: Plan, q: Tensor, k: Tensor, scores: Tensor, gates: Tensor, bounds: Sequence[Tensor | None], scale: float) -> None:
+    use = p.launches["scores"]
+    scores_kernel[(p.H, p.chunks)](
+        q, k, scores, gates, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H,
+        p.K, use.block, p.packed, p.wide, num_warps=use.warps, num_stages=1,
     )  # fmt: skip
 
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn.ops.delta_rule.portable_prepare import SMALLEST_LOG_DECAY, C, chunk_rows, int64, load_rows, log_decay
-from gdn.ops.delta_rule.portable_scan import add_dot, load_gate, load_last, load_tile, store_rows
+from gdn.ops.delta_rule.portable_prepare import (
+    SMALLEST_LOG_DECAY,
+    C,
+    chunk_rows,
+    int64,
+    load_gate,
+    load_last,
+    load_rows,
+    log_decay,
+)
+from gdn.ops.delta_rule.portable_scan import add_dot, dot, load_tile, store_rows
 
 
 @triton.jit
@@ -175,27 +184,35 @@ def _key_part(
     total = part
 
     pair = tl.zeros((C, C), tl.float32)
-    cross = tl.zeros((C, C), tl.float32)
+    for first in tl.range(0, V, BV, num_stages=STAGES):
+        error = tl.trans(load_tile(errors, tile, first, V, C, BV, C))
+        pair = add_dot(pair, error, tl.trans(load_rows(d_out, start, rows, HV * V, first, V, BV)), WIDE)
+    decay = -log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+    decay = tl.exp(tl.where(i[:, None] <= i[None, :], decay, float("-inf")))
+    pair *= decay * (beta * scale)[:, None]
+    part = dot(pair.to(k_rows.dtype), q_rows, WIDE)
+    dG -= tl.sum(part * k_rows.to(tl.float32), 1)
+    total += part
+
+    pair = tl.zeros((C, C), tl.float32)
     part = tl.zeros((C, BK), tl.float32)
     for first in tl.range(0, V, BV, num_stages=STAGES):
         error = tl.trans(load_tile(errors, tile, first, V, C, BV, C))
-        cross = add_dot(cross, error, tl.trans(load_rows(d_out, start, rows, HV * V, first, V, BV)), WIDE)
         pair = add_dot(pair, error, load_tile(d_errors, tile, first, V, C, BV, C), WIDE)
         part = add_dot(part, error, load_block(d_states, tile, first, first_key, V, K, BV, BK), WIDE)
     part *= (load_gate(gates, tile, 3) * beta)[:, None]
     last = tl.sum(tl.sum(part * k_rows.to(tl.float32), 1), 0)
     decay = -log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-    decay = tl.exp(tl.where(i[:, None] <= i[None, :], decay, float("-inf")))
-    part = add_dot(part, (cross * (decay * (beta * scale)[:, None])).to(k_rows.dtype), q_rows, WIDE)
-    pair = tl.where(i[:, None] < i[None, :], pair * (decay * (beta[:, None] * -beta[None, :])), 0.0)
+    decay = tl.exp(tl.where(i[:, None] < i[None, :], decay, float("-inf")))
+    pair *= decay * (beta[:, None] * -beta[None, :])
     part = add_dot(part, pair.to(k_rows.dtype), k_rows, WIDE)
     dG -= tl.sum(part * k_rows.to(tl.float32), 1)
 
-    dot = tl.zeros((BV,), tl.float32)
+    overlap = tl.zeros((BV,), tl.float32)
     for first in tl.range(0, V, BV, num_stages=1):
         state = load_block(states, tile, first, first_key, V, K, BV, BK).to(tl.float32)
-        dot += tl.sum(state * load_block(d_states, tile, first, first_key, V, K, BV, BK).to(tl.float32), 1)
-    last += load_last(gates, tile) * tl.sum(dot, 0)
+        overlap += tl.sum(state * load_block(d_states, tile, first, first_key, V, K, BV, BK).to(tl.float32), 1)
+    last += load_last(gates, tile) * tl.sum(overlap, 0)
     return total + part, dG + tl.where(i == C - 1, last, 0.0)
 
 

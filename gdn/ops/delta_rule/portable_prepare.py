@@ -1,4 +1,4 @@
-"""Triton kernel for what depends on one chunk alone: the solved key matrix, the score matrix and the gates. Any GPU from sm_80 on.
+"""Triton kernels for what depends on one chunk alone: the solved key matrix, the score matrix and the gates. Any GPU from sm_80 on.
 
 Letters of one chunk of C = 64 tokens and one value head (derivation in portable.py):
 
@@ -54,15 +54,74 @@ def load_rows(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def prepare_kernel(
-    q,
-    k,
+def load_rows_again(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The same, but rows beyond the last token repeat it: one comparison less for each load. For products in which such rows meet a zero."""
+    i = tl.minimum(tl.arange(0, C), rows - 1)
+    c = tl.arange(0, BLOCK)
+    at = base + start * stride + first + (i[:, None] * stride + c[None, :])
+    if WIDTH % BLOCK != 0:
+        return tl.load(at, mask=(c + first < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def gates_kernel(
     g,
     beta,
-    phi,
+    gates,
+    cu_seqlens,
+    chunk_table,
+    T,
+    per_row,
+    HV,
+    BH: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """gates [chunks, HV, 5, 64] fp32 from g and beta. Grid [head blocks, chunks].
+
+    Rows: G, gamma = exp(G), beta, D = exp(G_last - G), the low part of G. Beyond the last token of a document g, beta and gamma are 0, so
+    that whatever stands there is neither written nor read.
+    """
+    chunk = tl.program_id(1)
+    start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
+    i = tl.arange(0, C)[:, None]
+    hv = tl.program_id(0) * BH + tl.arange(0, BH)[None, :]
+    valid = (i < rows) & (hv < HV)
+    at = start * HV + (i * HV + hv)
+    decay = tl.maximum(tl.load(g + at, mask=valid, other=0.0).to(tl.float32), SMALLEST_LOG_DECAY)
+    coarse = tl.floor(decay * 256.0) * 0.00390625
+    fine = decay - coarse
+    G = tl.cumsum(coarse, 0)
+    G_low = tl.cumsum(fine, 0)
+    gamma = tl.exp(G + G_low)
+    out = gates + (int64(chunk) * HV * (GATES * C) + hv * (GATES * C) + i)
+    tl.store(out, G, mask=hv < HV)
+    tl.store(out + C, tl.where(valid, gamma, 0.0), mask=hv < HV)
+    tl.store(out + 2 * C, tl.load(beta + at, mask=valid, other=0.0).to(tl.float32), mask=hv < HV)
+    tl.store(out + 3 * C, tl.exp((tl.sum(coarse, 0)[None, :] - G) + (tl.sum(fine, 0)[None, :] - G_low)), mask=hv < HV)
+    tl.store(out + 4 * C, G_low, mask=hv < HV)
+
+
+@triton.jit
+def load_gate(gates, tile, WHICH: tl.constexpr):
+    """One row of the gates of a chunk and value head: 0 G, 1 gamma, 2 beta, 3 D, 4 the low part of G."""
+    return tl.load(gates + tile * (GATES * C) + WHICH * C + tl.arange(0, C))
+
+
+@triton.jit
+def load_last(gates, tile):
+    """The decay over the whole chunk: gamma D of its first token."""
+    gate = gates + tile * (GATES * C)
+    return tl.load(gate + C) * tl.load(gate + 3 * C)
+
+
+@triton.jit
+def scores_kernel(
+    q,
+    k,
     scores,
     gates,
-    norms,
     cu_seqlens,
     chunk_table,
     T,
@@ -72,57 +131,82 @@ def prepare_kernel(
     k_stride,
     H,
     HV,
+    GROUP: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
     PACKED: tl.constexpr,
-    SOLVE: tl.constexpr,
-    SCORES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A of one chunk and query/key head, for the value heads of its group. Grid [H, chunks]."""
+    h = tl.program_id(0)
+    chunk = tl.program_id(1)
+    start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
+    i = tl.arange(0, C)
+    qk = _products(q + h * K, k + h * K, start, rows, q_stride, k_stride, K, BK, WIDE) * scale
+    for member in range(GROUP):
+        tile = int64(chunk) * HV + h * GROUP + member
+        decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+        a = qk * tl.exp(tl.where(i[:, None] >= i[None, :], decay, float("-inf")))
+        tl.store(scores + tile * (C * C) + (i[:, None] * C + i[None, :]), a.to(scores.dtype.element_ty))
+
+
+@triton.jit
+def solve_kernel(
+    k,
+    phi,
+    gates,
+    norms,
+    cu_seqlens,
+    chunk_table,
+    T,
+    per_row,
+    k_stride,
+    H,
+    HV,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    PACKED: tl.constexpr,
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Phi (if SOLVE) and A (if SCORES) of one chunk and value head. Grid [chunks * HV].
+    """Phi = (I + M diag(beta))^-1 M of one chunk and value head. Grid [HV, chunks].
 
-    gates [chunks, HV, 5, 64] fp32 holds G, gamma = exp(G), beta (0 beyond the last token), D = exp(G_last - G) and the low part of G:
-    written with SOLVE, read without.
+    With L = M diag(beta), E = (I + L)^-1 is found by joining solved diagonal blocks, 2 to 4 to 8 ... to 64: the block under two solved ones
+    becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums (fp32 for fp32 inputs): on 64 unit keys the error is
+    6e-5 of the norm for random keys and 5.7e-3 for beta = 2 and keys of correlation 0.9, as with substitution and tf32 joins, without
+    their serial steps. Keys are divided by their length first, so that any length fits fp16.
+
     norms [chunks, HV] (if NORMS) bounds the logarithm of the spectral norm of the chunk's map from state to state, for keys of any length:
     the sum of g + log max(1, |1 - beta |k|^2|).
     """
-    pid = tl.program_id(0)
-    chunk = pid // HV
-    hv = pid - chunk * HV
-    h = hv // (HV // H)
+    hv = tl.program_id(0)
+    chunk = tl.program_id(1)
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
-    at = i[:, None] * C + i[None, :]
-    tile = int64(pid) * (C * C)
-    gate = gates + int64(pid) * (GATES * C)
-    if SOLVE:
-        g_row = tl.load(g + start * HV + hv + i * HV, mask=i < rows, other=0.0).to(tl.float32)
-        beta_row = tl.load(beta + start * HV + hv + i * HV, mask=i < rows, other=0.0).to(tl.float32)
-        g_row = tl.maximum(g_row, SMALLEST_LOG_DECAY)
-        coarse = tl.floor(g_row * 256.0) * 0.00390625
-        G = tl.cumsum(coarse, 0)
-        G_low = tl.cumsum(g_row - coarse, 0)
-        tl.store(gate + i, G)
-        tl.store(gate + C + i, tl.exp(G + G_low))
-        tl.store(gate + 2 * C + i, beta_row)
-        tl.store(gate + 3 * C + i, tl.exp((tl.sum(coarse, 0) - G) + (tl.sum(g_row - coarse, 0) - G_low)))
-        tl.store(gate + 4 * C + i, G_low)
-    else:
-        G = tl.load(gate + i)
-        G_low = tl.load(gate + 4 * C + i)
-    if SOLVE:
-        kk = _products(k, k, start, rows, h, k_stride, k_stride, K, BK, WIDE)
-        square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
-        if NORMS:
-            growth = tl.log(tl.maximum(tl.abs(1.0 - beta_row * square), 1.0))
-            tl.store(norms + pid, tl.sum(g_row + growth, 0))
-        solved = _solve(kk, G, G_low, beta_row, square, phi.dtype.element_ty, WIDE)
-        tl.store(phi + tile + at, solved)
-    if SCORES:
-        a = _products(q, k, start, rows, h, q_stride, k_stride, K, BK, WIDE)
-        a *= tl.exp(tl.where(i[:, None] >= i[None, :], log_decay(G, G_low, WIDE), float("-inf"))) * scale
-        tl.store(scores + tile + at, a.to(scores.dtype.element_ty))
+    tile = int64(chunk) * HV + hv
+    G = load_gate(gates, tile, 0)
+    G_low = load_gate(gates, tile, 4)
+    beta = load_gate(gates, tile, 2)
+    k += hv // (HV // H) * K
+    kk = _products(k, k, start, rows, k_stride, k_stride, K, BK, WIDE)
+    square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
+    if NORMS:
+        growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
+        last = gates + tile * (GATES * C) + (C - 1)
+        tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
+    length = tl.sqrt(tl.maximum(square, 1e-30))
+    log_length = tl.log(length)
+    exponent = log_decay(G, G_low, WIDE) - (log_length[:, None] + log_length[None, :])
+    m = kk * tl.exp(tl.where(i[:, None] > i[None, :], exponent, float("-inf")))
+    negative = _narrow(m * (-beta * square)[None, :], WIDE)
+    m = _narrow(m, WIDE)
+    e = tl.where(i[:, None] == i[None, :], 1.0, tl.where(_under(i, 0), negative.to(tl.float32), 0.0))
+    for level in tl.static_range(1, 6):
+        narrow = _narrow(e, WIDE)
+        below = tl.where(_under(i, level), tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
+        e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
+    solved = tl.dot(_narrow(e, WIDE), m, input_precision="tf32x3") * length[:, None] * length[None, :]
+    tl.store(phi + tile * (C * C) + (i[:, None] * C + i[None, :]), solved.to(phi.dtype.element_ty))
 
 
 @triton.jit
@@ -136,39 +220,14 @@ def log_decay(G, G_low, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _products(x, y, start, rows, h, x_stride, y_stride, K: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
-    """x y^T of one chunk and head, [64, 64] fp32."""
+def _products(x, y, start, rows, x_stride, y_stride, K: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
+    """x y^T of the rows of a chunk, [64, 64] fp32; 0 beyond the last token."""
     acc = tl.zeros((C, C), tl.float32)
     for first in tl.static_range(0, K, BK):
-        y_rows = load_rows(y + h * K, start, rows, y_stride, first, K, BK)
-        x_rows = load_rows(x + h * K, start, rows, x_stride, first, K, BK)
+        y_rows = load_rows(y, start, rows, y_stride, first, K, BK)
+        x_rows = load_rows(x, start, rows, x_stride, first, K, BK)
         acc = tl.dot(x_rows, tl.trans(y_rows), acc, input_precision="tf32x3" if WIDE else "tf32")
     return acc
-
-
-@triton.jit
-def _solve(kk, G, G_low, beta, square, dtype, WIDE: tl.constexpr):
-    """Phi = (I + M diag(beta))^-1 M.
-
-    With L = M diag(beta), E = (I + L)^-1 is found by joining solved diagonal blocks, 2 to 4 to 8 ... to 64: the block under two solved ones
-    becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums (fp32 for fp32 inputs): on 64 unit keys the error is
-    6e-5 of the norm for random keys and 5.7e-3 for beta = 2 and keys of correlation 0.9, as with substitution and tf32 joins, without
-    their serial steps. Keys are divided by their length first, so that any length fits fp16.
-    """
-    i = tl.arange(0, C)
-    length = tl.sqrt(tl.maximum(square, 1e-30))
-    log_length = tl.log(length)
-    exponent = log_decay(G, G_low, WIDE) - (log_length[:, None] + log_length[None, :])
-    m = kk * tl.exp(tl.where(i[:, None] > i[None, :], exponent, float("-inf")))
-    negative = _narrow(m * (-beta * square)[None, :], WIDE)
-    m = _narrow(m, WIDE)
-    e = tl.where(i[:, None] == i[None, :], 1.0, tl.where(_under(i, 0), negative.to(tl.float32), 0.0))
-    for level in tl.static_range(1, 6):
-        narrow = _narrow(e, WIDE)
-        below = tl.where(_under(i, level), tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
-        e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
-    solved = tl.dot(_narrow(e, WIDE), m, input_precision="tf32x3")
-    return (solved * (length[:, None] * length[None, :])).to(dtype)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn.ops.delta_rule.portable_prepare import GATES, C, int64, load_rows
+from gdn.ops.delta_rule.portable_prepare import C, int64, load_gate, load_last, load_rows_again
 
 FORGOTTEN = tl.constexpr(-20.0)
 
@@ -114,18 +114,6 @@ def load_square(base, tile):
 
 
 @triton.jit
-def load_gate(gates, tile, WHICH: tl.constexpr):
-    """One row of the gates of a chunk and value head: 0 G, 1 gamma, 2 beta, 3 D, 4 the low part of G."""
-    return tl.load(gates + tile * (GATES * C) + WHICH * C + tl.arange(0, C))
-
-
-@triton.jit
-def load_last(gates, tile):
-    """gamma of the last token: the decay over the whole chunk."""
-    return tl.load(gates + tile * (GATES * C) + (2 * C - 1))
-
-
-@triton.jit
 def dot(x, y, WIDE: tl.constexpr):
     return tl.dot(x, y, input_precision="tf32x3" if WIDE else "tf32")
 
@@ -197,14 +185,14 @@ def output_kernel(
             start = token + inside
             rows = length - inside
             tile = int64(chunk) * HV + hv
-            k_rows = load_rows(k + h * K, start, rows, k_stride, 0, K, BK)
+            v_rows = load_rows_again(v + hv * V, start, rows, v_stride, first, V, BV)
+            k_rows = load_rows_again(k + h * K, start, rows, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
             recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
-            v_rows = load_rows(v + hv * V, start, rows, v_stride, first, V, BV)
             beta = load_gate(gates, tile, 2)[None, :]
             x = (tl.trans(v_rows).to(tl.float32) - recalled) * beta
             u = x - beta * dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
-            q_rows = load_rows(q + h * K, start, rows, q_stride, 0, K, BK)
+            q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
             out = dot(narrow, tl.trans(q_rows), WIDE) * (load_gate(gates, tile, 1) * scale)[None, :]
             out = add_dot(out, u.to(k_rows.dtype), tl.trans(load_square(scores, tile)), WIDE)
             store_rows(o + hv * V, out, start, rows, HV * V, first, V, BV)
@@ -267,11 +255,11 @@ def states_kernel(
         for chunk in tl.range(low, high, num_stages=STAGES):
             inside = (chunk - c0) * C
             tile = int64(chunk) * HV + hv
-            k_rows = load_rows(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
+            v_rows = load_rows_again(v + hv * V, token + inside, length - inside, v_stride, first, V, BV)
+            k_rows = load_rows_again(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
             store_tile(states, narrow, tile, first, V, K, BV, BK)
             recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
-            v_rows = load_rows(v + hv * V, token + inside, length - inside, v_stride, first, V, BV)
             z = tl.trans(v_rows).to(tl.float32) - recalled
             beta = load_gate(gates, tile, 2)[None, :]
             error = z - dot((z * beta).to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
@@ -352,12 +340,11 @@ def summary_kernel(
         for chunk in tl.range(start, end, num_stages=STAGES):
             inside = (chunk - c0) * C
             tile = int64(chunk) * HV + hv
-            k_rows = load_rows(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
+            v_rows = load_rows_again(v + hv * V, token + inside, length - inside, v_stride, tl.where(identity, 0, first), V, BV)
+            k_rows = load_rows_again(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
             recalled = dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
-            v_count = tl.where(identity, 0, length - inside)
-            v_rows = load_rows(v + hv * V, token + inside, v_count, v_stride, first, V, BV)
             beta = load_gate(gates, tile, 2)[None, :]
-            x = (tl.trans(v_rows).to(tl.float32) - recalled) * beta
+            x = (tl.where(identity, 0.0, tl.trans(v_rows).to(tl.float32)) - recalled) * beta
             u = x - beta * dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
             u *= load_gate(gates, tile, 3)[None, :]
             state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
@@ -385,7 +372,7 @@ def handover_kernel(
     """Chain the maps of the segments. Grid [value blocks, HV].
 
     Forward, out[s + 1] = R_s out[s] + N_s; backward, out[s - 1] = R_s^T out[s] + N_s. R_s is 0 where crosses[s] is.
-    Keys beyond 128 go in two halves, so that R fits shared memory.
+    Keys beyond 128 go in two halves, so that R fits shared memory. Where nothing crosses, N may be unwritten memory: it goes no further.
     """
     first = tl.program_id(0) * BV
     hv = tl.program_id(1)
@@ -398,6 +385,8 @@ def handover_kernel(
         slot = int64(s) * HV + hv
         cross = (tl.load(crosses + slot) != 0) & (s < segments - 1)
         target = out + (slot - HV if BACKWARD else slot + HV) * (K * V)
+        x = tl.where(cross, x, 0.0)
+        y = tl.where(cross, y, 0.0)
         r00 = _load_map(carried + slot * (K * K), 0, 0, cross, K, B, BACKWARD)
         n0 = _load_part(added + slot * (K * V), 0, first, K, V, B, BV)
         if HALVES == 2:
@@ -497,20 +486,20 @@ def backward_kernel(
             start = token + inside
             rows = length - inside
             tile = int64(chunk) * HV + hv
-            k_rows = load_rows(k + h * K, start, rows, k_stride, 0, K, BK)
+            k_rows = load_rows_again(k + h * K, start, rows, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
             store_tile(d_states, narrow, tile, first, V, K, BV, BK)
             x = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
-            do_columns = tl.trans(load_rows(do + hv * V, start, rows, HV * V, first, V, BV))
+            do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
             x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
             x -= dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
             store_tile(d_errors, x, tile, first, V, C, BV, C)
             gamma = load_gate(gates, tile, 1)[None, :]
-            q_rows = load_rows(q + h * K, start, rows, q_stride, 0, K, BK)
-            read = (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype)
-            state = add_dot(state * load_last(gates, tile), read, q_rows, WIDE)
-            state = add_dot(state, (x * (-gamma * beta)).to(k_rows.dtype), k_rows, WIDE)
+            q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
+            x *= gamma * -beta
+            state = add_dot(state * load_last(gates, tile), (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype), q_rows, WIDE)
+            state = add_dot(state, x.to(k_rows.dtype), k_rows, WIDE)
         if INITIAL:
             if (low < high and low == c0) or c0 == c1:
                 store_state(d_initial + slot * (K * V), state, first, K, V, BK, BV)
@@ -579,15 +568,15 @@ def backward_summary_kernel(
             start = token + inside
             rows = length - inside
             tile = int64(chunk) * HV + hv
-            k_rows = load_rows(k + h * K, start, rows, k_stride, 0, K, BK)
+            k_rows = load_rows_again(k + h * K, start, rows, k_stride, 0, K, BK)
             x = dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
-            do_columns = tl.trans(load_rows(do + hv * V, start, rows, HV * V, first, V, BV))
+            do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
             x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
             x -= dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
             gamma = load_gate(gates, tile, 1)[None, :]
-            q_rows = load_rows(q + h * K, start, rows, q_stride, 0, K, BK)
-            read = (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype)
-            state = add_dot(state * load_last(gates, tile), read, q_rows, WIDE)
-            state = add_dot(state, (x * (-gamma * beta)).to(k_rows.dtype), k_rows, WIDE)
+            q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
+            x *= gamma * -beta
+            state = add_dot(state * load_last(gates, tile), (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype), q_rows, WIDE)
+            state = add_dot(state, x.to(k_rows.dtype), k_rows, WIDE)
         store_state(added + (int64(index) * HV + hv) * (K * V), state, first, K, V, BK, BV)
