@@ -21,8 +21,8 @@ impls = pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_matches_the_reference(problem: Problem, dtype: torch.dtype, as_good_as_the_reference: Callable[..., None]) -> None:
-    as_good_as_the_reference(decay_gate, "torch", problem.decay(dtype))
-    as_good_as_the_reference(write_gate, "torch", problem.write(dtype))
+    as_good_as_the_reference(decay_gate, "torch", problem.build_decay(dtype=dtype))
+    as_good_as_the_reference(write_gate, "torch", problem.build_write(dtype=dtype))
 
 
 @impls
@@ -35,7 +35,7 @@ def test_by_hand(impl: str) -> None:
 
 
 def test_gradients_by_finite_differences() -> None:
-    a, A_log, dt_bias = (t.requires_grad_() for t in PROBLEMS[0].decay(torch.float64).values())
+    a, A_log, dt_bias = (t.requires_grad_() for t in PROBLEMS[0].build_decay(dtype=torch.float64).values())
     assert torch.autograd.gradcheck(decay_gate, (a, A_log, dt_bias))
     assert torch.autograd.gradcheck(lambda b: write_gate(b, top=2.0), (a,))
 
@@ -78,7 +78,10 @@ def test_results_are_float32_whatever_the_input(impl: str) -> None:
 
 
 def test_compiles_as_one_graph(as_good_as_the_reference: Callable[..., None]) -> None:
-    for gate, arguments in ((decay_gate, PROBLEMS[0].decay(torch.float32)), (write_gate, PROBLEMS[0].write(torch.float32))):
+    for gate, arguments in (
+        (decay_gate, PROBLEMS[0].build_decay(dtype=torch.float32)),
+        (write_gate, PROBLEMS[0].build_write(dtype=torch.float32)),
+    ):
         compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
         as_good_as_the_reference(gate, "torch", arguments, run=compiled)
 

@@ -33,14 +33,14 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def test_matches_the_reference(
     problem: Problem, dtype: torch.dtype, reduction: str, chunks: None, as_good_as_the_reference: Callable[..., None]
 ) -> None:
-    as_good_as_the_reference(linear_cross_entropy, "chunked", {**problem.arguments(dtype), "reduction": reduction})
+    as_good_as_the_reference(linear_cross_entropy, "chunked", {**problem.build(dtype=dtype), "reduction": reduction})
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 @reductions
 @pytest.mark.parametrize("ignore_index", [-100, 3])
 def test_matches_cross_entropy(impl: str, reduction: Any, ignore_index: int, chunks: None) -> None:
-    arguments = PROBLEMS[1].arguments(torch.float64)
+    arguments = PROBLEMS[1].build(dtype=torch.float64)
     x, weight, targets = arguments["x"].requires_grad_(), arguments["weight"].requires_grad_(), arguments["targets"]
     targets = targets.masked_fill(targets == -100, ignore_index)
     expected = F.cross_entropy(F.linear(x, weight), targets, ignore_index=ignore_index, reduction=reduction)
@@ -54,14 +54,14 @@ def test_matches_cross_entropy(impl: str, reduction: Any, ignore_index: int, chu
 
 @reductions
 def test_gradients_by_finite_differences(reduction: Any, chunks: None) -> None:
-    arguments = Problem(name="", tokens=(2, 4), D=2, vocab=30, ignored=0.3).arguments(torch.float64)
+    arguments = Problem(name="", tokens=(2, 4), D=2, vocab=30, ignored=0.3).build(dtype=torch.float64)
     targets = arguments.pop("targets")
     leaves = [t.requires_grad_() for t in arguments.values()]
     assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction), leaves, fast_mode=True)
 
 
 def test_nothing_counts() -> None:
-    arguments = PROBLEMS[2].arguments(torch.float32)
+    arguments = PROBLEMS[2].build(dtype=torch.float32)
     leaves = [arguments["x"].requires_grad_(), arguments["weight"].requires_grad_()]
     loss = linear_cross_entropy(**arguments)
     assert loss.item() == 0
@@ -87,14 +87,14 @@ def test_half_precision_inputs_have_float32_logits() -> None:
 
 
 def test_autocast_changes_nothing() -> None:
-    arguments = PROBLEMS[0].arguments(torch.float32)
+    arguments = PROBLEMS[0].build(dtype=torch.float32)
     expected = linear_cross_entropy(**arguments)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear_cross_entropy(**arguments), expected)
 
 
 def test_gradients_accumulate_over_batches_and_may_be_asked_for_twice(chunks: None) -> None:
-    arguments = PROBLEMS[0].arguments(torch.float64)
+    arguments = PROBLEMS[0].build(dtype=torch.float64)
     x, weight, targets = arguments["x"], arguments["weight"].requires_grad_(), arguments["targets"]
     loss = linear_cross_entropy(x, weight, targets)
     (whole,) = torch.autograd.grad(loss, weight, retain_graph=True)
@@ -122,7 +122,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_never_holds_all_logits(reduction: Any, gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CHUNK_LOGITS", 4000)
-    arguments = Problem(name="", tokens=(300,), D=4, vocab=100).arguments(torch.float32)
+    arguments = Problem(name="", tokens=(300,), D=4, vocab=100).build(dtype=torch.float32)
     kept: list[Tensor] = []
     arguments["x"].requires_grad_(gradients)
     with Largest() as made, torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
@@ -137,7 +137,7 @@ def test_never_holds_all_logits(reduction: Any, gradients: bool, monkeypatch: py
 @reductions
 def test_compiles_as_one_graph(reduction: str, as_good_as_the_reference: Callable[..., None]) -> None:
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
-    arguments = {**PROBLEMS[1].arguments(torch.float32), "reduction": reduction}
+    arguments = {**PROBLEMS[1].build(dtype=torch.float32), "reduction": reduction}
     as_good_as_the_reference(linear_cross_entropy, "chunked", arguments, run=compiled)
 
 

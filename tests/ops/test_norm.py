@@ -22,7 +22,7 @@ norms = pytest.mark.parametrize("norm", NORMS, ids=lambda f: f.__name__)
 
 
 def arguments_of(norm: Callable[..., Tensor], problem: Problem, dtype: torch.dtype) -> dict[str, Any]:
-    arguments = problem.arguments(dtype)
+    arguments = problem.build(dtype=dtype)
     return {name: arguments[name] for name in NORMS[norm]}
 
 
@@ -49,7 +49,7 @@ def test_gradients_by_finite_differences(norm: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_matches_torch(impl: str) -> None:
-    x, gate, weight = Problem(name="", shape=(4, 7, 12)).arguments(torch.float64).values()
+    x, gate, weight = Problem(name="", shape=(4, 7, 12)).build(dtype=torch.float64).values()
     expected = F.rms_norm(x, (12,), weight, 1e-3)
     with use(l2norm=impl, rms_norm=impl, gated_rms_norm=impl):
         torch.testing.assert_close(l2norm(x, eps=1e-30), F.normalize(x, dim=-1))

@@ -25,7 +25,7 @@ problems = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 @problems
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_matches_the_reference(problem: Problem, dtype: torch.dtype, as_good_as_the_reference: Callable[..., None]) -> None:
-    as_good_as_the_reference(causal_conv1d, "torch", problem.arguments(dtype))
+    as_good_as_the_reference(causal_conv1d, "torch", problem.build(dtype=dtype))
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -49,7 +49,7 @@ def test_weights_in_float32_under_bfloat16_inputs_are_not_rounded(dtype: torch.d
 @pytest.mark.parametrize("silu", [False, True])
 def test_gradients_by_finite_differences(lengths: tuple[int, ...] | None, silu: bool) -> None:
     problem = Problem(name="", B=1 if lengths else 2, T=17, D=3, bias=True, silu=silu, state=True, lengths=lengths)
-    arguments = problem.arguments(torch.float64)
+    arguments = problem.build(dtype=torch.float64)
     names = [n for n, v in arguments.items() if isinstance(v, Tensor)]
     rest = {n: v for n, v in arguments.items() if n not in names}
     leaves = [arguments[n].requires_grad_() for n in names]
@@ -98,7 +98,7 @@ def test_packed_documents_equal_separate_ones(impl: str) -> None:
 
 @pytest.mark.parametrize("lengths", [None, (10, 0, 27)])
 def test_saves_nothing_but_its_inputs(lengths: tuple[int, ...] | None) -> None:
-    arguments = Problem(name="", T=37, D=8, state=True, bias=True, lengths=lengths).arguments(torch.float32)
+    arguments = Problem(name="", T=37, D=8, state=True, bias=True, lengths=lengths).build(dtype=torch.float32)
     kept: list[Tensor] = []
     floats = {v.data_ptr() for n, v in arguments.items() if isinstance(v, Tensor)}
     arguments["x"].requires_grad_()
@@ -111,12 +111,12 @@ def test_saves_nothing_but_its_inputs(lengths: tuple[int, ...] | None) -> None:
 @pytest.mark.parametrize("lengths", [None, (10, 0, 27)])
 def test_compiles_as_one_graph(lengths: tuple[int, ...] | None, as_good_as_the_reference: Callable[..., None]) -> None:
     compiled = torch.compile(causal_conv1d, fullgraph=True, backend="aot_eager")
-    arguments = Problem(name="", T=37, D=8, state=True, bias=True, lengths=lengths).arguments(torch.float32)
+    arguments = Problem(name="", T=37, D=8, state=True, bias=True, lengths=lengths).build(dtype=torch.float32)
     as_good_as_the_reference(causal_conv1d, "torch", arguments, run=compiled)
 
 
 def test_autocast_changes_nothing() -> None:
-    arguments = Problem(name="", T=37, D=8).arguments(torch.float32)
+    arguments = Problem(name="", T=37, D=8).build(dtype=torch.float32)
     expected = causal_conv1d(**arguments)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(causal_conv1d(**arguments)[0], expected)

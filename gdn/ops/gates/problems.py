@@ -17,7 +17,7 @@ class Problem:
     T: int
     HV: int
 
-    def decay(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+    def build_decay(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """Arguments of `decay_gate`, the same numbers for every dtype and device up to rounding; parameters are float32 or float64."""
         generator = torch.Generator().manual_seed(seed)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -26,7 +26,7 @@ class Problem:
         bias = torch.randn(self.HV, generator=generator, dtype=torch.float64) - 4
         return {"a": a.to(device, dtype), "A_log": rate.log().to(device, wide), "dt_bias": bias.to(device, wide)}
 
-    def write(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+    def build_write(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """Arguments of `write_gate`."""
         generator = torch.Generator().manual_seed(seed)
         b = torch.randn(self.B, self.T, self.HV, generator=generator, dtype=torch.float64)

@@ -22,7 +22,7 @@ class Problem:
     size: float = 1.0
     """Standard deviation of the logits."""
 
-    def arguments(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+    def build(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """Arguments of `linear_cross_entropy`, the same numbers for every dtype and device up to rounding."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(*self.tokens, self.D, generator=generator, dtype=torch.float64)

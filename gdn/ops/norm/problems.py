@@ -18,7 +18,7 @@ class Problem:
     zero_rows: bool = False
     """Every third vector is zero."""
 
-    def arguments(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+    def build(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """Arguments of `gated_rms_norm` (take x and weight for the others), the same numbers for every dtype and device up to rounding."""
         generator = torch.Generator().manual_seed(seed)
         x, gate = (torch.randn(self.shape, generator=generator, dtype=torch.float64) for _ in range(2))

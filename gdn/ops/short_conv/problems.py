@@ -25,7 +25,7 @@ class Problem:
     lengths: tuple[int, ...] | None = None
     """Documents of a packed batch."""
 
-    def arguments(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+    def build(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """Arguments of `causal_conv1d`, the same numbers for every dtype and device up to rounding."""
         generator = torch.Generator().manual_seed(seed)
 
