@@ -175,7 +175,11 @@ def error(x: Tensor, truth: Tensor) -> float:
 def gradients(rule: Callable[..., Any], x: list[Tensor], do: Tensor, d_final: Tensor) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in x]
     o, state = rule(*leaves)
-    return [o.detach(), state.detach(), *torch.autograd.grad((o.float() * do.float()).sum() + (state * d_final.to(state.dtype)).sum(), leaves)]
+    return [
+        o.detach(),
+        state.detach(),
+        *torch.autograd.grad((o.float() * do.float()).sum() + (state * d_final.to(state.dtype)).sum(), leaves),
+    ]
 
 
 NAMES = ("o", "S", "dq", "dk", "dv", "dg", "dbeta", "dS0")
@@ -191,9 +195,7 @@ def check(row: tuple[Any, ...], dtype: torch.dtype, kind: str, S: int | None = N
     s0, d_final = (torch.randn(N, HV, K, V, generator=r, device="cuda") for _ in range(2))
     do = torch.randn(B, T, HV, V, generator=r, device="cuda").to(dtype)
     scale = K**-0.5
-    truth = gradients(
-        lambda *y: reference(*y[:5], scale, y[5], packing), [t.double() for t in (*x, s0)], do.double(), d_final.double()
-    )
+    truth = gradients(lambda *y: reference(*y[:5], scale, y[5], packing), [t.double() for t in (*x, s0)], do.double(), d_final.double())
     out: dict[str, Any] = {"row": name(row), "dtype": str(dtype)[6:], "kind": kind, "S": S}
     rules: dict[str, Callable[..., Any]] = {"ours": lambda *y: portable.gated_delta_rule(*y[:5], scale, y[5], packing)}
     if "fla" in peers:
