@@ -95,6 +95,10 @@ def _check(
     checks.same_dtype(("q", q), ("k", k), ("v", v))
     checks.same_dtype(("A_log", A_log), ("dt_bias", dt_bias))
     checks.floating(("a", a), ("b", b))
+    if A_log.dtype != checks.accumulate_dtype(A_log.dtype):
+        raise ArgumentError(f"A_log: expected float32 (the gate loses its precision otherwise), got {A_log.dtype}")
+    if not 0 < gates.top <= 2:
+        raise ArgumentError(f"top: expected above 0 and at most 2, got {gates.top}")
     checks.same_device(("q", q), ("k", k), ("v", v), ("a", a), ("b", b), ("A_log", A_log), ("dt_bias", dt_bias))
     if packing is not None:
         packing.check(sizes["B"], sizes["T"], q.device)
@@ -102,4 +106,6 @@ def _check(
         documents = sizes["B"] if packing is None else packing.num_documents
         checks.shapes(("initial_state", initial_state, "N HV K V"), N=documents, **sizes)
         checks.same_device(("q", q), ("initial_state", initial_state))
+        if initial_state.dtype != checks.accumulate_dtype(q.dtype):
+            raise ArgumentError(f"initial_state: expected {checks.accumulate_dtype(q.dtype)}, got {initial_state.dtype}")
     return sizes
