@@ -89,7 +89,11 @@ class Config:
         ]
         if missing:
             raise ConfigError(f"{where or cls.__qualname__}: missing {', '.join(missing)}")
-        return cls(**{name: _convert(value, hints[name], _join(where, name)) for name, value in values.items()})
+        converted = {name: _convert(value, hints[name], _join(where, name)) for name, value in values.items()}
+        try:
+            return cls(**converted)
+        except ConfigError as error:  # from `check`, which knows the field and not the path
+            raise ConfigError(_join(where, str(error))) from None
 
 
 def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:

@@ -52,7 +52,10 @@ class Packing:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Packing:
         """From the number of tokens of each document, in order."""
-        lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu().reshape(-1)
+        lengths = torch.as_tensor(lengths if len(lengths) else torch.zeros(0, dtype=torch.int64))
+        if lengths.ndim != 1 or lengths.is_floating_point():
+            raise ArgumentError(f"lengths: expected integers [N], got {lengths.dtype} {list(lengths.shape)}")
+        lengths = lengths.to("cpu", torch.int64)
         if bool((lengths < 0).any()):
             raise ArgumentError(f"lengths: expected no negative length, got {lengths.tolist()}")
         return cls._build(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), device)

@@ -1,14 +1,15 @@
-"""The gated delta rule by matrix products over chunks of at most 64 tokens, in plain torch, on any device. Derivation: README.md.
+"""The gated delta rule by matrix products over chunks of 32 tokens, in plain torch, on any device. Derivation and measurements: README.md.
 
-The sequence is walked in groups of a few chunks of all heads, so that everything between two products stays in the cache: on two CPU cores
-a product of [128, 128] matrices runs at 180 GFLOP/s from cache and at 90 to 110 from memory (batches of 16 and 512, float32).
+The sequence is walked in segments of a few chunks of some sequences, whose buffers stay in the cache. The backward pass keeps, beside the
+inputs, the errors `Z` (the size of v), the inverses (32 numbers per token and head) and the state at the begin of each segment; the states
+inside a segment are computed again.
 """
 
 from __future__ import annotations
 
-import bisect
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,14 @@ from gdn.core.checks import accumulate_dtype
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
 from gdn.ops.delta_rule import SMALLEST_LOG_DECAY
+from gdn.ops.delta_rule.walk import Segment, Walk
 
-GROUP = 2048
-"""Rows of chunks (tokens times value heads) that are handled together, about; a group is at least one chunk of every sequence."""
-
-
-def chunk_size(longest: int) -> int:
-    """Tokens of a chunk: 64, and less where the longest document would leave most of a chunk empty."""
-    return 16 if longest <= 16 else 32 if longest <= 32 else 64
+CHUNK = 32
+"""Tokens per chunk, for all but very short sequences. Measured against 64 in README.md."""
+BLOCK_ELEMENTS = 1 << 19
+"""Elements of the states of the sequences that advance together: 2 MiB in float32, the second-level caches of two cores."""
+SEGMENT_ELEMENTS = 3 << 20
+"""Elements of all buffers of a segment, about."""
 
 
 def gated_delta_rule(
@@ -43,169 +44,124 @@ def gated_delta_rule(
     return o, state
 
 
-class Scratch:
-    """Buffers by name, reused from group to group: touching fresh memory costs more than the arithmetic on it."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.dtype, self.device = accumulate_dtype(like.dtype), like.device
-        self.buffers: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor; its contents last until the name is asked for again."""
-        count = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < count:
-            self.buffers[name] = torch.empty(count, dtype=self.dtype, device=self.device)
-        return self.buffers[name][:count].view(shape)
-
-
 @dataclass(frozen=True)
-class Group:
-    """Consecutive chunk numbers `first : last` of every document that has them; chunk rows `row : row + sum(active)`."""
+class Layout:
+    """Sizes that follow from the shapes alone."""
 
-    first: int
-    row: int
-    active: tuple[int, ...]
-    """For each chunk number, how many documents (the longest ones) reach it."""
+    chunk: int
+    block: int
+    stretch: int
+    slots: int
+    """At least the number of chunks of all sequences."""
+    starts: int
+    """At least the number of states saved."""
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, bounds: Tensor | None) -> Layout:
+        batch, length, heads = v.shape[:3]
+        state = k.shape[3] * v.shape[3]
+        chunk = CHUNK if length > CHUNK // 2 else CHUNK // 2
+        block = max(1, BLOCK_ELEMENTS // max(1, heads * state))
+        together = heads * (block if bounds is not None else min(block, batch))
+        step = together * (8 * chunk * (k.shape[3] + v.shape[3]) + state)
+        stretch = min(16, max(2, SEGMENT_ELEMENTS // max(1, step)))
+        if bounds is None:
+            return cls(chunk, block, stretch, batch * -(-length // chunk), batch * -(-length // (chunk * stretch)))
+        documents = bounds.shape[0] - 1
+        return cls(chunk, block, stretch, batch * length // chunk + documents, batch * length // (chunk * stretch) + documents)
+
+    def walk(self, v: Tensor, bounds: Tensor | None) -> Walk:
+        return Walk(v.shape[0], v.shape[1], bounds, v.device, chunk=self.chunk, block=self.block, stretch=self.stretch)
 
 
-class Plan:
-    """In which order the chunks are walked: by chunk number, and for each number the documents in order of falling length."""
+class Scratch:
+    """Named buffers that every segment uses again, so that they stay in the cache."""
 
-    def __init__(self, batch: int, length: int, heads: int, bounds: Tensor | None) -> None:
-        self.length = length
-        begins = [i * length for i in range(batch)] if bounds is None else bounds[:-1].tolist()
-        ends = [begin + length for begin in begins] if bounds is None else bounds[1:].tolist()
-        self.chunk = chunk_size(max((end - begin for begin, end in zip(begins, ends)), default=0))
-        counts = [-(-(end - begin) // self.chunk) for begin, end in zip(begins, ends)]
-        self.order = sorted(range(len(counts)), key=lambda i: -counts[i])
-        self.regular = bounds is None
-        self.begins = [begins[i] for i in self.order]
-        self.ends = [ends[i] for i in self.order]
-        sizes = [counts[i] for i in self.order]
-        self.active = [bisect.bisect_left(sizes, -j, key=lambda size: -size) for j in range(sizes[0] if sizes else 0)]
-        self.rows = sum(self.active)
-        self.documents = len(counts)
-        self.heads = heads
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._like, self.dtype = like, dtype
+        self._flat: dict[str, Tensor] = {}
 
-    def groups(self) -> Iterator[Group]:
-        """The groups in order."""
-        first = row = 0
-        active: list[int] = []
-        for count in self.active:
-            if active and (sum(active) + count) * self.heads * self.chunk > GROUP:
-                yield Group(first, row, tuple(active))
-                first, row, active = first + len(active), row + sum(active), []
-            active.append(count)
-        if active:
-            yield Group(first, row, tuple(active))
-
-    def load(self, x: Tensor, group: Group, out: Tensor) -> Tensor:
-        """The group's tokens of x `[B, T, heads, width]` into out `[chunks, heads, C, width]`, zero beyond a document's end."""
-        if not self.regular:
-            index, inside = self._places(group, x.device)
-            values = x.flatten(0, 1)[index].masked_fill_(~inside[..., None, None], 0)
-            return out.copy_(values.transpose(1, 2))
-        low = group.first * self.chunk
-        piece = x[:, low : low + len(group.active) * self.chunk]
-        missing = len(group.active) * self.chunk - piece.shape[1]
-        if missing:
-            piece = torch.nn.functional.pad(piece, (0, 0, 0, 0, 0, missing))
-        out.unflatten(0, (len(group.active), -1)).copy_(piece.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4))
-        return out
-
-    def store(self, out: Tensor, values: Tensor, group: Group) -> None:
-        """Write `[chunks, heads, C, width]` back to the group's tokens of out `[B, T, heads, width]`."""
-        if self.regular:
-            low = group.first * self.chunk
-            high = min(self.length, low + len(group.active) * self.chunk)
-            values = values.unflatten(0, (len(group.active), -1)).permute(1, 0, 3, 2, 4)
-            if high - low == len(group.active) * self.chunk:
-                out[:, low:high].unflatten(1, values.shape[1:3]).copy_(values)
-            else:
-                out[:, low:high] = values.flatten(1, 2)[:, : high - low]
-            return
-        index, inside = self._places(group, out.device)
-        out.flatten(0, 1)[index[inside]] = values.transpose(1, 2)[inside].to(out.dtype)
-
-    def _places(self, group: Group, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Token numbers `[chunks, C]`, and which of them lie inside their document."""
-        begins, ends = [], []
-        for j, count in enumerate(group.active, start=group.first):
-            begins += [begin + j * self.chunk for begin in self.begins[:count]]
-            ends += self.ends[:count]
-        index = torch.tensor(begins).unsqueeze(1) + torch.arange(self.chunk)
-        inside = index < torch.tensor(ends).unsqueeze(1)
-        return index.masked_fill(~inside, 0).to(device), inside.to(device)
-
-    def sort(self, states: Tensor) -> Tensor:
-        """States `[N, ...]` in the order of the walk."""
-        return states.clone() if self.regular else states[self.order]
-
-    def unsort(self, states: Tensor) -> Tensor:
-        """States in the order of the documents."""
-        if self.regular:
-            return states
-        out = torch.empty_like(states)
-        out[self.order] = states
-        return out
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        size = math.prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[name] = self._like.new_empty(size, dtype=dtype or self.dtype)
+        return flat[:size].view(shape)
 
 
 @dataclass
 class Chunks:
-    """What does not depend on the state, for M = chunks * value heads matrices. Every exponent is at most zero."""
+    """What the chunks of a segment need that does not depend on the state; M = slots * value heads matrices."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    both: Tensor
+    """Keys above queries, `[M, 2C, K]`."""
+    keys: Tensor
+    """The upper half of `both`."""
+    gram: Tensor
+    """K K^T above Q K^T, `[slots, H, 1, 2, C, C]`."""
+    decay: Tensor
+    """Gam, `[M, C, C]`: exp of the sum of g from token j (exclusive) to token i, zero above the diagonal."""
+    gated: Tensor
+    """`[M, 2, C, C]`: K K^T * Gam below the diagonal, and Q K^T * Gam on it and below."""
     beta: Tensor
     """`[M, C, 1]`"""
     gamma: Tensor
-    """exp of the running sum of g in the chunk, `[M, C, 1]`."""
+    """exp of the running sum of g, `[M, C, 1]`."""
     tail: Tensor
     """exp of the sum of g after each token, `[M, C, 1]`."""
-    decay: Tensor
-    """Gam, `[M, C, C]`: exp of the sum of g from token j (exclusive) to token i, zero above the diagonal."""
-    keys: Tensor
-    """Gam * K K^T below the diagonal, `[M, C, C]`."""
-    inverse: Tensor
-    """(I + diag(beta) keys)^-1, `[M, C, C]`."""
-    reads: Tensor
-    """scale * Gam * Q K^T on and below the diagonal, `[M, C, C]`."""
-    both: Tensor
-    """Minus keys times gamma above queries times scale * gamma, `[M, 2C, K]`: what reads the state."""
+    tails: Tensor
+    """Keys times `tail`, `[M, C, K]`."""
+    last: Tensor
+    """exp of the sum of g, `[M, 1, 1]`."""
 
     @classmethod
-    def load(cls, plan: Plan, group: Group, inputs: tuple[Tensor, ...], scale: float, scratch: Scratch) -> Chunks:
-        q, k, v, g, beta = inputs
-        count, size, repeat = sum(group.active), plan.chunk, v.shape[2] // k.shape[2]
+    def load(cls, segment: Segment, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk: int, scratch: Scratch) -> Chunks:
+        slots, size, dtype = segment.size, chunk, scratch.dtype
+        heads, narrow, width = g.shape[2], k.shape[2], k.shape[3]
+        both = scratch("both", slots, narrow, heads // narrow, 2 * size, width)
+        segment.load(k, both[..., :size, :])
+        segment.load(q, both[..., size:, :])
+        shared = both.view(slots * narrow, -1, 2 * size, width)[:, 0]  # one of the equal copies
+        gram = torch.bmm(shared, shared[:, :size].mT, out=scratch("gram", slots * narrow, 2 * size, size))
+        gram = gram.view(slots, narrow, 1, 2, size, size)
+        log, strength = scratch("log", slots * heads, size, dtype=torch.float64), scratch("strength", slots * heads, size)
+        segment.load(g.unsqueeze(-1), log.view(slots, heads, 1, size, 1))
+        segment.load(beta.unsqueeze(-1), strength.view(slots, heads, 1, size, 1))
+        outside = segment.outside(heads)
+        if outside is not None:  # a token that neither forgets nor writes
+            log.masked_fill_(outside, 0)
+            strength.masked_fill_(outside, 0)
+        total = log.clamp_(min=SMALLEST_LOG_DECAY).cumsum(-1)
+        gamma, tail = total.exp(), (total[:, -1:] - total).exp_()
+        decay = _pair_decay(total, scratch("decay", slots * heads, size, size))
+        gated = scratch("gated", slots * heads, 2, size, size)
+        torch.mul(gram, decay.view(slots, narrow, -1, 1, size, size), out=gated.view(slots, narrow, -1, 2, size, size))
+        gated[:, 0].diagonal(dim1=-2, dim2=-1).zero_()
+        both = both.view(-1, 2 * size, width)
+        gamma, tail, strength = (x.to(dtype).unsqueeze(-1) for x in (gamma, tail, strength))
+        tails = torch.mul(both[:, :size], tail, out=scratch("tails", slots * heads, size, width))
+        return cls(both, both[:, :size], gram, decay, gated, strength, gamma, tail, tails, gamma[:, -1:])
 
-        def load(name: str, x: Tensor) -> Tensor:
-            return plan.load(x, group, scratch(name, count, x.shape[2], size, x.shape[3]))
+    def invert(self, out: Tensor, scratch: Scratch) -> None:
+        """(I + diag(beta) stril(K K^T * Gam))^-1 by substitution, in place of `out`."""
+        lower = torch.mul(self.gated[:, 0], self.beta, out=scratch("lower", *out.shape))
+        unit = torch.eye(out.shape[1], dtype=out.dtype, device=out.device).expand_as(out)
+        torch.linalg.solve_triangular(lower, unit, upper=False, unitriangular=True, out=out)
 
-        queries, keys = load("q", q), load("k", k)
-        pairs = (count * k.shape[2], size, size)
-        kk = torch.bmm(keys.flatten(0, 1), keys.flatten(0, 1).mT, out=scratch("kk", *pairs)).unflatten(0, (count, -1))
-        qk = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).mT, out=scratch("qk", *pairs)).unflatten(0, (count, -1))
-        if repeat > 1:
-            queries, keys, kk, qk = (x.repeat_interleave(repeat, dim=1) for x in (queries, keys, kk, qk))
-        queries, keys, kk, qk = (x.flatten(0, 1) for x in (queries, keys, kk, qk))
-        values = load("v", v).flatten(0, 1)
-        log, strength = (load(name, x.unsqueeze(-1)).flatten(0, 1) for name, x in (("g", g), ("beta", beta)))
-        exact = log.clamp_(min=SMALLEST_LOG_DECAY).cumsum(1, dtype=torch.float64)
-        total = exact.to(scratch.dtype)
-        rest = (exact - total).to(scratch.dtype)  # what rounding took: a difference of two large sums must still be right
-        gamma, tail = exact.exp().to(scratch.dtype), (exact[:, -1:] - exact).exp().to(scratch.dtype)
-        decay = torch.sub(total, total.mT, out=scratch("decay", *kk.shape))
-        decay.add_(rest).sub_(rest.mT).tril_().exp_().tril_()
-        kk.mul_(decay).tril_(-1)
-        qk.mul_(decay).mul_(scale)
-        inverse = scratch("inverse", *kk.shape).copy_(torch.eye(size, dtype=scratch.dtype, device=v.device).expand_as(kk))
-        lower = torch.mul(kk, strength, out=scratch("lower", *kk.shape))
-        torch.linalg.solve_triangular(lower, inverse, upper=False, unitriangular=True, out=inverse)
-        both = scratch("both", len(keys), 2 * size, keys.shape[2])
-        torch.mul(keys, -gamma, out=both[:, :size])
-        torch.mul(queries, scale * gamma, out=both[:, size:])
-        return cls(queries, keys, values, strength, gamma, tail, decay, kk, inverse, qk, both)
+
+def _pair_decay(total: Tensor, out: Tensor) -> Tensor:
+    """exp(G_i - G_j) for i >= j, else 0, of the running sums G `[M, C]` in float64.
+
+    The sums are taken apart into two numbers of the dtype of `out`: after a token with g = -64 a single float32 would lose the decays that
+    follow it (a chunk of such tokens reaches -2048, where neighbours are 1.2e-4 apart).
+    """
+    high = total.to(out.dtype)
+    above = torch.full(out.shape[1:], -torch.inf, dtype=out.dtype, device=out.device).triu_(1)
+    torch.add(above, high.unsqueeze(-1), out=out).sub_(high.unsqueeze(-2))
+    if out.dtype != total.dtype:
+        low = (total - high).to(out.dtype)
+        out.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
+    return out.exp_()
 
 
 def _forward(
@@ -218,115 +174,188 @@ def _forward(
     bounds: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, final states, and with `keep` the state at the beginning of each chunk, in the order of the walk."""
-    plan, scratch = Plan(v.shape[0], v.shape[1], v.shape[2], bounds), Scratch(v)
-    heads, size, dtype = v.shape[2], plan.chunk, scratch.dtype
-    shape = (plan.documents, heads, k.shape[3], v.shape[3])
-    state = v.new_zeros(shape, dtype=dtype) if initial_state is None else plan.sort(initial_state)
-    memory = state.flatten(0, 1)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs, final states; with `keep` the errors, the inverses and the states at the begin of each segment, in the order of the walk."""
+    layout = Layout.of(k, v, bounds)
+    walk = layout.walk(v, bounds)
+    heads, width, size, scratch = v.shape[2], v.shape[3], layout.chunk, Scratch(v, accumulate_dtype(v.dtype))
+    shape = (len(walk), heads, k.shape[3], width)
+    memory = v.new_zeros(shape, dtype=scratch.dtype) if initial_state is None else walk.sort(initial_state)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    states = v.new_empty((plan.rows * heads if keep else 0, *shape[2:]), dtype=dtype)
-    for group in plan.groups():
-        c = Chunks.load(plan, group, (q, k, v, g, beta), scale, scratch)
-        last, keys = c.gamma[:, -1:], torch.mul(c.k, c.tail, out=scratch("tail_keys", *c.k.shape)).mT
-        low, outputs = 0, scratch("outputs", *c.v.shape)
-        for count in group.active:
-            high = low + count * heads
-            s = memory[: count * heads]
-            if keep:
-                states[group.row * heads + low : group.row * heads + high] = s
-            read = torch.bmm(c.both[low:high], s, out=scratch("read", high - low, 2 * size, v.shape[3]))
-            error = c.v[low:high].add_(read[:, :size]).mul_(c.beta[low:high])
-            written = torch.bmm(c.inverse[low:high], error, out=scratch("written", *error.shape))
-            torch.bmm(c.reads[low:high], written, out=outputs[low:high]).add_(read[:, size:])
-            s.mul_(last[low:high]).baddbmm_(keys[low:high], written)
-            low = high
-        plan.store(o, outputs.unflatten(0, (-1, heads)), group)
-    return o, plan.unsort(state), states
+    errors, inverses, states = _saved(layout, k, v, keep)
+    for segment in walk.segments():
+        c = Chunks.load(segment, q, k, g, beta, size, scratch)
+        count, state = segment.size * heads, memory[segment.block]
+        values, written = scratch("values", count, size, width), scratch("written", count, size, width)
+        segment.load(v, values.view(-1, heads, 1, size, width))
+        here = slice(segment.slots.start * heads, segment.slots.stop * heads)
+        if keep:
+            states[segment.starts] = state[: segment.running[0]]
+        error = errors[here] if keep else scratch("error", count, size, width)
+        inverse = inverses[here] if keep else scratch("inverse", count, size, size)
+        c.invert(inverse, scratch)
+        solve = torch.mul(inverse, c.beta.mT, out=scratch("solve", count, size, size))
+        state, reads = state.flatten(0, 1), scratch("reads", count, 2 * size, width)
+        for both, tails, gamma, last, value, z, t, u, read in _steps(
+            segment, heads, c.both, c.tails, c.gamma, c.last, values, error, solve, written, reads
+        ):
+            s = state[: len(both)]
+            torch.bmm(both, s, out=read)
+            torch.addcmul(value, gamma, read[:, :size], value=-1, out=z)
+            torch.bmm(t, z, out=u)
+            s.mul_(last).baddbmm_(tails.mT, u)
+        outputs = torch.mul(reads[:, size:], c.gamma, out=values)
+        outputs.baddbmm_(c.gated[:, 1], written, beta=scale, alpha=scale)
+        segment.store(outputs.view(-1, heads, size, width), o)
+    return o, walk.unsort(memory), errors, inverses, states
+
+
+def _steps(segment: Segment, heads: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The rows of each tensor that belong to each chunk of the segment."""
+    sizes = [count * heads for count in segment.running]
+    return list(zip(*(x.split(sizes) for x in tensors)))
+
+
+def _saved(layout: Layout, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the errors, the inverses and the states; without `keep` it is empty."""
+    dtype, heads, size, width = accumulate_dtype(v.dtype), v.shape[2], layout.chunk, v.shape[3]
+    slots, starts = (layout.slots * heads, layout.starts) if keep else (0, 0)
+    return (
+        v.new_empty((slots, size, width), dtype=dtype),
+        v.new_empty((slots, size, size), dtype=dtype),
+        v.new_empty((starts, heads, k.shape[3], width), dtype=dtype),
+    )
 
 
 def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Walk the groups backwards with the gradient of the state; chunk states were saved, everything else is computed again."""
+    """Walk the segments backwards with the gradient of the state."""
     q, k, v, g, beta, initial_state, bounds, scale = args
-    (states,), (d_o, d_final) = saved, grads
-    plan, scratch = Plan(v.shape[0], v.shape[1], v.shape[2], bounds), Scratch(v)
-    heads = v.shape[2]
-    shape = (plan.documents, heads, k.shape[3], v.shape[3])
-    d_state = v.new_zeros(shape, dtype=scratch.dtype) if d_final is None else plan.sort(d_final)
-    d_memory = d_state.flatten(0, 1)
-    out = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta)]
-    for group in reversed(list(plan.groups())):
-        c = Chunks.load(plan, group, (q, k, v, g, beta), scale, scratch)
-        d_both = scratch("d_both", len(c.v), 2 * plan.chunk, v.shape[3])
-        d_out = scratch("d_out", *c.v.shape)
-        if d_o is None:
-            d_out.zero_()
-        else:
-            plan.load(d_o, group, d_out.unflatten(0, (-1, heads)))
-        d_both[:, plan.chunk :] = d_out
-        rows = slice(group.row * heads, group.row * heads + len(c.v))
-        results = _group_gradients(c, group, heads, states[rows], d_out, d_both, d_memory, scale, scratch)
-        for target, value in zip(out, results):
-            value = value.unflatten(0, (-1, heads))
+    (errors, inverses, states), (d_o, d_final) = saved, grads
+    layout = Layout.of(k, v, bounds)
+    walk = layout.walk(v, bounds)
+    heads, width, size, scratch = v.shape[2], v.shape[3], layout.chunk, Scratch(v, errors.dtype)
+    d_memory = states.new_zeros((len(walk), *states.shape[1:])) if d_final is None else walk.sort(d_final)
+    d_o = torch.zeros_like(v) if d_o is None else d_o
+    out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, beta))
+    for segment in reversed(list(walk.segments())):
+        c = Chunks.load(segment, q, k, g, beta, size, scratch)
+        d_out = scratch("d_out", segment.size * heads, size, width)
+        segment.load(d_o, d_out.view(-1, heads, 1, size, width))
+        outside = segment.outside(heads)
+        if outside is not None:
+            d_out.masked_fill_(outside.unsqueeze(-1), 0)
+        here = slice(segment.slots.start * heads, segment.slots.stop * heads)
+        start = states[segment.starts].flatten(0, 1)
+        gradients = _segment_gradients(
+            segment, c, errors[here], inverses[here], start, d_out, d_memory[segment.block].flatten(0, 1), scale, scratch
+        )
+        for target, gradient in zip(out, gradients):
+            target = target.unsqueeze(-1) if target.ndim == 3 else target
+            gradient = gradient.unflatten(0, (segment.size, heads))
             if target.shape[2] != heads:  # queries and keys serve a group of value heads
-                value = value.unflatten(1, (target.shape[2], -1)).sum(2)
-            plan.store(target.unsqueeze(-1) if target.ndim == 3 else target, value, group)
+                gradient = gradient.unflatten(1, (target.shape[2], -1)).sum(2)
+            segment.store(gradient, target)
     out[3].masked_fill_(g < SMALLEST_LOG_DECAY, 0)
-    return [*out, None if initial_state is None else plan.unsort(d_state)]
+    return [*out, None if initial_state is None else walk.unsort(d_memory)]
 
 
-def _group_gradients(
+def _segment_gradients(
+    segment: Segment,
     c: Chunks,
-    group: Group,
-    heads: int,
-    states: Tensor,
+    error: Tensor,
+    inverse: Tensor,
+    start: Tensor,
     d_out: Tensor,
-    d_both: Tensor,
     d_memory: Tensor,
     scale: float,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g and beta of a group's chunks; `d_memory` goes from the state after the group to the state before it."""
-    size, last = c.k.shape[1], c.gamma[:, -1:]
-    tail_keys = torch.mul(c.k, c.tail, out=scratch("tail_keys", *c.k.shape))
-    error = torch.bmm(c.both[:, :size], states, out=scratch("error", *c.v.shape)).add_(c.v)
-    written = torch.bmm(c.inverse, torch.mul(error, c.beta, out=scratch("strong", *c.v.shape)), out=scratch("written", *c.v.shape))
-    d_written = torch.bmm(c.reads.mT, d_out, out=scratch("d_written", *c.v.shape))
-    d_solved, d_tail, d_last = scratch("d_solved", *c.v.shape), scratch("d_tail", *c.k.shape), torch.empty_like(last)
-    high = len(error)
-    for count in reversed(group.active):
-        low = high - count * heads
-        ds = d_memory[: count * heads]
-        dw = d_written[low:high].baddbmm_(tail_keys[low:high], ds)
-        torch.bmm(c.inverse[low:high].mT, dw, out=d_solved[low:high])
-        torch.mul(d_solved[low:high], c.beta[low:high], out=d_both[low:high, :size])
-        torch.bmm(written[low:high], ds.mT, out=d_tail[low:high])
-        d_last[low:high, 0, 0] = torch.linalg.vecdot(ds.flatten(1), states[low:high].flatten(1))
-        ds.mul_(last[low:high]).baddbmm_(c.both[low:high].mT, d_both[low:high])
-        high = low
-    d_tail.mul_(c.tail)
-    d_state_reads = torch.bmm(d_both, states.mT, out=scratch("d_state_reads", *c.both.shape))
-    d_k = torch.mul(d_state_reads[:, :size], -c.gamma, out=scratch("d_k", *c.k.shape))
-    d_q = torch.mul(d_state_reads[:, size:], scale * c.gamma, out=scratch("d_q", *c.k.shape))
-    d_reads = torch.bmm(d_out, written.mT, out=scratch("d_reads", *c.keys.shape)).tril_()
-    d_keys = torch.bmm(d_solved, written.mT, out=scratch("d_keys", *c.keys.shape)).tril_(-1).neg_()
-    through_keys = torch.mul(d_keys, c.keys, out=scratch("through_keys", *c.keys.shape))
-    d_beta = torch.linalg.vecdot(d_solved, error).add_(through_keys.sum(-1))
-    pairs = through_keys.mul_(c.beta).addcmul_(d_reads, c.reads)
-    # g_t decays what passes from before t to t or after: pairs (i, j) with j < t <= i. Summed as such, nothing cancels.
-    crossing = torch.cumsum(pairs, 2, out=scratch("crossing", *pairs.shape)).sub_(pairs).tril_()
-    d_g = crossing.sum(1)
-    d_g += (torch.linalg.vecdot(c.k, d_k) + torch.linalg.vecdot(c.q, d_q)).flip(1).cumsum(1).flip(1)
-    from_tail = torch.linalg.vecdot(c.k, d_tail)
-    d_g += from_tail.cumsum(1) - from_tail
-    d_g += (d_last * last).squeeze(-1)
-    d_qk = d_reads.mul_(c.decay).mul_(scale)
-    d_kk = d_keys.mul_(c.decay).mul_(c.beta)
-    symmetric = torch.add(d_kk, d_kk.mT, out=scratch("through_keys", *d_kk.shape))
-    d_q.baddbmm_(d_qk, c.k)
-    d_k.baddbmm_(d_qk.mT, c.q).add_(d_tail).baddbmm_(symmetric, c.k)
-    return d_q, d_k, d_both[:, :size], d_g.unsqueeze(-1), d_beta.unsqueeze(-1)
+    """Gradients of q, k, v, g and beta at a segment's chunks; `d_memory` goes from the state after it to the state before it, in place."""
+    count, size, width = error.shape
+    heads = count // segment.size
+    key_width = c.keys.shape[2]
+    solve = torch.mul(inverse, c.beta.mT, out=scratch("solve", count, size, size))
+    written = torch.bmm(solve, error, out=scratch("written", count, size, width))
+    states = _states(segment, heads, c, written, start, scratch("states", count, key_width, width))
+
+    d_written = torch.baddbmm(d_out, c.gated[:, 1].mT, d_out, beta=0, alpha=scale, out=scratch("d_written", count, size, width))
+    d_solved = scratch("d_solved", count, size, width)
+    d_read = scratch("d_read", count, 2 * size, width)
+    torch.mul(d_out, c.gamma * scale, out=d_read[:, size:])
+    d_both, d_keys = scratch("d_both", count, 2 * size, key_width), scratch("d_keys", count, size, key_width)
+    kept, product = scratch("kept", count), scratch("product", len(d_memory), key_width, width)
+    steps = _steps(
+        segment,
+        heads,
+        c.both,
+        c.tails,
+        -c.gamma * c.beta,
+        c.last,
+        inverse,
+        written,
+        states,
+        d_written,
+        d_solved,
+        d_read,
+        d_both,
+        d_keys,
+        kept,
+    )
+    for both, tails, minus, last, t, u, s, du, dy, dr, db, dk, inner in reversed(steps):
+        ds = d_memory[: len(both)]
+        du.baddbmm_(tails, ds)
+        torch.bmm(u, ds.mT, out=dk)
+        torch.sum(torch.mul(ds, s, out=product[: len(both)]).flatten(1), 1, out=inner)
+        torch.bmm(t.mT, du, out=dy)
+        torch.mul(dy, minus, out=dr[:, :size])
+        torch.bmm(dr, s.mT, out=db)
+        ds.mul_(last).baddbmm_(both.mT, dr)
+
+    d_keys.mul_(c.tail)
+    buffer = scratch("dots", count, 2 * size, key_width)
+    into = torch.mul(c.both, d_both, out=buffer).sum(-1)
+    into = into[:, :size] + into[:, size:]
+    onward = torch.mul(c.keys, d_keys, out=buffer[:, :size]).sum(-1)
+
+    pairs = scratch("pairs", 2, count, size, size)
+    pairs[0].baddbmm_(d_solved, written.mT, beta=0, alpha=-1)
+    pairs[1].baddbmm_(d_out, written.mT, beta=0, alpha=scale)
+    d_gram = torch.mul(pairs.transpose(0, 1), c.decay.unsqueeze(1), out=scratch("d_gram", count, 2, size, size))
+    d_gram[:, 0].diagonal(dim1=-2, dim2=-1).zero_()
+    d_pairs = scratch("d_pairs", count, 2, size, size)
+    grouped = (segment.size, c.gram.shape[1], -1, 2, size, size)
+    torch.mul(d_gram.view(grouped), c.gram, out=d_pairs.view(grouped))
+    d_beta = torch.mul(d_solved, error, out=scratch("d_written", count, size, width)).sum(-1).add_(d_pairs[:, 0].sum(-1))
+    between = d_pairs[:, 1].addcmul_(d_pairs[:, 0], c.beta)
+    d_g = _log_decay_gradient(between, into, onward, kept.unsqueeze(-1) * c.last[:, 0], pairs[0])
+    d_gram[:, 0].mul_(c.beta)
+    d_gram = d_gram.view(count, 2 * size, size)
+    d_both.baddbmm_(d_gram, c.keys)
+    d_keys.baddbmm_(d_gram.mT, c.both).add_(d_both[:, :size])
+    return d_both[:, size:], d_keys, d_solved.mul_(c.beta), d_g.unsqueeze(-1), d_beta.unsqueeze(-1)
+
+
+def _states(segment: Segment, heads: int, c: Chunks, written: Tensor, start: Tensor, out: Tensor) -> Tensor:
+    """The state before each chunk of a segment, from the state before the first."""
+    steps = _steps(segment, heads, out, c.tails, c.last, written)
+    steps[0][0].copy_(start)
+    for (before, tails, last, u), (after, *_) in itertools.pairwise(steps):
+        rows = len(after)
+        torch.mul(before[:rows], last[:rows], out=after).baddbmm_(tails[:rows].mT, u[:rows])
+    return out
+
+
+def _log_decay_gradient(between: Tensor, into: Tensor, onward: Tensor, through: Tensor, buffer: Tensor) -> Tensor:
+    """The gradient of g `[M, C]` from what passes over each token.
+
+    g_t scales what goes from token j < t to token i >= t (`between[i, j]`), from the state before the chunk to i >= t (`into`), from
+    j < t to the state after the chunk (`onward`), and from state to state (`through`). Summed as it stands, without differences of
+    large sums, so that it is exact under strong decay too.
+    """
+    later = torch.ones_like(between[0]).triu_().expand_as(between)
+    crossing = torch.bmm(later, between, out=buffer).tril_(-1).sum(-1)
+    crossing[:, 1:] += onward[:, :-1].cumsum(-1)
+    return crossing.add_(into.flip(-1).cumsum(-1).flip(-1)).add_(through)
 
 
 def _fake(
@@ -339,13 +368,10 @@ def _fake(
     bounds: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulate_dtype(v.dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     documents = v.shape[0] if bounds is None else bounds.shape[0] - 1
-    final = v.new_empty((documents, v.shape[2], k.shape[3], v.shape[3]), dtype=dtype)
-    rows = v.shape[0] * -(-v.shape[1] // chunk_size(v.shape[1])) if bounds is None else torch.library.get_ctx().new_dynamic_size()
-    states = v.new_empty((rows * v.shape[2] if keep else 0, k.shape[3], v.shape[3]), dtype=dtype)
-    return v.new_empty(v.shape), final, states
+    final = v.new_empty((documents, v.shape[2], k.shape[3], v.shape[3]), dtype=accumulate_dtype(v.dtype))
+    return v.new_empty(v.shape), final, *_saved(Layout.of(k, v, bounds), k, v, keep)
 
 
 _OPAQUE = Opaque(
