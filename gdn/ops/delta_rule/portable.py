@@ -39,7 +39,8 @@ from torch import Tensor
 from gdn.core import device as hardware
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
-from gdn.ops.delta_rule.portable_grad import gradient_kernel
+from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
+from gdn.ops.delta_rule.portable_launch import Launch
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
 from gdn.ops.delta_rule.portable_prepare import gates_kernel, scores_kernel, solve_kernel
 from gdn.ops.delta_rule.portable_scan import (
@@ -52,19 +53,6 @@ from gdn.ops.delta_rule.portable_scan import (
 )
 
 GATES = int(_GATES.value)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Block sizes and resources of one kernel."""
-
-    block: int
-    """Columns of V of a program; of K at a time for solve, scores and gradient."""
-    warps: int
-    stages: int = 2
-    """Depth of the software pipeline over chunks, or over blocks of V."""
-    inner: int = 0
-    """Columns of V at a time, for the gradient kernel."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +123,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
         "backward": scan,
         "backward_summary": scan,
         "handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1),
+        "pairs": Launch(block=min(_power_of_two(V), 32 if wide else 64), warps=4, stages=1),
         "gradient": Launch(block=key, warps=4, stages=1, inner=min(_power_of_two(V), 32 if wide else 64)),
     }
 
@@ -194,7 +183,7 @@ def _forward(
     )
     use = p.launches["solve"]
     solve_kernel[(p.HV, p.chunks)](
-        k, phi, gates, norms, bounds[0], bounds[1], p.length, p.per_row, k.stride(1), p.H, p.HV, p.K, use.block, p.packed, p.S > 0,
+        k, phi, gates, norms, bounds[0], bounds[1], p.length, p.per_row, k.stride(1), p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0,
         p.wide, num_warps=use.warps, num_stages=1,
     )  # fmt: skip
     _scores(p, q, k, scores, gates, bounds, scale)
@@ -260,12 +249,18 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed,
         d_final is not None, d_initial is not None, p.wide, use.stages, num_warps=use.warps,
     )  # fmt: skip
+    use = p.launches["pairs"]
+    pairs = torch.empty_like(scores)
+    dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
+    pairs_kernel[(p.HV, p.chunks)](
+        gates, do, errors, d_errors, scores, pairs, dv, dbeta, bounds[0], bounds[1], p.length, p.per_row, scale, p.HV, p.V, use.block,
+        p.packed, p.wide, use.stages, num_warps=use.warps, num_stages=1,
+    )  # fmt: skip
     use = p.launches["gradient"]
     blocks = 2 * -(-p.K // use.block)
     dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
-    dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
     gradient_kernel[(blocks, p.H, p.chunks)](
-        q, k, g, gates, do, states, errors, d_states, d_errors, dq, dk, dv, dg, dbeta, bounds[0], bounds[1], p.length, p.per_row,
+        q, k, g, gates, do, states, errors, d_states, d_errors, scores, pairs, dq, dk, dg, bounds[0], bounds[1], p.length, p.per_row,
         scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
         num_warps=use.warps, num_stages=1,
     )  # fmt: skip
@@ -275,7 +270,7 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
 def _scores(p: Plan, q: Tensor, k: Tensor, scores: Tensor, gates: Tensor, bounds: Sequence[Tensor | None], scale: float) -> None:
     use = p.launches["scores"]
     scores_kernel[(p.H, p.chunks)](
-        q, k, scores, gates, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H,
+        q, k, scores, gates, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.HV, p.HV // p.H,
         p.K, use.block, p.packed, p.wide, num_warps=use.warps, num_stages=1,
     )  # fmt: skip
 

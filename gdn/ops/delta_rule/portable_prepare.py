@@ -129,7 +129,6 @@ def scores_kernel(
     scale,
     q_stride,
     k_stride,
-    H,
     HV,
     GROUP: tl.constexpr,
     K: tl.constexpr,
@@ -142,7 +141,12 @@ def scores_kernel(
     chunk = tl.program_id(1)
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
-    qk = _products(q + h * K, k + h * K, start, rows, q_stride, k_stride, K, BK, WIDE) * scale
+    qk = tl.zeros((C, C), tl.float32)
+    for first in tl.static_range(0, K, BK):
+        q_rows = load_rows(q + h * K, start, rows, q_stride, first, K, BK)
+        k_rows = load_rows(k + h * K, start, rows, k_stride, first, K, BK)
+        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="tf32x3" if WIDE else "tf32")
+    qk *= scale
     for member in range(GROUP):
         tile = int64(chunk) * HV + h * GROUP + member
         decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
@@ -161,8 +165,8 @@ def solve_kernel(
     T,
     per_row,
     k_stride,
-    H,
     HV,
+    GROUP: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
     PACKED: tl.constexpr,
@@ -184,20 +188,22 @@ def solve_kernel(
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
     tile = int64(chunk) * HV + hv
-    G = load_gate(gates, tile, 0)
-    G_low = load_gate(gates, tile, 4)
+    k += hv // GROUP * K
+    k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
     beta = load_gate(gates, tile, 2)
-    k += hv // (HV // H) * K
-    kk = _products(k, k, start, rows, k_stride, k_stride, K, BK, WIDE)
+    decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+    decay = tl.exp(tl.where(i[:, None] > i[None, :], decay, float("-inf")))
+    kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="tf32x3" if WIDE else "tf32")
+    for first in tl.static_range(BK, K, BK):
+        k_rows = load_rows(k, start, rows, k_stride, first, K, BK)
+        kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="tf32x3" if WIDE else "tf32")
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     if NORMS:
         growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
         last = gates + tile * (GATES * C) + (C - 1)
         tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
     length = tl.sqrt(tl.maximum(square, 1e-30))
-    log_length = tl.log(length)
-    exponent = log_decay(G, G_low, WIDE) - (log_length[:, None] + log_length[None, :])
-    m = kk * tl.exp(tl.where(i[:, None] > i[None, :], exponent, float("-inf")))
+    m = kk * decay * (1.0 / length)[:, None] * (1.0 / length)[None, :]
     negative = _narrow(m * (-beta * square)[None, :], WIDE)
     m = _narrow(m, WIDE)
     e = tl.where(i[:, None] == i[None, :], 1.0, tl.where(_under(i, 0), negative.to(tl.float32), 0.0))
@@ -217,17 +223,6 @@ def log_decay(G, G_low, WIDE: tl.constexpr):
         return (G[:, None] - G[None, :]) + (G_low[:, None] - G_low[None, :])
     else:
         return (G + G_low)[:, None] - (G + G_low)[None, :]
-
-
-@triton.jit
-def _products(x, y, start, rows, x_stride, y_stride, K: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
-    """x y^T of the rows of a chunk, [64, 64] fp32; 0 beyond the last token."""
-    acc = tl.zeros((C, C), tl.float32)
-    for first in tl.static_range(0, K, BK):
-        y_rows = load_rows(y, start, rows, y_stride, first, K, BK)
-        x_rows = load_rows(x, start, rows, x_stride, first, K, BK)
-        acc = tl.dot(x_rows, tl.trans(y_rows), acc, input_precision="tf32x3" if WIDE else "tf32")
-    return acc
 
 
 @triton.jit
