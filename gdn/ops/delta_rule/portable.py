@@ -42,7 +42,7 @@ from gdn.core.packing import CHUNK, Packing
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
 from gdn.ops.delta_rule.portable_launch import Launch
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
-from gdn.ops.delta_rule.portable_prepare import gates_kernel, scores_kernel, solve_kernel
+from gdn.ops.delta_rule.portable_prepare import gates_kernel, pair_kernel
 from gdn.ops.delta_rule.portable_scan import (
     backward_kernel,
     backward_summary_kernel,
@@ -115,8 +115,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
     scan = Launch(block=min(32 if wide else 64, _power_of_two(V)), warps=4, stages=1 if wide or BK > 128 else 2)
     key = min(32 if wide else 64, BK)
     return {
-        "solve": Launch(block=min(BK, 64), warps=4),
-        "scores": Launch(block=min(BK, 64), warps=4),
+        "pair": Launch(block=min(BK, 64), warps=4, inner=1),
         "output": scan,
         "states": scan,
         "summary": scan,
@@ -164,29 +163,29 @@ def _forward(
     chunk_offsets: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, final state; saved: Phi, gates, and with segments norms, crosses, carried and entering."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, final state; saved: Phi, A, gates, and with segments norms, crosses, carried and entering."""
     p = _plan(q, v, cu_seqlens, chunk_table)
     q, k, v = _rows(q), _rows(k), _rows(v)
     g, beta = g.contiguous(), beta.contiguous()
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final, phi, gates, norms, crosses, carried, entering = _buffers(p, q)
+    final, *saved = _buffers(p, q)
     if p.chunks == 0:
-        return o, final.zero_() if initial_state is None else final.copy_(initial_state), phi, gates, norms, crosses, carried, entering
+        return o, final.zero_() if initial_state is None else final.copy_(initial_state), *saved
+    phi, scores, gates, norms, crosses, carried, entering = saved
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    scores = torch.empty_like(phi)
     bounds = (cu_seqlens, chunk_table, chunk_offsets)
     heads = min(16, _power_of_two(p.HV))
     gates_kernel[(-(-p.HV // heads), p.chunks)](
         g, beta, gates, bounds[0], bounds[1], p.length, p.per_row, p.HV, heads, p.packed, num_warps=2
     )
-    use = p.launches["solve"]
-    solve_kernel[(p.HV, p.chunks)](
-        k, phi, gates, norms, bounds[0], bounds[1], p.length, p.per_row, k.stride(1), p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0,
-        p.wide, num_warps=use.warps, num_stages=1,
+    use = p.launches["pair"]
+    members = use.inner
+    pair_kernel[(p.HV // members, p.chunks)](
+        q, k, phi, scores, gates, norms, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.HV, p.HV // p.H,
+        members, p.K, use.block, p.packed, p.S > 0, p.wide, num_warps=use.warps, num_stages=1, maxnreg=use.registers,
     )  # fmt: skip
-    _scores(p, q, k, scores, gates, bounds, scale)
     if p.S:
         added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
         use = p.launches["summary"]
@@ -202,12 +201,12 @@ def _forward(
         q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, initial_state is not None,
         p.wide, use.stages, num_warps=use.warps,
     )  # fmt: skip
-    return o, final, phi, gates, norms, crosses, carried, entering
+    return o, final, *saved
 
 
 def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     q, k, v, g, beta, initial_state, *bounds, scale = args
-    phi, gates, norms, crosses, carried, entering = saved
+    phi, scores, gates, norms, crosses, carried, entering = saved
     do, d_final = grads
     p = _plan(q, v, bounds[0], bounds[1])
     q, k, v, g = _rows(q), _rows(k), _rows(v), g.contiguous()
@@ -223,10 +222,8 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     if initial_state is not None:
         initial_state = initial_state.contiguous()
 
-    scores = torch.empty_like(phi)
     states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
     errors, d_errors = (torch.empty((p.chunks, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
-    _scores(p, q, k, scores, gates, bounds, scale)
     use = p.launches["states"]
     states_kernel[(-(-p.V // use.block), p.HV, p.runs)](
         k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S,
@@ -250,29 +247,21 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         d_final is not None, d_initial is not None, p.wide, use.stages, num_warps=use.warps,
     )  # fmt: skip
     use = p.launches["pairs"]
-    pairs = torch.empty_like(scores)
+    pairs, d_scores = torch.empty_like(scores), torch.empty_like(scores)
     dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
     pairs_kernel[(p.HV, p.chunks)](
-        gates, do, errors, d_errors, scores, pairs, dv, dbeta, bounds[0], bounds[1], p.length, p.per_row, scale, p.HV, p.V, use.block,
+        gates, do, errors, d_errors, d_scores, pairs, dv, dbeta, bounds[0], bounds[1], p.length, p.per_row, scale, p.HV, p.V, use.block,
         p.packed, p.wide, use.stages, num_warps=use.warps, num_stages=1,
     )  # fmt: skip
     use = p.launches["gradient"]
     blocks = 2 * -(-p.K // use.block)
     dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
     gradient_kernel[(blocks, p.H, p.chunks)](
-        q, k, g, gates, do, states, errors, d_states, d_errors, scores, pairs, dq, dk, dg, bounds[0], bounds[1], p.length, p.per_row,
+        q, k, g, gates, do, states, errors, d_states, d_errors, d_scores, pairs, dq, dk, dg, bounds[0], bounds[1], p.length, p.per_row,
         scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
         num_warps=use.warps, num_stages=1,
     )  # fmt: skip
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
-
-
-def _scores(p: Plan, q: Tensor, k: Tensor, scores: Tensor, gates: Tensor, bounds: Sequence[Tensor | None], scale: float) -> None:
-    use = p.launches["scores"]
-    scores_kernel[(p.H, p.chunks)](
-        q, k, scores, gates, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.HV, p.HV // p.H,
-        p.K, use.block, p.packed, p.wide, num_warps=use.warps, num_stages=1,
-    )  # fmt: skip
 
 
 def _hand_over(p: Plan, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
@@ -300,11 +289,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _buffers(p: Plan, like: Tensor) -> Tensors:
-    """final, Phi, gates, norms, crosses, carried, entering."""
+    """final, Phi, A, gates, norms, crosses, carried, entering."""
     f32 = {"dtype": torch.float32, "device": like.device}
     segmented = [p.segments, p.HV] if p.S else [0, 0]
     return (
         torch.empty((p.documents, p.HV, p.K, p.V), **f32),
+        torch.empty((p.chunks, p.HV, CHUNK, CHUNK), dtype=like.dtype, device=like.device),
         torch.empty((p.chunks, p.HV, CHUNK, CHUNK), dtype=like.dtype, device=like.device),
         torch.empty((p.chunks, p.HV, GATES, CHUNK), **f32),
         torch.empty((p.chunks if p.S else 0, p.HV), **f32),

@@ -117,11 +117,13 @@ def load_last(gates, tile):
 
 
 @triton.jit
-def scores_kernel(
+def pair_kernel(
     q,
     k,
+    phi,
     scores,
     gates,
+    norms,
     cu_seqlens,
     chunk_table,
     T,
@@ -131,49 +133,14 @@ def scores_kernel(
     k_stride,
     HV,
     GROUP: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    PACKED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """A of one chunk and query/key head, for the value heads of its group. Grid [H, chunks]."""
-    h = tl.program_id(0)
-    chunk = tl.program_id(1)
-    start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
-    i = tl.arange(0, C)
-    qk = tl.zeros((C, C), tl.float32)
-    for first in tl.static_range(0, K, BK):
-        q_rows = load_rows(q + h * K, start, rows, q_stride, first, K, BK)
-        k_rows = load_rows(k + h * K, start, rows, k_stride, first, K, BK)
-        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="tf32x3" if WIDE else "tf32")
-    qk *= scale
-    for member in range(GROUP):
-        tile = int64(chunk) * HV + h * GROUP + member
-        decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-        a = qk * tl.exp(tl.where(i[:, None] >= i[None, :], decay, float("-inf")))
-        tl.store(scores + tile * (C * C) + (i[:, None] * C + i[None, :]), a.to(scores.dtype.element_ty))
-
-
-@triton.jit
-def solve_kernel(
-    k,
-    phi,
-    gates,
-    norms,
-    cu_seqlens,
-    chunk_table,
-    T,
-    per_row,
-    k_stride,
-    HV,
-    GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
     PACKED: tl.constexpr,
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Phi = (I + M diag(beta))^-1 M of one chunk and value head. Grid [HV, chunks].
+    """Phi = (I + M diag(beta))^-1 M and A of one chunk and MEMBERS value heads of one key head. Grid [HV / MEMBERS, chunks].
 
     With L = M diag(beta), E = (I + L)^-1 is found by joining solved diagonal blocks, 2 to 4 to 8 ... to 64: the block under two solved ones
     becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums (fp32 for fp32 inputs): on 64 unit keys the error is
@@ -183,36 +150,44 @@ def solve_kernel(
     norms [chunks, HV] (if NORMS) bounds the logarithm of the spectral norm of the chunk's map from state to state, for keys of any length:
     the sum of g + log max(1, |1 - beta |k|^2|).
     """
-    hv = tl.program_id(0)
+    first_member = tl.program_id(0) * MEMBERS
     chunk = tl.program_id(1)
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
-    tile = int64(chunk) * HV + hv
-    k += hv // GROUP * K
+    q += first_member // GROUP * K
+    k += first_member // GROUP * K
     k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
-    beta = load_gate(gates, tile, 2)
-    decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-    decay = tl.exp(tl.where(i[:, None] > i[None, :], decay, float("-inf")))
     kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="tf32x3" if WIDE else "tf32")
+    qk = tl.dot(load_rows(q, start, rows, q_stride, 0, K, BK), tl.trans(k_rows), input_precision="tf32x3" if WIDE else "tf32")
     for first in tl.static_range(BK, K, BK):
         k_rows = load_rows(k, start, rows, k_stride, first, K, BK)
         kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="tf32x3" if WIDE else "tf32")
+        q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
+        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="tf32x3" if WIDE else "tf32")
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
-    if NORMS:
-        growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
-        last = gates + tile * (GATES * C) + (C - 1)
-        tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
     length = tl.sqrt(tl.maximum(square, 1e-30))
-    m = kk * decay * (1.0 / length)[:, None] * (1.0 / length)[None, :]
-    negative = _narrow(m * (-beta * square)[None, :], WIDE)
-    m = _narrow(m, WIDE)
-    e = tl.where(i[:, None] == i[None, :], 1.0, tl.where(_under(i, 0), negative.to(tl.float32), 0.0))
-    for level in tl.static_range(1, 6):
-        narrow = _narrow(e, WIDE)
-        below = tl.where(_under(i, level), tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
-        e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
-    solved = tl.dot(_narrow(e, WIDE), m, input_precision="tf32x3") * length[:, None] * length[None, :]
-    tl.store(phi + tile * (C * C) + (i[:, None] * C + i[None, :]), solved.to(phi.dtype.element_ty))
+    kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
+    for member in tl.range(0, MEMBERS, num_stages=1, disable_licm=True):
+        tile = int64(chunk) * HV + first_member + member
+        at = tile * (C * C) + (i[:, None] * C + i[None, :])
+        decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+        decay = tl.exp(tl.where(i[:, None] >= i[None, :], decay, float("-inf")))
+        tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
+        beta = load_gate(gates, tile, 2)
+        if NORMS:
+            growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
+            last = gates + tile * (GATES * C) + (C - 1)
+            tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
+        m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
+        negative = _narrow(m * (-beta * square)[None, :], WIDE)
+        m = _narrow(m, WIDE)
+        e = tl.where(i[:, None] == i[None, :], 1.0, tl.where(_under(i, 0), negative.to(tl.float32), 0.0))
+        for level in tl.static_range(1, 6):
+            narrow = _narrow(e, WIDE)
+            below = tl.where(_under(i, level), tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
+            e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
+        solved = tl.dot(_narrow(e, WIDE), m, input_precision="tf32x3") * length[:, None] * length[None, :]
+        tl.store(phi + at, solved.to(phi.dtype.element_ty))
 
 
 @triton.jit
