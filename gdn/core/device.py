@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,11 @@ def multiprocessors(index: int = 0) -> int:
 def has_package(name: str) -> bool:
     """Whether a package can be imported, without importing it."""
     return importlib.util.find_spec(name) is not None
+
+
+def interprets_triton() -> bool:
+    """Whether Triton runs kernels on the CPU in its interpreter: decided by the environment before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +91,6 @@ def _cpu_name() -> str:
 
 
 def _memory_bytes() -> int:
-    import os
-
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

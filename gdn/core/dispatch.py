@@ -10,7 +10,8 @@ rows choose at run time, explain themselves (`Op.explain`, `gdn doctor`), parame
     OP.pick(q, K=128, V=128)(q, k, v, ...)
 
 A row's module is imported when the row is first chosen. Chosen automatically, a row is logged once (logger "gdn.dispatch"); asked for by
-name (`use`) and unable to serve, it raises `ImplementationError` with the reason. Nothing falls back silently.
+name (`use`) and unable to serve, it raises `ImplementationError` with the reason. Nothing falls back silently. Under `TRITON_INTERPRET=1`
+a Triton row asked for by name also serves the CPU.
 """
 
 from __future__ import annotations
@@ -62,9 +63,12 @@ class Needs:
     packages: tuple[str, ...] = ()
     """Python packages that must be importable."""
 
-    def why_not(self, call: Call) -> str | None:
-        """The reason why this call cannot be served, None when it can."""
-        if self.device and call.device != self.device:
+    def why_not(self, call: Call, *, interpreted: bool = False) -> str | None:
+        """The reason why this call cannot be served, None when it can.
+
+        With `interpreted` the CPU will do for a row that needs a GPU of any kind: Triton's interpreter runs its kernels.
+        """
+        if self.device and call.device != self.device and not (interpreted and call.device == "cpu" and not self.arch):
             return f"needs a {self.device} tensor, got {call.device}"
         for package in self.packages:
             if not hardware.has_package(package):
@@ -77,6 +81,11 @@ class Needs:
             if name in self.dims and value not in self.dims[name]:
                 return f"needs {name} in {self.dims[name]}, got {value}"
         return None
+
+
+def triton_gpu(**dims: Container[int]) -> Needs:
+    """What the portable Triton rows need: a GPU, Triton and a data type of at most 32 bits."""
+    return Needs(device="cuda", dtypes=(torch.bfloat16, torch.float16, torch.float32), dims=dims, packages=("triton",))
 
 
 @dataclass(frozen=True)
@@ -149,12 +158,14 @@ class Op:
             raise ImplementationError(f'{self.name} has no implementation "{name}".{nearest(name, names)}')
 
     def _select(self, forced: str | None, call: Call) -> str:
-        verdicts = self.explain(call.device, call.dtype, index=call.index, **dict(call.dims))
         if forced is not None:
-            verdict = next(v for v in verdicts if v.name == forced)
-            if verdict.reason:
-                raise ImplementationError(f'{self.name}: "{forced}" was asked for and cannot run: {verdict.reason}')
+            _plug_in()
+            needs = next(row.needs for row in self.impls if row.name == forced)
+            reason = needs.why_not(call, interpreted="triton" in needs.packages and hardware.interprets_triton())
+            if reason:
+                raise ImplementationError(f'{self.name}: "{forced}" was asked for and cannot run: {reason}')
             return forced
+        verdicts = self.explain(call.device, call.dtype, index=call.index, **dict(call.dims))
         for verdict in verdicts:
             if verdict.reason is None:
                 return verdict.name

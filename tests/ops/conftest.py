@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from gdn.core.device import has_package, interprets_triton
 from gdn.core.dispatch import use
 
 Arguments = dict[str, Any]
@@ -24,13 +26,22 @@ def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def surrounded(tensor: Tensor) -> Tensor:
+    """A copy in the middle of memory that is NaN elsewhere: whoever reads beside the tensor is found out."""
+    if not tensor.is_contiguous():
+        return tensor.clone()
+    around = tensor.new_full((tensor.numel() + 256,), float("nan"))
+    around[128:-128] = tensor.flatten()
+    return around[128:-128].view(tensor.shape)
+
+
 def evaluate(call: Callable[..., Any], impl: str, arguments: Arguments, *, run: Callable[..., Any] | None = None) -> dict[str, Tensor]:
     """Outputs, and gradients of a fixed random weighting of them; for operators on a `state` in place, the output and the new state."""
     leaves: list[Tensor] = []
     in_place = "state" in arguments
 
     def leaf(tensor: Tensor) -> Tensor:
-        leaves.append(tensor.detach().clone().requires_grad_(not in_place))
+        leaves.append(surrounded(tensor.detach()).requires_grad_(not in_place))
         return leaves[-1]
 
     arguments = {name: change_tensors(value, leaf) for name, value in arguments.items()}
@@ -41,7 +52,7 @@ def evaluate(call: Callable[..., Any], impl: str, arguments: Arguments, *, run: 
     if in_place:
         return found | {"state": arguments["state"]}
     generator = torch.Generator().manual_seed(9)
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device) for o in outputs]
     loss = torch.stack([(o.double() * w).sum() for o, w in zip(outputs, weights)]).sum()
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return found | {f"gradient {i}": g for i, g in enumerate(gradients)}
@@ -70,3 +81,35 @@ def check(call: Callable[..., Any], impl: str, arguments: Arguments, *, run: Cal
 @pytest.fixture
 def as_good_as_the_reference() -> Callable[..., None]:
     return check
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_rounds_to_nearest() -> Iterator[None]:
+    """Triton's interpreter cuts float32 down to bfloat16, a GPU rounds to nearest: let the interpreter round, or every error doubles."""
+    if not (has_package("triton") and interprets_triton()):
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).bfloat16()
+            return rounded.view(torch.int16).numpy().view(np.uint16)
+        if source == tl.bfloat16 and target == tl.float32:
+            return (np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return original(data, source, target, rounding)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert)
+        yield
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN (the largest value, for integers), so that whoever reads what nobody wrote is found out."""
+    torch.use_deterministic_algorithms(True)  # this is what makes torch.empty fill
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 
 OP = Op(
     "gated_delta_step",
     (
+        Impl("portable", "gdn.ops.delta_step.portable:gated_delta_step", triton_gpu(K=range(1, 513))),
         Impl("torch", "gdn.ops.delta_step.plain:gated_delta_step"),
         Impl("reference", "gdn.ops.delta_step.reference:gated_delta_step"),
     ),

@@ -1,0 +1,64 @@
+"""Launching Triton kernels at little cost to the host.
+
+Triton's own launch binds names, looks at each argument and walks its cache: some 20 microseconds for a dozen arguments. Here the choice of
+the compiled kernel is one dictionary lookup with what the code depends on: data types, alignment, constants. A new choice goes through
+Triton once, which compiles or reads its cache on disk. Under `TRITON_INTERPRET=1` the interpreter runs the kernel on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+_CONSTANTS: dict[Any, tuple[bool, ...]] = {}
+_LARGEST_INT32 = 2**31 - 1
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1) -> None:
+    """Run `kernel` on the current stream of the device of its tensors. Nothing happens for an empty grid.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid: programs along one to three axes; only the first may pass 65535.
+        args: the kernel's arguments, all of them, in order; the first is a tensor.
+        warps: of a program.
+        stages: depth of the software pipeline of its loops.
+    """
+    if 0 in grid:
+        return
+    if not isinstance(kernel, JITFunction):
+        kernel[grid](*args)
+        return
+    device = args[0].get_device()
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            _launch(kernel, grid, args, device, warps, stages)
+    else:
+        _launch(kernel, grid, args, device, warps, stages)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: int, warps: int, stages: int) -> None:
+    constants = _CONSTANTS.get(kernel)
+    if constants is None:
+        constants = _CONSTANTS[kernel] = tuple(parameter.is_constexpr for parameter in kernel.params)
+    name = (kernel, device, warps, stages, *[a if constant else _kind(a) for a, constant in zip(args, constants, strict=True)])
+    compiled = _COMPILED.get(name)
+    if compiled is None:
+        _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton specialises on: the type, and whether a pointer or an integer is a multiple of 16 or the integer is 1."""
+    if isinstance(argument, Tensor):
+        return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
+    if isinstance(argument, int):
+        return (argument if argument == 1 else argument % 16 == 0, argument > _LARGEST_INT32)
+    return None if argument is None else type(argument)

@@ -1,0 +1,83 @@
+"""The Triton rows against their references: on a GPU where there is one, in Triton's interpreter on the CPU otherwise.
+
+Fresh memory is poisoned with NaN and so is what surrounds each argument: a row that reads where nobody wrote, or beside a tensor, shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gdn.core.dispatch import use
+from gdn.ops import gated_delta_step
+from gdn.ops.delta_step import problems as steps
+
+pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Check = Callable[..., None]
+
+
+def cases(*problems: Any, narrow: int = 2) -> Any:
+    """Problems and data types: all on a GPU; in the slow interpreter float32 for all but the large ones, and the first few in 16 bits."""
+    if DEVICE == "cuda":
+        chosen = [(p, dtype) for p in problems for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    else:
+        chosen = [(p, torch.float32) for p in problems if not p.name.startswith("large")]
+        chosen += [(p, dtype) for p in problems[:narrow] for dtype in (torch.bfloat16, torch.float16)]
+    return pytest.mark.parametrize(("problem", "dtype"), chosen, ids=lambda x: getattr(x, "name", str(x).removeprefix("torch.")))
+
+
+def build(problem: Any, dtype: torch.dtype, make: str = "build") -> dict[str, Any]:
+    return getattr(problem, make)(dtype=dtype, device=DEVICE)
+
+
+def test_fresh_memory_is_poisoned() -> None:
+    assert torch.empty(5, device=DEVICE).isnan().all()
+    assert torch.empty_like(torch.zeros(5, device=DEVICE)).isnan().all()
+
+
+# --- the step
+
+
+@cases(
+    *steps.PROBLEMS,
+    steps.Problem(name="wide heads", B=1, T=2, H=1, HV=1, K=200, V=40),
+    steps.Problem(name="wide bfloat16 heads", B=1, T=1, H=1, HV=2, K=96, V=72, storage=torch.bfloat16),
+)
+def test_step(problem: steps.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    as_good_as_the_reference(gated_delta_step, "portable", build(problem, dtype))
+
+
+def test_step_reads_strided_views_and_updates_the_state_in_its_place(as_good_as_the_reference: Check) -> None:
+    arguments = build(steps.Problem(name="", B=2, T=2, H=1, HV=2, K=8, V=8), torch.float32)
+    q, k, v = (torch.cat([arguments[name]] * 2, dim=2)[:, :, : arguments[name].shape[2]] for name in ("q", "k", "v"))
+    layers = torch.randn(2, 3, 2, 8, 8, device=DEVICE)
+    for state in (layers[:, 1], layers[:, 2].mT):
+        expected = {**arguments, "state": state.contiguous()}
+        with use(gated_delta_step="reference"):
+            o = gated_delta_step(**expected)
+        before = layers.clone()
+        with use(gated_delta_step="portable"):
+            torch.testing.assert_close(gated_delta_step(**{**arguments, "q": q, "k": k, "v": v, "state": state}), o)
+        torch.testing.assert_close(state, expected["state"])
+        assert torch.equal(layers[:, 0], before[:, 0])
+
+
+def test_step_clears_at_minus_infinity_and_lets_nan_through() -> None:
+    arguments = build(steps.Problem(name="", B=1, H=1, HV=2, K=4, V=4), torch.float32)
+    arguments["k"].zero_()
+    arguments["g"][0, 0, 0] = -float("inf")
+    with use(gated_delta_step="portable"):
+        gated_delta_step(**arguments)
+        assert not arguments["state"][0, 0].any()
+        arguments["beta"][0, 0, 1] = float("nan")
+        assert gated_delta_step(**arguments)[0, 0, 1].isnan().all()
+
+
+def test_step_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:
+    compiled = torch.compile(gated_delta_step, fullgraph=True, backend="aot_eager")
+    as_good_as_the_reference(gated_delta_step, "portable", build(steps.PROBLEMS[6], torch.float32), run=compiled)
