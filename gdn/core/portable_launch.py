@@ -18,7 +18,7 @@ _CONSTANTS: dict[Any, tuple[bool, ...]] = {}
 _LARGEST_INT32 = 2**31 - 1
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, registers: int | None = None) -> None:
     """Run `kernel` on the current stream of the device of its tensors. Nothing happens for an empty grid.
 
     Args:
@@ -27,6 +27,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
         args: the kernel's arguments, all of them, in order; the first is a tensor.
         warps: of a program.
         stages: depth of the software pipeline of its loops.
+        registers: most of them that a thread may use.
     """
     if 0 in grid:
         return
@@ -36,19 +37,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
     device = args[0].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            _launch(kernel, grid, args, device, warps, stages)
+            _launch(kernel, grid, args, device, warps, stages, registers)
     else:
-        _launch(kernel, grid, args, device, warps, stages)
+        _launch(kernel, grid, args, device, warps, stages, registers)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: int, warps: int, stages: int) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: int, warps: int, stages: int, registers: int | None) -> None:
     constants = _CONSTANTS.get(kernel)
     if constants is None:
         constants = _CONSTANTS[kernel] = tuple(parameter.is_constexpr for parameter in kernel.params)
-    name = (kernel, device, warps, stages, *[a if constant else _kind(a) for a, constant in zip(args, constants, strict=True)])
+    name = (kernel, device, warps, stages, registers, *[a if constant else _kind(a) for a, constant in zip(args, constants, strict=True)])
     compiled = _COMPILED.get(name)
     if compiled is None:
-        _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages)
+        _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages, maxnreg=registers)
         return
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)

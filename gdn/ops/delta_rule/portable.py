@@ -35,12 +35,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gdn.core import device as hardware
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
+from gdn.core.portable_launch import launch
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
-from gdn.ops.delta_rule.portable_launch import Launch
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
 from gdn.ops.delta_rule.portable_prepare import gates_kernel, pair_kernel
 from gdn.ops.delta_rule.portable_scan import (
@@ -53,6 +54,24 @@ from gdn.ops.delta_rule.portable_scan import (
 )
 
 GATES = int(_GATES.value)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Block sizes and resources of one kernel."""
+
+    block: int
+    """Columns of V of a program; of K at a time for pair and gradient."""
+    warps: int
+    stages: int = 1
+    """Depth of the software pipeline over chunks, or over blocks of V."""
+    inner: int = 0
+    """Columns of V at a time, for gradient."""
+    registers: int | None = None
+    """Most registers of a thread."""
+
+    def __call__(self, kernel: Any, programs: int, *args: Any) -> None:
+        launch(kernel, (programs,), *args, warps=self.warps, registers=self.registers)
 
 
 @dataclass(frozen=True)
@@ -111,37 +130,59 @@ def plan(
 
 
 def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
-    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32."""
-    scan = Launch(block=min(32 if wide else 64, _power_of_two(V)), warps=4, stages=1 if wide or BK > 128 else 2)
-    key = min(32 if wide else 64, BK)
-    return {
-        "pair": Launch(block=min(BK, 64), warps=4, inner=1),
-        "output": scan,
-        "states": scan,
-        "summary": scan,
-        "backward": scan,
-        "backward_summary": scan,
-        "handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1),
-        "pairs": Launch(block=min(_power_of_two(V), 32 if wide else 64), warps=4, stages=1),
-        "gradient": Launch(block=key, warps=4, stages=1, inner=min(_power_of_two(V), 32 if wide else 64)),
-    }
+    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32. Measured on an H200 (README.md)."""
+    BV = min(128, V & -V)  # V is a power of two or a multiple of 64
+    half = min(64, BV)
+    if wide:
+        scan = Launch(block=min(32, BV), warps=4)
+        rest = {
+            "pair": Launch(block=min(BK, 64), warps=4),
+            "pairs": Launch(block=min(32, BV), warps=4),
+            "gradient": Launch(block=min(32, BK), warps=4, inner=min(32, BV)),
+            **dict.fromkeys(("output", "states", "summary", "backward", "backward_summary"), scan),
+        }
+    elif BK <= 128:
+        rest = {
+            "pair": Launch(block=BK, warps=4, registers=128),
+            "output": Launch(block=half, warps=4, stages=2),
+            "states": Launch(block=half, warps=4, stages=3),
+            "summary": Launch(block=half, warps=4, stages=3),
+            "backward": Launch(block=BV, warps=8 if BV >= 128 else 4, stages=2),
+            "backward_summary": Launch(block=BV, warps=8 if BV >= 128 else 4, stages=2),
+            "pairs": Launch(block=BV, warps=4),
+            "gradient": Launch(block=BK, warps=4, stages=2, inner=half),
+        }
+    else:
+        wide_scan = Launch(block=BV, warps=8 if BV >= 128 else 4, stages=2)
+        rest = {
+            "pair": Launch(block=128, warps=4, registers=128),
+            "output": wide_scan,
+            "states": Launch(block=half, warps=8, stages=2),
+            "summary": Launch(block=half, warps=8, stages=2),
+            "backward": wide_scan,
+            "backward_summary": wide_scan,
+            "pairs": Launch(block=BV, warps=4),
+            "gradient": Launch(block=64, warps=4, stages=2, inner=half),
+        }
+    return {"gates": Launch(block=0, warps=2), "handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1), **rest}
 
 
 def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
-    """Chunks of a segment, 0 for none, by estimated time in units of one step of a program that shares its multiprocessor with another.
+    """Chunks of a segment, 0 for none, by the estimated time in microseconds (H200, K = V = 128; README.md).
 
-    Without segments: the longest document (twice the mean when packed, for lengths are on the device), times rounds. With them: segments of
-    S chunks, 1.6 times for the summaries, and 1.5 for each link of the chain. A lone program on a multiprocessor steps in 0.65.
+    A step of a program takes 3.0 alone on a multiprocessor and 3.75 beside another. Without segments: the steps of the longest document
+    (twice the mean when packed, for lengths are on the device). With them: 1.4 times the steps of a segment, for the summaries of heads
+    that forget are short, 2.8 for each link of the chain, and two more launches.
     """
 
-    def rounds(count: int) -> float:
-        return 0.65 if count <= processors else math.ceil(count / (2 * processors))
+    def step(count: int) -> float:
+        return 3.0 if count <= processors else 3.75 * math.ceil(count / (2 * processors))
 
     longest = min(chunks, -(-chunks // max(documents, 1)) * (2 if packed and documents > 1 else 1))
-    best, S = 0.8 * longest * rounds(documents * programs), 0
+    best, S = longest * step(documents * programs), 0
     for size in (4, 8, 16, 32, 64, 128):
         segments = -(-chunks // size)
-        cost = 1.6 * size * rounds(segments * programs) + 1.5 * segments + 4
+        cost = (1.4 * step(segments * programs) + 0.5) * size + 2.8 * segments + 10
         if segments > 1 and cost < best:
             best, S = cost, size
     return S
@@ -177,29 +218,27 @@ def _forward(
         initial_state = initial_state.contiguous()
     bounds = (cu_seqlens, chunk_table, chunk_offsets)
     heads = min(16, _power_of_two(p.HV))
-    gates_kernel[(-(-p.HV // heads), p.chunks)](
-        g, beta, gates, bounds[0], bounds[1], p.length, p.per_row, p.HV, heads, p.packed, num_warps=2
-    )
+    use = p.launches["gates"]
+    use(gates_kernel, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed)
     use = p.launches["pair"]
-    members = use.inner
-    pair_kernel[(p.HV // members, p.chunks)](
-        q, k, phi, scores, gates, norms, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.HV, p.HV // p.H,
-        members, p.K, use.block, p.packed, p.S > 0, p.wide, num_warps=use.warps, num_stages=1, maxnreg=use.registers,
+    use(
+        pair_kernel, p.HV * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
+        p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide,
     )  # fmt: skip
     if p.S:
         added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
         use = p.launches["summary"]
-        summary_kernel[(-(-p.V // use.block) - (-p.K // use.block), p.HV, p.segments - 1)](
-            k, v, phi, gates, norms, initial_state, added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S,
-            k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, _power_of_two(p.S), p.packed,
-            initial_state is not None, p.wide, use.stages, num_warps=use.warps,
+        use(
+            summary_kernel, (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1), k, v, phi, gates, norms, initial_state,
+            added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
+            use.block, _power_of_two(p.S), p.packed, initial_state is not None, p.wide, use.stages,
         )  # fmt: skip
         _hand_over(p, added, carried, crosses, entering, backward=False)
     use = p.launches["output"]
-    output_kernel[(-(-p.V // use.block), p.HV, p.runs)](
-        q, k, v, phi, scores, gates, o, initial_state, entering, final, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, scale,
-        q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, initial_state is not None,
-        p.wide, use.stages, num_warps=use.warps,
+    use(
+        output_kernel, -(-p.V // use.block) * p.HV * p.runs, q, k, v, phi, scores, gates, o, initial_state, entering, final, *bounds,
+        p.length, p.per_row, p.chunks, p.documents, p.S, scale, q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
+        use.block, p.S > 0, p.packed, initial_state is not None, p.wide, use.stages,
     )  # fmt: skip
     return o, final, *saved
 
@@ -225,50 +264,51 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
     errors, d_errors = (torch.empty((p.chunks, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
     use = p.launches["states"]
-    states_kernel[(-(-p.V // use.block), p.HV, p.runs)](
-        k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S,
-        k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, initial_state is not None,
-        p.wide, use.stages, num_warps=use.warps,
+    use(
+        states_kernel, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length,
+        p.per_row, p.chunks, p.documents, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed,
+        initial_state is not None, p.wide, use.stages,
     )  # fmt: skip
     leaving = entering
     if p.S:
         added, leaving = torch.empty_like(entering), torch.empty_like(entering)
         use = p.launches["backward_summary"]
-        backward_summary_kernel[(-(-p.V // use.block), p.HV, p.segments - 1)](
-            q, k, phi, scores, gates, norms, do, d_final, added, *bounds, p.length, p.per_row, p.chunks, p.S,
-            scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, _power_of_two(p.S), p.packed, d_final is not None,
-            p.wide, use.stages, num_warps=use.warps,
+        use(
+            backward_summary_kernel, -(-p.V // use.block) * p.HV * (p.segments - 1), q, k, phi, scores, gates, norms, do, d_final, added,
+            *bounds, p.length, p.per_row, p.chunks, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
+            _power_of_two(p.S), p.packed, d_final is not None, p.wide, use.stages,
         )  # fmt: skip
         _hand_over(p, added, carried, crosses, leaving, backward=True)
     use = p.launches["backward"]
-    backward_kernel[(-(-p.V // use.block), p.HV, p.runs)](
-        q, k, phi, scores, gates, do, d_states, d_errors, d_final, leaving, d_initial, *bounds, p.length, p.per_row, p.chunks,
-        p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed,
-        d_final is not None, d_initial is not None, p.wide, use.stages, num_warps=use.warps,
+    use(
+        backward_kernel, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, d_errors, d_final, leaving,
+        d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK,
+        use.block, p.S > 0, p.packed, d_final is not None, d_initial is not None, p.wide, use.stages,
     )  # fmt: skip
     use = p.launches["pairs"]
     pairs, d_scores = torch.empty_like(scores), torch.empty_like(scores)
     dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
-    pairs_kernel[(p.HV, p.chunks)](
-        gates, do, errors, d_errors, d_scores, pairs, dv, dbeta, bounds[0], bounds[1], p.length, p.per_row, scale, p.HV, p.V, use.block,
-        p.packed, p.wide, use.stages, num_warps=use.warps, num_stages=1,
+    use(
+        pairs_kernel, p.HV * p.chunks, gates, do, errors, d_errors, d_scores, pairs, dv, dbeta, *bounds[:2], p.length, p.per_row, scale,
+        p.HV, p.V, use.block, p.packed, p.wide, use.stages,
     )  # fmt: skip
     use = p.launches["gradient"]
     blocks = 2 * -(-p.K // use.block)
     dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
-    gradient_kernel[(blocks, p.H, p.chunks)](
-        q, k, g, gates, do, states, errors, d_states, d_errors, d_scores, pairs, dq, dk, dg, bounds[0], bounds[1], p.length, p.per_row,
-        scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
-        num_warps=use.warps, num_stages=1,
+    use(
+        gradient_kernel, blocks * p.H * p.chunks, q, k, g, gates, do, states, errors, d_states, d_errors, d_scores, pairs, dq, dk, dg,
+        *bounds[:2], p.length, p.per_row, scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H, p.K, p.V, use.block,
+        use.inner, p.packed, p.wide, use.stages,
     )  # fmt: skip
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
 
 
 def _hand_over(p: Plan, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
     use = p.launches["handover"]
-    handover_kernel[(-(-p.V // use.block), p.HV)](
-        added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward, use.stages, num_warps=use.warps
-    )
+    use(
+        handover_kernel, -(-p.V // use.block) * p.HV, added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward,
+        use.stages,
+    )  # fmt: skip
 
 
 def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None) -> Plan:
@@ -341,6 +381,14 @@ def gated_delta_rule(
     packing: Packing | None,
 ) -> tuple[Tensor, Tensor]:
     """See `gdn.ops.gated_delta_rule`."""
+    K, V = q.shape[3], v.shape[3]
+    more_k, more_v = _power_of_two(K) - K, (_power_of_two(V) if V < 64 else -(-V // 64) * 64) - V
+    if more_k:  # zero columns change nothing, and loads without a mask are twice as fast
+        q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
+    if more_v:
+        v = F.pad(v, (0, more_v))
+    if initial_state is not None and (more_k or more_v):
+        initial_state = F.pad(initial_state, (0, more_v, 0, more_k))
     bounds: tuple[Any, ...] = (None, None, None) if packing is None else (packing.cu_seqlens, packing.chunk_table, packing.chunk_offsets)
     o, final = _OPAQUE(q, k, v, g, beta, initial_state, *bounds, scale)
-    return o, final
+    return (o[..., :V], final[..., :K, :V]) if more_k or more_v else (o, final)

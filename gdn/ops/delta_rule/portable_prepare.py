@@ -13,15 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gdn.core.portable_math import int64
+
 C = tl.constexpr(64)
 GATES = tl.constexpr(5)
 SMALLEST_LOG_DECAY = tl.constexpr(-64.0)
-
-
-@triton.jit
-def int64(x):
-    """A scalar as int64: offsets into whole tensors pass 2^31."""
-    return x + tl.full((), 0, tl.int64)
 
 
 @triton.jit
@@ -78,15 +74,16 @@ def gates_kernel(
     BH: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """gates [chunks, HV, 5, 64] fp32 from g and beta. Grid [head blocks, chunks].
+    """gates [chunks, HV, 5, 64] fp32 from g and beta. Grid [chunks * head blocks].
 
     Rows: G, gamma = exp(G), beta, D = exp(G_last - G), the low part of G. Beyond the last token of a document g, beta and gamma are 0, so
     that whatever stands there is neither written nor read.
     """
-    chunk = tl.program_id(1)
+    blocks = (HV + BH - 1) // BH
+    chunk = tl.program_id(0) // blocks
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)[:, None]
-    hv = tl.program_id(0) * BH + tl.arange(0, BH)[None, :]
+    hv = tl.program_id(0) % blocks * BH + tl.arange(0, BH)[None, :]
     valid = (i < rows) & (hv < HV)
     at = start * HV + (i * HV + hv)
     decay = tl.maximum(tl.load(g + at, mask=valid, other=0.0).to(tl.float32), SMALLEST_LOG_DECAY)
@@ -133,14 +130,13 @@ def pair_kernel(
     k_stride,
     HV,
     GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
     PACKED: tl.constexpr,
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Phi = (I + M diag(beta))^-1 M and A of one chunk and MEMBERS value heads of one key head. Grid [HV / MEMBERS, chunks].
+    """Phi = (I + M diag(beta))^-1 M and A of one chunk value head. Grid [chunks * HV].
 
     With L = M diag(beta), E = (I + L)^-1 is found by joining solved diagonal blocks, 2 to 4 to 8 ... to 64: the block under two solved ones
     becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums (fp32 for fp32 inputs): on 64 unit keys the error is
@@ -150,12 +146,12 @@ def pair_kernel(
     norms [chunks, HV] (if NORMS) bounds the logarithm of the spectral norm of the chunk's map from state to state, for keys of any length:
     the sum of g + log max(1, |1 - beta |k|^2|).
     """
-    first_member = tl.program_id(0) * MEMBERS
-    chunk = tl.program_id(1)
+    hv = tl.program_id(0) % HV
+    chunk = tl.program_id(0) // HV
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
-    q += first_member // GROUP * K
-    k += first_member // GROUP * K
+    q += hv // GROUP * K
+    k += hv // GROUP * K
     k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
     kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="tf32x3" if WIDE else "tf32")
     qk = tl.dot(load_rows(q, start, rows, q_stride, 0, K, BK), tl.trans(k_rows), input_precision="tf32x3" if WIDE else "tf32")
@@ -167,27 +163,26 @@ def pair_kernel(
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     length = tl.sqrt(tl.maximum(square, 1e-30))
     kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
-    for member in tl.range(0, MEMBERS, num_stages=1, disable_licm=True):
-        tile = int64(chunk) * HV + first_member + member
-        at = tile * (C * C) + (i[:, None] * C + i[None, :])
-        decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-        decay = tl.exp(tl.where(i[:, None] >= i[None, :], decay, float("-inf")))
-        tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
-        beta = load_gate(gates, tile, 2)
-        if NORMS:
-            growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
-            last = gates + tile * (GATES * C) + (C - 1)
-            tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
-        m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
-        negative = _narrow(m * (-beta * square)[None, :], WIDE)
-        m = _narrow(m, WIDE)
-        e = tl.where(i[:, None] == i[None, :], 1.0, tl.where(_under(i, 0), negative.to(tl.float32), 0.0))
-        for level in tl.static_range(1, 6):
-            narrow = _narrow(e, WIDE)
-            below = tl.where(_under(i, level), tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
-            e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
-        solved = tl.dot(_narrow(e, WIDE), m, input_precision="tf32x3") * length[:, None] * length[None, :]
-        tl.store(phi + at, solved.to(phi.dtype.element_ty))
+    tile = int64(chunk) * HV + hv
+    at = tile * (C * C) + (i[:, None] * C + i[None, :])
+    decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+    decay = tl.exp(tl.where(i[:, None] >= i[None, :], decay, float("-inf")))
+    tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
+    beta = load_gate(gates, tile, 2)
+    if NORMS:
+        growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
+        last = gates + tile * (GATES * C) + (C - 1)
+        tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
+    m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
+    negative = _narrow(m * (-beta * square)[None, :], WIDE)
+    m = _narrow(m, WIDE)
+    e = tl.where(i[:, None] == i[None, :], 1.0, tl.where(_under(i, 0), negative.to(tl.float32), 0.0))
+    for level in tl.static_range(1, 6):
+        narrow = _narrow(e, WIDE)
+        below = tl.where(_under(i, level), tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
+        e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
+    solved = tl.dot(_narrow(e, WIDE), m, input_precision="tf32x3") * length[:, None] * length[None, :]
+    tl.store(phi + at, solved.to(phi.dtype.element_ty))
 
 
 @triton.jit
