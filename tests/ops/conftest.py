@@ -84,8 +84,9 @@ def as_good_as_the_reference() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bfloat16_rounds_to_nearest() -> Iterator[None]:
-    """Triton's interpreter cuts float32 down to bfloat16, a GPU rounds to nearest: let the interpreter round, or every error doubles."""
+def bfloat16_as_on_a_gpu() -> Iterator[None]:
+    """Triton's interpreter cuts float32 down to bfloat16, a GPU rounds to nearest: let the interpreter round, or every error doubles.
+    And its products of bfloat16 multiply the bits as integers."""
     if not (has_package("triton") and interprets_triton()):
         yield
         return
@@ -102,8 +103,19 @@ def bfloat16_rounds_to_nearest() -> Iterator[None]:
             return (np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return original(data, source, target, rounding)
 
+    def widen(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle(convert(x.data, tl.bfloat16, tl.float32, None), tl.float32)
+
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(self, widen(a), widen(b), *rest)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
         yield
 
 

@@ -70,8 +70,8 @@ class Launch:
     registers: int | None = None
     """Most registers of a thread."""
 
-    def __call__(self, kernel: Any, programs: int, *args: Any) -> None:
-        launch(kernel, (programs,), *args, warps=self.warps, registers=self.registers)
+    def __call__(self, kernel: Any, key: Any, programs: int, *args: Any) -> None:
+        launch(kernel, (programs,), *args, warps=self.warps, registers=self.registers, key=key)
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class Plan:
     S: int
     """Chunks of a segment, 0 without segments."""
     launches: dict[str, Launch]
+    code: tuple[Any, ...]
+    """Names the compiled kernels: constants, and what Triton specialises on in the other integers (whether 1, whether a multiple of 16)."""
 
     @property
     def segments(self) -> int:
@@ -111,10 +113,12 @@ def plan(
 ) -> Plan:
     """The launch parameters for a shape on a GPU with this many multiprocessors."""
     table = launches(_power_of_two(K), V, wide)
+    rows, per_row = batch * length if packed else length, -(-length // CHUNK)
+    S = segment_chunks(chunks, documents, HV * -(-V // table["output"].block), packed, processors or 132)
     return Plan(
         tokens=batch * length,
-        length=batch * length if packed else length,
-        per_row=-(-length // CHUNK),
+        length=rows,
+        per_row=per_row,
         chunks=chunks,
         documents=documents,
         H=H,
@@ -124,14 +128,15 @@ def plan(
         BK=_power_of_two(K),
         packed=packed,
         wide=wide,
-        S=segment_chunks(chunks, documents, HV * -(-V // table["output"].block), packed, processors or 132),
+        S=S,
         launches=table,
+        code=(H, HV, K, V, S, packed, wide, *[n if n == 1 else n % 16 == 0 for n in (rows, per_row, chunks, documents, batch * length)]),
     )
 
 
 def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
     """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32. Measured on an H200 (README.md)."""
-    BV = min(128, V & -V)  # V is a power of two or a multiple of 64
+    BV = _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
     half = min(64, BV)
     if wide:
         scan = Launch(block=min(32, BV), warps=4)
@@ -147,13 +152,13 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
             "output": Launch(block=half, warps=4, stages=2),
             "states": Launch(block=half, warps=4, stages=3),
             "summary": Launch(block=half, warps=4, stages=3),
-            "backward": Launch(block=BV, warps=8 if BV >= 128 else 4, stages=2),
-            "backward_summary": Launch(block=BV, warps=8 if BV >= 128 else 4, stages=2),
+            "backward": Launch(block=half, warps=4, stages=3),
+            "backward_summary": Launch(block=half, warps=4, stages=3),
             "pairs": Launch(block=BV, warps=4),
-            "gradient": Launch(block=BK, warps=4, stages=2, inner=half),
+            "gradient": Launch(block=BK, warps=4, stages=3, inner=half),
         }
     else:
-        wide_scan = Launch(block=BV, warps=8 if BV >= 128 else 4, stages=2)
+        wide_scan = Launch(block=BV, warps=8, stages=2)
         rest = {
             "pair": Launch(block=128, warps=4, registers=128),
             "output": wide_scan,
@@ -162,7 +167,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
             "backward": wide_scan,
             "backward_summary": wide_scan,
             "pairs": Launch(block=BV, warps=4),
-            "gradient": Launch(block=64, warps=4, stages=2, inner=half),
+            "gradient": Launch(block=128, warps=4, stages=3, inner=half),
         }
     return {"gates": Launch(block=0, warps=2), "handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1), **rest}
 
@@ -208,35 +213,35 @@ def _forward(
     """o, final state; saved: Phi, A, gates, and with segments norms, crosses, carried and entering."""
     p = _plan(q, v, cu_seqlens, chunk_table)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    g, beta = g.contiguous(), beta.contiguous()
+    g, beta = _aligned(g), _aligned(beta)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     final, *saved = _buffers(p, q)
     if p.chunks == 0:
         return o, final.zero_() if initial_state is None else final.copy_(initial_state), *saved
     phi, scores, gates, norms, crosses, carried, entering = saved
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
+    initial_state = None if initial_state is None else _aligned(initial_state)
+    key = _key(p, q, k, v, g, beta, initial_state is None)
     bounds = (cu_seqlens, chunk_table, chunk_offsets)
     heads = min(16, _power_of_two(p.HV))
     use = p.launches["gates"]
-    use(gates_kernel, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed)
+    use(gates_kernel, key, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed)
     use = p.launches["pair"]
     use(
-        pair_kernel, p.HV * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
+        pair_kernel, key, p.HV * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
         p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide,
     )  # fmt: skip
     if p.S:
         added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
         use = p.launches["summary"]
         use(
-            summary_kernel, (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1), k, v, phi, gates, norms, initial_state,
+            summary_kernel, key, (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1), k, v, phi, gates, norms, initial_state,
             added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
             use.block, _power_of_two(p.S), p.packed, initial_state is not None, p.wide, use.stages,
         )  # fmt: skip
-        _hand_over(p, added, carried, crosses, entering, backward=False)
+        _hand_over(p, key, added, carried, crosses, entering, backward=False)
     use = p.launches["output"]
     use(
-        output_kernel, -(-p.V // use.block) * p.HV * p.runs, q, k, v, phi, scores, gates, o, initial_state, entering, final, *bounds,
+        output_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, v, phi, scores, gates, o, initial_state, entering, final, *bounds,
         p.length, p.per_row, p.chunks, p.documents, p.S, scale, q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
         use.block, p.S > 0, p.packed, initial_state is not None, p.wide, use.stages,
     )  # fmt: skip
@@ -248,9 +253,9 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     phi, scores, gates, norms, crosses, carried, entering = saved
     do, d_final = grads
     p = _plan(q, v, bounds[0], bounds[1])
-    q, k, v, g = _rows(q), _rows(k), _rows(v), g.contiguous()
-    do = torch.zeros_like(v) if do is None else do.contiguous()
-    d_final = None if d_final is None else d_final.contiguous()
+    q, k, v, g = _rows(q), _rows(k), _rows(v), _aligned(g)
+    do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else _aligned(do)
+    d_final = None if d_final is None else _aligned(d_final)
     dq, dk = (torch.empty((*x.shape,), dtype=x.dtype, device=x.device) for x in (q, k))
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_initial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
@@ -258,14 +263,13 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         if d_initial is not None:
             d_initial = d_initial.zero_() if d_final is None else d_final
         return [dq, dk, dv, torch.zeros_like(g), torch.zeros_like(beta), d_initial]
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-
+    initial_state = None if initial_state is None else _aligned(initial_state)
+    key = _key(p, q, k, v, g, beta, initial_state is None, d_final is None)
     states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
     errors, d_errors = (torch.empty((p.chunks, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
     use = p.launches["states"]
     use(
-        states_kernel, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length,
+        states_kernel, key, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length,
         p.per_row, p.chunks, p.documents, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed,
         initial_state is not None, p.wide, use.stages,
     )  # fmt: skip
@@ -274,14 +278,14 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         added, leaving = torch.empty_like(entering), torch.empty_like(entering)
         use = p.launches["backward_summary"]
         use(
-            backward_summary_kernel, -(-p.V // use.block) * p.HV * (p.segments - 1), q, k, phi, scores, gates, norms, do, d_final, added,
+            backward_summary_kernel, key, -(-p.V // use.block) * p.HV * (p.segments - 1), q, k, phi, scores, gates, norms, do, d_final, added,
             *bounds, p.length, p.per_row, p.chunks, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
             _power_of_two(p.S), p.packed, d_final is not None, p.wide, use.stages,
         )  # fmt: skip
-        _hand_over(p, added, carried, crosses, leaving, backward=True)
+        _hand_over(p, key, added, carried, crosses, leaving, backward=True)
     use = p.launches["backward"]
     use(
-        backward_kernel, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, d_errors, d_final, leaving,
+        backward_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, d_errors, d_final, leaving,
         d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK,
         use.block, p.S > 0, p.packed, d_final is not None, d_initial is not None, p.wide, use.stages,
     )  # fmt: skip
@@ -289,24 +293,24 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     pairs, d_scores = torch.empty_like(scores), torch.empty_like(scores)
     dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
     use(
-        pairs_kernel, p.HV * p.chunks, gates, do, errors, d_errors, d_scores, pairs, dv, dbeta, *bounds[:2], p.length, p.per_row, scale,
+        pairs_kernel, key, p.HV * p.chunks, gates, do, errors, d_errors, d_scores, pairs, dv, dbeta, *bounds[:2], p.length, p.per_row, scale,
         p.HV, p.V, use.block, p.packed, p.wide, use.stages,
     )  # fmt: skip
     use = p.launches["gradient"]
     blocks = 2 * -(-p.K // use.block)
     dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
     use(
-        gradient_kernel, blocks * p.H * p.chunks, q, k, g, gates, do, states, errors, d_states, d_errors, d_scores, pairs, dq, dk, dg,
+        gradient_kernel, key, blocks * p.H * p.chunks, q, k, g, gates, do, states, errors, d_states, d_errors, d_scores, pairs, dq, dk, dg,
         *bounds[:2], p.length, p.per_row, scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H, p.K, p.V, use.block,
         use.inner, p.packed, p.wide, use.stages,
     )  # fmt: skip
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
 
 
-def _hand_over(p: Plan, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
+def _hand_over(p: Plan, key: Any, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
     use = p.launches["handover"]
     use(
-        handover_kernel, -(-p.V // use.block) * p.HV, added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward,
+        handover_kernel, (key, backward), -(-p.V // use.block) * p.HV, added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward,
         use.stages,
     )  # fmt: skip
 
@@ -320,12 +324,23 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor |
     return plan(B, T, cu_seqlens.shape[0] - 1, chunk_table.shape[0], H, v.shape[2], K, v.shape[3], True, wide, processors)
 
 
+def _key(p: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *absent: bool) -> tuple[Any, ...]:
+    """What the compiled kernels depend on, beside what each launch is. All pointers are multiples of 16 bytes."""
+    return p.code, q.dtype, g.dtype, beta.dtype, q.stride(1), k.stride(1), v.stride(1), absent
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _rows(x: Tensor) -> Tensor:
     """x [B, T, heads, width] with dense heads and one stride over all tokens: itself when it is a slice of wider rows, or a copy."""
     token, head, last = x.stride()[1:]
     if last == 1 and head == x.shape[3] and x.stride(0) == token * x.shape[1] and token % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
-    return x.contiguous()
+    return _aligned(x)
 
 
 def _buffers(p: Plan, like: Tensor) -> Tensors:
@@ -382,8 +397,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """See `gdn.ops.gated_delta_rule`."""
     K, V = q.shape[3], v.shape[3]
-    more_k, more_v = _power_of_two(K) - K, (_power_of_two(V) if V < 64 else -(-V // 64) * 64) - V
-    if more_k:  # zero columns change nothing, and loads without a mask are twice as fast
+    more_k, more_v = -K % 8, -V % 8  # loads take eight elements at a time
+    if more_k:
         q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
     if more_v:
         v = F.pad(v, (0, more_v))

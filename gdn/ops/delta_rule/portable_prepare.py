@@ -39,9 +39,14 @@ def chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED: tl.constexpr)
 
 @triton.jit
 def load_rows(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns first .. first + BLOCK of the [64, WIDTH] rows of a chunk; zero beyond the last token and beyond WIDTH."""
+    """Columns first .. first + BLOCK of the [64, WIDTH] rows of a chunk; zero beyond the last token and beyond WIDTH.
+
+    Strides are multiples of 8 elements, and said to be: a stride of 1800 alone would not be known to keep 16-byte alignment, and the
+    loads would go element by element, four times slower.
+    """
     i = tl.arange(0, C)
     c = tl.arange(0, BLOCK)
+    stride = stride // 8 * 8
     at = base + start * stride + first + (i[:, None] * stride + c[None, :])
     mask = (i < rows)[:, None]
     if WIDTH % BLOCK != 0:
@@ -54,6 +59,7 @@ def load_rows_again(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK
     """The same, but rows beyond the last token repeat it: one comparison less for each load. For products in which such rows meet a zero."""
     i = tl.minimum(tl.arange(0, C), rows - 1)
     c = tl.arange(0, BLOCK)
+    stride = stride // 8 * 8
     at = base + start * stride + first + (i[:, None] * stride + c[None, :])
     if WIDTH % BLOCK != 0:
         return tl.load(at, mask=(c + first < WIDTH)[None, :], other=0.0)
@@ -176,11 +182,11 @@ def pair_kernel(
     m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
     negative = _narrow(m * (-beta * square)[None, :], WIDE)
     m = _narrow(m, WIDE)
-    e = tl.where(i[:, None] == i[None, :], 1.0, tl.where(_under(i, 0), negative.to(tl.float32), 0.0))
-    for level in tl.static_range(1, 6):
+    e = _diagonal(k, gates, start, rows, k_stride, tile, K, BK, WIDE)
+    for level in tl.static_range(4, 6):
         narrow = _narrow(e, WIDE)
         below = tl.where(_under(i, level), tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
-        e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
+        e = tl.dot(_narrow(below, WIDE), narrow, e.to(tl.float32), input_precision="tf32x3")
     solved = tl.dot(_narrow(e, WIDE), m, input_precision="tf32x3") * length[:, None] * length[None, :]
     tl.store(phi + at, solved.to(phi.dtype.element_ty))
 
@@ -201,6 +207,41 @@ def _under(i, level: tl.constexpr):
     block = i >> level
     left = tl.where(block % 2 == 1, block - 1, -1)
     return left[:, None] == block[None, :]
+
+
+@triton.jit
+def _diagonal(k, gates, start, rows, k_stride, tile, K: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
+    """(I + L)^-1 of the four 16 x 16 blocks on the diagonal, 0 elsewhere, [64, 64], as small products of four at a time."""
+    b = tl.arange(0, 4)
+    i = tl.arange(0, 16)
+    row = b[:, None] * 16 + i[None, :]
+    gate = gates + tile * (GATES * C) + row
+    G = tl.load(gate)
+    G_low = tl.load(gate + 4 * C)
+    c = tl.arange(0, BK)[None, None, :]
+    k_stride = k_stride // 8 * 8
+    at = k + start * k_stride + row[:, :, None] * k_stride + c
+    kk = tl.zeros((4, 16, 16), tl.float32)
+    for first in tl.static_range(0, K, BK):
+        x = tl.load(at + first, mask=(row[:, :, None] < rows) & (c + first < K), other=0.0)
+        kk = tl.dot(x, tl.permute(x, (0, 2, 1)), kk, input_precision="tf32x3" if WIDE else "tf32")
+    square = tl.sum(tl.where(i[None, :, None] == i[None, None, :], kk, 0.0), 2)
+    length = 1.0 / tl.sqrt(tl.maximum(square, 1e-30))
+    if WIDE:
+        decay = (G[:, :, None] - G[:, None, :]) + (G_low[:, :, None] - G_low[:, None, :])
+    else:
+        decay = (G + G_low)[:, :, None] - (G + G_low)[:, None, :]
+    decay = tl.exp(tl.where(i[None, :, None] > i[None, None, :], decay, float("-inf")))
+    m = kk * decay * length[:, :, None] * length[:, None, :]
+    negative = _narrow(m * (-tl.load(gate + 2 * C) * square)[:, None, :], WIDE)
+    e = tl.where((i[:, None] == i[None, :])[None, :, :], 1.0, tl.where(_under(i, 0)[None, :, :], negative.to(tl.float32), 0.0))
+    for level in tl.static_range(1, 4):
+        narrow = _narrow(e, WIDE)
+        below = tl.where(_under(i, level)[None, :, :], tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
+        e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
+    same = (b[:, None] == b[None, :])[:, None, :, None]
+    e = tl.where(same, tl.reshape(_narrow(e, WIDE), (4, 16, 1, 16)), 0.0)
+    return tl.reshape(e, (C, C))
 
 
 @triton.jit
