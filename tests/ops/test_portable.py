@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gdn.core.dispatch import use
-from gdn.ops import gated_delta_step
+from gdn.ops import causal_conv1d, causal_conv1d_step, gated_delta_step
 from gdn.ops.delta_step import problems as steps
+from gdn.ops.short_conv import problems as convs
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
 
@@ -26,7 +27,7 @@ def cases(*problems: Any, narrow: int = 2) -> Any:
     if DEVICE == "cuda":
         chosen = [(p, dtype) for p in problems for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     else:
-        chosen = [(p, torch.float32) for p in problems if not p.name.startswith("large")]
+        chosen = [(p, torch.float32) for p in problems if not p.name.startswith(("large", "long"))]
         chosen += [(p, dtype) for p in problems[:narrow] for dtype in (torch.bfloat16, torch.float16)]
     return pytest.mark.parametrize(("problem", "dtype"), chosen, ids=lambda x: getattr(x, "name", str(x).removeprefix("torch.")))
 
@@ -81,3 +82,45 @@ def test_step_clears_at_minus_infinity_and_lets_nan_through() -> None:
 def test_step_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:
     compiled = torch.compile(gated_delta_step, fullgraph=True, backend="aot_eager")
     as_good_as_the_reference(gated_delta_step, "portable", build(steps.PROBLEMS[6], torch.float32), run=compiled)
+
+
+# --- the convolution
+
+
+@cases(*convs.PROBLEMS, narrow=3)
+def test_convolution(problem: convs.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    as_good_as_the_reference(causal_conv1d, "portable", build(problem, dtype))
+
+
+def test_convolution_reads_strided_views(as_good_as_the_reference: Check) -> None:
+    for problem in (convs.PROBLEMS[1], convs.PROBLEMS[9]):
+        arguments = build(problem, torch.float32)
+        wide = torch.cat([arguments["x"]] * 2, dim=2)[:, :, : problem.D]
+        assert not wide.is_contiguous()
+        as_good_as_the_reference(causal_conv1d, "portable", {**arguments, "x": wide})
+
+
+def test_convolution_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:
+    compiled = torch.compile(causal_conv1d, fullgraph=True, backend="aot_eager")
+    as_good_as_the_reference(causal_conv1d, "portable", build(convs.PROBLEMS[8], torch.float32), run=compiled)
+
+
+@pytest.mark.parametrize("slots", [None, [4, 0, 2], [3, -1, 0]], ids=str)
+@pytest.mark.parametrize(("tokens", "taps"), [(0, 4), (1, 4), (2, 4), (5, 4), (3, 1)])
+def test_convolution_step(slots: list[int] | None, tokens: int, taps: int, as_good_as_the_reference: Check) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    arguments: dict[str, Any] = {
+        "x": normal(3, tokens, 6),
+        "weight": normal(6, taps),
+        "state": normal(3 if slots is None else 5, taps - 1, 6),
+        "bias": normal(6),
+        "activation": "silu",
+        "slots": None if slots is None else torch.tensor(slots, device=DEVICE),
+    }
+    as_good_as_the_reference(causal_conv1d_step, "portable", arguments)
+    narrow = {name: arguments[name].bfloat16() for name in ("x", "weight", "state")}
+    as_good_as_the_reference(causal_conv1d_step, "portable", {**arguments, **narrow})
