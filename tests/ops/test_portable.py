@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from gdn.core.dispatch import use
-from gdn.ops import causal_conv1d, causal_conv1d_step, gated_delta_step
+from gdn.ops import causal_conv1d, causal_conv1d_step, decay_gate, gated_delta_step, gated_rms_norm, l2norm, rms_norm, write_gate
 from gdn.ops.delta_step import problems as steps
+from gdn.ops.gates import problems as gates
+from gdn.ops.norm import problems as norms
 from gdn.ops.short_conv import problems as convs
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
@@ -124,3 +126,75 @@ def test_convolution_step(slots: list[int] | None, tokens: int, taps: int, as_go
     as_good_as_the_reference(causal_conv1d_step, "portable", arguments)
     narrow = {name: arguments[name].bfloat16() for name in ("x", "weight", "state")}
     as_good_as_the_reference(causal_conv1d_step, "portable", {**arguments, **narrow})
+
+
+# --- the norms
+
+NORMS = {l2norm: ("x",), rms_norm: ("x", "weight"), gated_rms_norm: ("x", "gate", "weight")}
+every_norm = pytest.mark.parametrize("norm", NORMS, ids=lambda f: f.__name__)
+
+
+@every_norm
+@cases(*norms.PROBLEMS)
+def test_norm(norm: Callable[..., Any], problem: norms.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    arguments = {name: value for name, value in build(problem, dtype).items() if name in NORMS[norm]}
+    as_good_as_the_reference(norm, "portable", arguments)
+
+
+@every_norm
+def test_norm_of_views_and_of_mixed_types(norm: Callable[..., Any], as_good_as_the_reference: Check) -> None:
+    arguments = {name: value for name, value in build(norms.PROBLEMS[0], torch.float32).items() if name in NORMS[norm]}
+    as_good_as_the_reference(norm, "portable", {**arguments, "x": arguments["x"].bfloat16()})
+    x = arguments["x"]
+    for view in (torch.cat([x, x], dim=2)[:, :, :3], torch.cat([x, x], dim=3)[..., :40], x.transpose(0, 1)):
+        assert not view.is_contiguous()
+        other = {name: value.transpose(0, 1) for name, value in arguments.items() if name == "gate" and view.shape != x.shape}
+        as_good_as_the_reference(norm, "portable", {**arguments, "x": view, **other})
+
+
+@every_norm
+def test_norm_compiles_as_one_graph(norm: Callable[..., Any], as_good_as_the_reference: Check) -> None:
+    arguments = {name: value for name, value in build(norms.PROBLEMS[0], torch.float32).items() if name in NORMS[norm]}
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    as_good_as_the_reference(norm, "portable", arguments, run=compiled)
+
+
+# --- the gates
+
+
+def test_sums_over_several_blocks_and_programs(monkeypatch: pytest.MonkeyPatch, as_good_as_the_reference: Check) -> None:
+    from gdn.ops.gates import portable as gate_row
+    from gdn.ops.norm import portable as norm_row
+
+    for module, name, value in ((gate_row, "PARTS", 2), (gate_row, "BLOCK", 16), (norm_row, "PARTS", 2), (norm_row, "TILE", 64)):
+        monkeypatch.setattr(module, name, value)
+    assert gate_row.parts_of(50, 3)[2:] == (8, 4, 2)
+    as_good_as_the_reference(decay_gate, "portable", build(gates.Problem(name="", T=50, HV=3), torch.float32, "build_decay"))
+    as_good_as_the_reference(gated_rms_norm, "portable", build(norms.Problem(name="", shape=(50, 6)), torch.float32))
+
+
+@cases(*gates.PROBLEMS)
+def test_gates(problem: gates.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    as_good_as_the_reference(decay_gate, "portable", build(problem, dtype, "build_decay"))
+    as_good_as_the_reference(write_gate, "portable", build(problem, dtype, "build_write"))
+
+
+def test_gates_far_out() -> None:
+    """Padding gives exact zeros with finite gradients; small decays keep their relative precision."""
+    values = torch.tensor([-float("inf"), -80.0, -30.0, -9.0, 0.0, 9.0, 300.0], dtype=torch.float64)
+    a = values.reshape(1, -1, 1).to(DEVICE)
+    bias = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    narrow = [t.float().requires_grad_() for t in (a, bias, bias)]
+    with use(decay_gate="portable", write_gate="portable"):
+        g, beta = decay_gate(*narrow), write_gate(narrow[0], top=2.0)
+    gradients = torch.autograd.grad(g.sum() + beta.sum(), narrow)
+    assert g[0, 0, 0] == beta[0, 0, 0] == gradients[0][0, 0, 0] == 0
+    assert all(x.isfinite().all() for x in gradients)
+    torch.testing.assert_close(g[:, 1:], -torch.log1p(a[:, 1:].exp()).clamp(max=300).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(beta, 2 * a.sigmoid().float(), rtol=1e-6, atol=0)
+
+
+def test_gates_compile_as_one_graph(as_good_as_the_reference: Check) -> None:
+    for gate, make in ((decay_gate, "build_decay"), (write_gate, "build_write")):
+        compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
+        as_good_as_the_reference(gate, "portable", build(gates.PROBLEMS[0], torch.float32, make), run=compiled)

@@ -392,8 +392,8 @@ def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[
             ends_kernel, (_sequences(x, cu_seqlens) * blocks,), x, taps_, bias, state, dy, _contiguous(d_final), dx, d_initial, cu_seqlens,
             length, x.stride(0), x.stride(1), D, W, BD, silu, warps=warps,
         )  # fmt: skip
-    total = partial.sum(0)
-    return [dx, total[:W].T.to(weight.dtype), None if bias is None else total[W].to(bias.dtype), d_initial]
+    d_weight = partial[:, :W].sum(0).T.to(weight.dtype)
+    return [dx, d_weight, None if bias is None else partial[:, W].sum(0).to(bias.dtype), d_initial]
 
 
 def _sizes(rows: int, length: int, D: int) -> tuple[int, int, int, int, int]:
