@@ -84,9 +84,9 @@ def as_good_as_the_reference() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bfloat16_as_on_a_gpu() -> Iterator[None]:
-    """Triton's interpreter cuts float32 down to bfloat16, a GPU rounds to nearest: let the interpreter round, or every error doubles.
-    And its products of bfloat16 multiply the bits as integers."""
+def interpreter_computes_like_a_gpu() -> Iterator[None]:
+    """Let Triton's interpreter round float32 to the nearest bfloat16 (it cuts, which doubles every error), overflow in silence, and multiply
+    matrices of bfloat16 as numbers (it takes their bits for integers)."""
     if not (has_package("triton") and interprets_triton()):
         yield
         return
@@ -116,7 +116,9 @@ def bfloat16_as_on_a_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        before = np.seterr(over="ignore")
         yield
+        np.seterr(**before)
 
 
 @pytest.fixture

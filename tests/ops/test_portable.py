@@ -12,8 +12,23 @@ import pytest
 import torch
 
 from gdn.core.dispatch import use
-from gdn.ops import gated_delta_step
+from gdn.ops import (
+    causal_conv1d,
+    causal_conv1d_step,
+    decay_gate,
+    gated_delta_step,
+    gated_rms_norm,
+    l2norm,
+    linear_cross_entropy,
+    rms_norm,
+    write_gate,
+)
 from gdn.ops.delta_step import problems as steps
+from gdn.ops.gates import problems as gates
+from gdn.ops.loss import portable as loss_row
+from gdn.ops.loss import problems as losses
+from gdn.ops.norm import problems as norms
+from gdn.ops.short_conv import problems as convs
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
 
@@ -26,7 +41,7 @@ def cases(*problems: Any, narrow: int = 2) -> Any:
     if DEVICE == "cuda":
         chosen = [(p, dtype) for p in problems for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     else:
-        chosen = [(p, torch.float32) for p in problems if not p.name.startswith("large")]
+        chosen = [(p, torch.float32) for p in problems if not p.name.startswith(("large", "long"))]
         chosen += [(p, dtype) for p in problems[:narrow] for dtype in (torch.bfloat16, torch.float16)]
     return pytest.mark.parametrize(("problem", "dtype"), chosen, ids=lambda x: getattr(x, "name", str(x).removeprefix("torch.")))
 
@@ -81,3 +96,165 @@ def test_step_clears_at_minus_infinity_and_lets_nan_through() -> None:
 def test_step_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:
     compiled = torch.compile(gated_delta_step, fullgraph=True, backend="aot_eager")
     as_good_as_the_reference(gated_delta_step, "portable", build(steps.PROBLEMS[6], torch.float32), run=compiled)
+
+
+# --- the convolution
+
+
+@cases(*convs.PROBLEMS, narrow=3)
+def test_convolution(problem: convs.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    as_good_as_the_reference(causal_conv1d, "portable", build(problem, dtype))
+
+
+def test_convolution_reads_strided_views(as_good_as_the_reference: Check) -> None:
+    for problem in (convs.PROBLEMS[1], convs.PROBLEMS[9]):
+        arguments = build(problem, torch.float32)
+        wide = torch.cat([arguments["x"]] * 2, dim=2)[:, :, : problem.D]
+        assert not wide.is_contiguous()
+        as_good_as_the_reference(causal_conv1d, "portable", {**arguments, "x": wide})
+
+
+def test_convolution_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:
+    compiled = torch.compile(causal_conv1d, fullgraph=True, backend="aot_eager")
+    as_good_as_the_reference(causal_conv1d, "portable", build(convs.PROBLEMS[8], torch.float32), run=compiled)
+
+
+@pytest.mark.parametrize("slots", [None, [4, 0, 2], [3, -1, 0]], ids=str)
+@pytest.mark.parametrize(("tokens", "taps"), [(0, 4), (1, 4), (2, 4), (5, 4), (3, 1)])
+def test_convolution_step(slots: list[int] | None, tokens: int, taps: int, as_good_as_the_reference: Check) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    arguments: dict[str, Any] = {
+        "x": normal(3, tokens, 6),
+        "weight": normal(6, taps),
+        "state": normal(3 if slots is None else 5, taps - 1, 6),
+        "bias": normal(6),
+        "activation": "silu",
+        "slots": None if slots is None else torch.tensor(slots, device=DEVICE),
+    }
+    as_good_as_the_reference(causal_conv1d_step, "portable", arguments)
+    narrow = {name: arguments[name].bfloat16() for name in ("x", "weight", "state")}
+    as_good_as_the_reference(causal_conv1d_step, "portable", {**arguments, **narrow})
+
+
+# --- the norms
+
+NORMS = {l2norm: ("x",), rms_norm: ("x", "weight"), gated_rms_norm: ("x", "gate", "weight")}
+every_norm = pytest.mark.parametrize("norm", NORMS, ids=lambda f: f.__name__)
+
+
+@every_norm
+@cases(*norms.PROBLEMS)
+def test_norm(norm: Callable[..., Any], problem: norms.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    arguments = {name: value for name, value in build(problem, dtype).items() if name in NORMS[norm]}
+    as_good_as_the_reference(norm, "portable", arguments)
+
+
+@every_norm
+def test_norm_of_views_and_of_mixed_types(norm: Callable[..., Any], as_good_as_the_reference: Check) -> None:
+    arguments = {name: value for name, value in build(norms.PROBLEMS[0], torch.float32).items() if name in NORMS[norm]}
+    as_good_as_the_reference(norm, "portable", {**arguments, "x": arguments["x"].bfloat16()})
+    x = arguments["x"]
+    for view in (torch.cat([x, x], dim=2)[:, :, :3], torch.cat([x, x], dim=3)[..., :40], x.transpose(0, 1)):
+        assert not view.is_contiguous()
+        other = {name: value.transpose(0, 1) for name, value in arguments.items() if name == "gate" and view.shape != x.shape}
+        as_good_as_the_reference(norm, "portable", {**arguments, "x": view, **other})
+
+
+@every_norm
+def test_norm_compiles_as_one_graph(norm: Callable[..., Any], as_good_as_the_reference: Check) -> None:
+    arguments = {name: value for name, value in build(norms.PROBLEMS[0], torch.float32).items() if name in NORMS[norm]}
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    as_good_as_the_reference(norm, "portable", arguments, run=compiled)
+
+
+# --- the gates
+
+
+def test_sums_over_several_blocks_and_programs(monkeypatch: pytest.MonkeyPatch, as_good_as_the_reference: Check) -> None:
+    from gdn.ops.gates import portable as gate_row
+    from gdn.ops.norm import portable as norm_row
+
+    for module, name, value in ((gate_row, "PARTS", 2), (gate_row, "BLOCK", 16), (norm_row, "PARTS", 2), (norm_row, "TILE", 64)):
+        monkeypatch.setattr(module, name, value)
+    assert gate_row.parts_of(50, 3)[2:] == (8, 4, 2)
+    as_good_as_the_reference(decay_gate, "portable", build(gates.Problem(name="", T=50, HV=3), torch.float32, "build_decay"))
+    as_good_as_the_reference(gated_rms_norm, "portable", build(norms.Problem(name="", shape=(50, 6)), torch.float32))
+
+
+@cases(*gates.PROBLEMS)
+def test_gates(problem: gates.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    as_good_as_the_reference(decay_gate, "portable", build(problem, dtype, "build_decay"))
+    as_good_as_the_reference(write_gate, "portable", build(problem, dtype, "build_write"))
+
+
+def test_gates_far_out() -> None:
+    """Padding gives exact zeros with finite gradients; small decays keep their relative precision."""
+    values = torch.tensor([-float("inf"), -20.0, -9.0, 0.0, 9.0, 300.0], dtype=torch.float64)
+    a = values.reshape(1, -1, 1).to(DEVICE)
+    bias = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    narrow = [t.float().requires_grad_() for t in (a, bias, bias)]
+    with use(decay_gate="portable", write_gate="portable"):
+        g, beta = decay_gate(*narrow), write_gate(narrow[0], top=2.0)
+    gradients = torch.autograd.grad(g.sum() + beta.sum(), narrow)
+    assert g[0, 0, 0] == beta[0, 0, 0] == gradients[0][0, 0, 0] == 0
+    assert all(x.isfinite().all() for x in gradients)
+    torch.testing.assert_close(g[:, 1:], -torch.log1p(a[:, 1:].exp()).clamp(max=300).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(beta, 2 * a.sigmoid().float(), rtol=1e-6, atol=0)
+
+
+def test_gates_compile_as_one_graph(as_good_as_the_reference: Check) -> None:
+    for gate, make in ((decay_gate, "build_decay"), (write_gate, "build_write")):
+        compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
+        as_good_as_the_reference(gate, "portable", build(gates.PROBLEMS[0], torch.float32, make), run=compiled)
+
+
+# --- the loss
+
+
+@cases(*losses.PROBLEMS[1:], losses.PROBLEMS[0], narrow=1)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_loss(problem: losses.Problem, dtype: torch.dtype, reduction: str, as_good_as_the_reference: Check) -> None:
+    as_good_as_the_reference(linear_cross_entropy, "portable", {**build(problem, dtype), "reduction": reduction})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_loss_in_small_chunks_and_blocks(
+    dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch, as_good_as_the_reference: Check
+) -> None:
+    monkeypatch.setattr(loss_row, "CHUNK_LOGITS", 60)
+    monkeypatch.setattr(loss_row, "BLOCK", 4)
+    problem = losses.Problem(name="", tokens=(11,), D=8, vocab=13, ignored=0.3)
+    as_good_as_the_reference(linear_cross_entropy, "portable", {**build(problem, dtype), "reduction": reduction})
+
+
+def test_loss_under_autocast_multiplies_bfloat16_and_keeps_float32_gradients() -> None:
+    arguments = build(losses.PROBLEMS[1], torch.float32)
+    targets = arguments.pop("targets")
+    found = []
+    for narrow in (False, True):
+        leaves = [t.bfloat16() if narrow else t.bfloat16().float().requires_grad_() for t in arguments.values()]
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        with use(linear_cross_entropy="portable"), torch.autocast(DEVICE, torch.bfloat16):
+            loss = linear_cross_entropy(*leaves, targets)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert [t.dtype for t in found[0]] == [torch.float32] * 3
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(found[0][1:], found[1][1:]))
+
+
+def test_loss_of_a_target_out_of_range_is_not_a_number() -> None:
+    arguments = build(losses.PROBLEMS[1], torch.float32)
+    targets = arguments["targets"].clone()
+    targets[3] = 7
+    values = loss_row.linear_cross_entropy(arguments["x"], arguments["weight"], targets, -100, "none")
+    assert values.isnan().nonzero().tolist() == [[3]]
+
+
+def test_loss_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    as_good_as_the_reference(linear_cross_entropy, "portable", build(losses.PROBLEMS[1], torch.float32), run=compiled)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 
 DECAY_GATE = Op(
     "decay_gate",
     (
+        Impl("portable", "gdn.ops.gates.portable:decay_gate", triton_gpu(A_log=(32,), HV=range(1, 1025))),
         Impl("torch", "gdn.ops.gates.plain:decay_gate"),
         Impl("reference", "gdn.ops.gates.reference:decay_gate"),
     ),
@@ -20,6 +21,7 @@ DECAY_GATE = Op(
 WRITE_GATE = Op(
     "write_gate",
     (
+        Impl("portable", "gdn.ops.gates.portable:write_gate", triton_gpu()),
         Impl("torch", "gdn.ops.gates.plain:write_gate"),
         Impl("reference", "gdn.ops.gates.reference:write_gate"),
     ),
@@ -59,7 +61,7 @@ def decay_gate(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     if A_log.dtype != checks.accumulate_dtype(A_log.dtype):
         raise ArgumentError(f"A_log: expected float32 (the gate loses its precision otherwise), got {A_log.dtype}")
     checks.same_device(("a", a), ("A_log", A_log), ("dt_bias", dt_bias))
-    return DECAY_GATE.pick(a)(a, A_log, dt_bias)
+    return DECAY_GATE.pick(a, HV=a.shape[2], A_log=8 * A_log.element_size())(a, A_log, dt_bias)
 
 
 def write_gate(b: Tensor, *, top: float = 1.0) -> Tensor:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 
 OP = Op(
     "linear_cross_entropy",
     (
+        Impl("portable", "gdn.ops.loss.portable:linear_cross_entropy", triton_gpu()),
         Impl("chunked", "gdn.ops.loss.chunked:linear_cross_entropy"),
         Impl("reference", "gdn.ops.loss.reference:linear_cross_entropy"),
     ),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 
 L2NORM = Op(
     "l2norm",
     (
+        Impl("portable", "gdn.ops.norm.portable:l2norm", triton_gpu(D=range(1, 16385))),
         Impl("torch", "gdn.ops.norm.plain:l2norm"),
         Impl("reference", "gdn.ops.norm.reference:l2norm"),
     ),
@@ -20,6 +21,7 @@ L2NORM = Op(
 RMS_NORM = Op(
     "rms_norm",
     (
+        Impl("portable", "gdn.ops.norm.portable:rms_norm", triton_gpu(D=range(1, 16385))),
         Impl("torch", "gdn.ops.norm.plain:rms_norm"),
         Impl("reference", "gdn.ops.norm.reference:rms_norm"),
     ),
@@ -29,6 +31,7 @@ RMS_NORM = Op(
 GATED_RMS_NORM = Op(
     "gated_rms_norm",
     (
+        Impl("portable", "gdn.ops.norm.portable:gated_rms_norm", triton_gpu(D=range(1, 16385))),
         Impl("torch", "gdn.ops.norm.plain:gated_rms_norm"),
         Impl("reference", "gdn.ops.norm.reference:gated_rms_norm"),
     ),

@@ -7,13 +7,14 @@ from typing import Literal
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
 OP = Op(
     "causal_conv1d",
     (
+        Impl("portable", "gdn.ops.short_conv.portable:causal_conv1d", triton_gpu(W=range(1, 9))),
         Impl("torch", "gdn.ops.short_conv.plain:causal_conv1d"),
         Impl("reference", "gdn.ops.short_conv.reference:causal_conv1d"),
     ),
@@ -23,6 +24,7 @@ OP = Op(
 STEP = Op(
     "causal_conv1d_step",
     (
+        Impl("portable", "gdn.ops.short_conv.portable:causal_conv1d_step", triton_gpu(W=range(1, 9))),
         Impl("torch", "gdn.ops.short_conv.plain:causal_conv1d_step"),
         Impl("reference", "gdn.ops.short_conv.reference:causal_conv1d_step"),
     ),

@@ -1,0 +1,202 @@
+"""The norms in Triton, any GPU from sm_80 on: one pass forward, one backward.
+
+All three are y = x r [weight] [silu(gate)] with r = 1 / sqrt(sum of x^2 / divisor + eps), so they share one kernel each way, in which absent
+arguments cost nothing. The backward keeps r. The gradient of the weight is summed by each of at most `PARTS` programs over its rows, then
+over the programs: no atomics, one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn.core.opaque import Opaque
+from gdn.core.portable_launch import launch
+from gdn.core.portable_math import int64, sigmoid
+from gdn.core.portable_rows import power_of_two, rows
+
+PARTS = 1024
+"""Most programs of a backward pass that sums a gradient over rows."""
+TILE = 4096
+"""Numbers of a program's tile."""
+
+Saved = tuple[Tensor, ...]
+Grads = Sequence[Tensor | None]
+
+
+@triton.jit
+def vectors(r, group, outer, inner, c):
+    """Offsets of the numbers of the vectors r, see `gdn.core.portable_rows`."""
+    return ((r // group).to(tl.int64) * outer + (r % group) * inner)[:, None] + c[None, :]
+
+
+@triton.jit
+def norm_kernel(
+    x, gate, weight, y, inverse, eps, count, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
+    DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """BR vectors. Grid [row blocks]."""
+    r = int64(tl.program_id(0)) * BR + tl.arange(0, BR)
+    c = tl.arange(0, BD)
+    valid = (r < count)[:, None] & (c < D)[None, :]
+    value = tl.load(x + vectors(r, x_group, x_outer, x_inner, c), mask=valid, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / DIVISOR + eps)
+    tl.store(inverse + r, scale, mask=r < count)
+    out = value * scale[:, None]
+    if weight is not None:
+        out *= tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    if gate is not None:
+        z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0).to(tl.float32)
+        out *= z * sigmoid(z)
+    tl.store(y + r[:, None] * D + c[None, :], out.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def norm_backward_kernel(
+    x, gate, weight, inverse, dy, dx, dgate, partial, count, each, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
+    DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """`each` blocks of BR vectors one after another. Grid [parts]."""
+    part = int64(tl.program_id(0))
+    c = tl.arange(0, BD)
+    if weight is not None:
+        w = tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((BR, BD), tl.float32)
+    for step in range(each):
+        r = (part * each + step) * BR + tl.arange(0, BR)
+        valid = (r < count)[:, None] & (c < D)[None, :]
+        at = r[:, None] * D + c[None, :]
+        scale = tl.load(inverse + r, mask=r < count, other=0.0)
+        unit = tl.load(x + vectors(r, x_group, x_outer, x_inner, c), mask=valid, other=0.0).to(tl.float32) * scale[:, None]
+        slope = tl.load(dy + at, mask=valid, other=0.0).to(tl.float32)
+        if gate is not None:
+            z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0).to(tl.float32)
+            s = sigmoid(z)
+            tl.store(dgate + at, (slope * unit * w * s * (1.0 + z * (1.0 - s))).to(dgate.dtype.element_ty), mask=valid)
+            slope *= z * s
+        if weight is not None:
+            total += slope * unit
+            slope *= w
+        along = tl.sum(slope * unit, 1) / DIVISOR
+        tl.store(dx + at, ((slope - unit * along[:, None]) * scale[:, None]).to(dx.dtype.element_ty), mask=valid)
+    if weight is not None:
+        tl.store(partial + part * D + c, tl.sum(total, 0), mask=c < D)
+
+
+def l2norm(x: Tensor, eps: float) -> Tensor:
+    """See `gdn.ops.l2norm`."""
+    return _L2NORM(x, eps)[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `gdn.ops.rms_norm`."""
+    return _RMS_NORM(x, weight, eps)[0]
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `gdn.ops.gated_rms_norm`."""
+    return _GATED_RMS_NORM(x, gate, weight, eps)[0]
+
+
+def _run(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, divisor: int) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    inverse = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    D, count = x.shape[-1], inverse.numel()
+    BD, BR, warps = _sizes(D, TILE)
+    x, *layout = rows(x)
+    gate, *gate_layout = (None, 1, 1, 1) if gate is None else rows(gate)
+    weight = None if weight is None else weight.contiguous()
+    launch(
+        norm_kernel, (-(-count // BR),), x, gate, weight, y, inverse, eps, count, *layout, *gate_layout, divisor, D, BD, BR, warps=warps
+    )  # fmt: skip
+    return y, inverse
+
+
+def _run_backward(
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, inverse: Tensor, dy: Tensor, divisor: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, gate and weight."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+    D, count = x.shape[-1], inverse.numel()
+    BD, BR, warps = _sizes(D, TILE if weight is None else TILE // 2)
+    blocks = -(-count // BR)
+    each = max(1, -(-blocks // PARTS)) if weight is not None else 1
+    parts = -(-blocks // each)
+    partial = None if weight is None else torch.empty((parts, D), dtype=torch.float32, device=x.device)
+    x, *layout = rows(x)
+    gate, *gate_layout = (None, 1, 1, 1) if gate is None else rows(gate)
+    launch(
+        norm_backward_kernel, (parts,), x, gate, None if weight is None else weight.contiguous(), inverse, dy.contiguous(), dx, dgate,
+        partial, count, each, *layout, *gate_layout, divisor, D, BD, BR, warps=warps,
+    )  # fmt: skip
+    return dx, dgate, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
+
+
+def _sizes(D: int, tile: int) -> tuple[int, int, int]:
+    """Columns and rows of a program's tile, and its warps."""
+    BD = power_of_two(D)
+    return BD, max(1, tile // BD), min(16, max(4, BD // 1024 if tile == TILE else BD // 512))
+
+
+def _fake_inverse(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+def _l2norm(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return _run(x, None, None, eps, 1)
+
+
+def _l2norm_fake(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _fake_inverse(x)
+
+
+def _l2norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
+    assert grads[0] is not None
+    return [_run_backward(args[0], None, None, saved[0], grads[0], 1)[0]]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return _run(x, None, weight, eps, x.shape[-1])
+
+
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _fake_inverse(x)
+
+
+def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor | None]:
+    x, weight, _ = args
+    assert grads[0] is not None
+    dx, _, dweight = _run_backward(x, None, weight, saved[0], grads[0], x.shape[-1])
+    return [dx, dweight]
+
+
+def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return _run(x, gate, weight, eps, x.shape[-1])
+
+
+def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _fake_inverse(x)
+
+
+def _gated_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor | None]:
+    x, gate, weight, _ = args
+    assert grads[0] is not None
+    return list(_run_backward(x, gate, weight, saved[0], grads[0], x.shape[-1]))
+
+
+_L2NORM = Opaque("gdn::l2norm_portable", _l2norm, _l2norm_backward, fake=_l2norm_fake, results=1, differentiable=("x",))
+_RMS_NORM = Opaque("gdn::rms_norm_portable", _rms_norm, _rms_norm_backward, fake=_rms_norm_fake, results=1, differentiable=("x", "weight"))
+_GATED_RMS_NORM = Opaque(
+    "gdn::gated_rms_norm_portable",
+    _gated_rms_norm,
+    _gated_rms_norm_backward,
+    fake=_gated_rms_norm_fake,
+    results=1,
+    differentiable=("x", "gate", "weight"),
+)
