@@ -1,9 +1,3 @@
-<<<<<<< HEAD
-"""Without a GPU, Triton's kernels run in its interpreter. That is decided before Triton is first imported, so for all tests here."""
-=======
-"""Where there is no GPU, Triton's kernels run in its interpreter: decided before Triton is first imported, so for all tests here."""
->>>>>>> triton
-
 from __future__ import annotations
 
 import os
