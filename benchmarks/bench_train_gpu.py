@@ -37,7 +37,7 @@ def ours(size: str, compiled: bool) -> tuple[nn.Module, Loss]:
     )  # fmt: skip
     config = like_fla if size == "like_fla" else SIZES[size]
     with torch.device("cuda"):
-        model = config.build()
+        model = LM(config)
     model.to(torch.bfloat16)
     for module in model.modules():
         for name in ("A_log", "dt_bias"):
