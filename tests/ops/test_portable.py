@@ -16,6 +16,7 @@ from gdn.ops import (
     causal_conv1d,
     causal_conv1d_step,
     decay_gate,
+    delta_core,
     gated_delta_step,
     gated_rms_norm,
     l2norm,
@@ -23,6 +24,7 @@ from gdn.ops import (
     rms_norm,
     write_gate,
 )
+from gdn.ops.delta_fused import problems as cores
 from gdn.ops.delta_step import problems as steps
 from gdn.ops.gates import problems as gates
 from gdn.ops.loss import portable as loss_row
@@ -180,7 +182,7 @@ def test_sums_over_several_blocks_and_programs(monkeypatch: pytest.MonkeyPatch, 
 
     for module, name, value in ((gate_row, "PARTS", 2), (gate_row, "BLOCK", 16), (norm_row, "PARTS", 2), (norm_row, "TILE", 64)):
         monkeypatch.setattr(module, name, value)
-    assert gate_row.parts_of(50, 3)[2:] == (8, 4, 2)
+    assert gate_row.parts_of(50, 3)[2:] == (4, 7, 2)
     as_good_as_the_reference(decay_gate, "portable", build(gates.Problem(name="", T=50, HV=3), torch.float32, "build_decay"))
     as_good_as_the_reference(gated_rms_norm, "portable", build(norms.Problem(name="", shape=(50, 6)), torch.float32))
 
@@ -258,3 +260,24 @@ def test_loss_of_a_target_out_of_range_is_not_a_number() -> None:
 def test_loss_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     as_good_as_the_reference(linear_cross_entropy, "portable", build(losses.PROBLEMS[1], torch.float32), run=compiled)
+
+
+# --- the core
+
+
+@cases(*cores.PROBLEMS, narrow=1)
+def test_core(problem: cores.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    arguments = build(problem, dtype)
+    as_good_as_the_reference(delta_core, "portable", arguments)
+    if problem is cores.PROBLEMS[0]:
+        wide = {name: torch.cat([arguments[name]] * 2, dim=2)[:, :, : problem.H] for name in ("q", "k")}
+        as_good_as_the_reference(delta_core, "portable", {**arguments, **wide})
+
+
+def test_core_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:
+    def call(gates: Any, **arguments: Any) -> Any:
+        return delta_core(gates=cores.GateParameters(gates.A_log, gates.dt_bias, gates.top), **arguments)
+
+    call.__name__ = "delta_core"
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    as_good_as_the_reference(delta_core, "portable", build(cores.PROBLEMS[0], torch.float32), run=compiled)

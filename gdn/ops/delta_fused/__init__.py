@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
 OP = Op(
     "delta_core",
     (
+        Impl("portable", "gdn.ops.delta_fused.portable:delta_core", triton_gpu(A_log=(32,), K=range(1, 4097), HV=range(1, 1025))),
         Impl("composed", "gdn.ops.delta_fused.composed:delta_core"),
         Impl("reference", "gdn.ops.delta_fused.reference:delta_core"),
     ),
@@ -74,7 +75,8 @@ def delta_core(
         (1.5, 1.5)
     """
     sizes = _check(q, k, v, a, b, gates, initial_state, packing)
-    return OP.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, a, b, gates, initial_state, packing)
+    row = OP.pick(q, K=sizes["K"], V=sizes["V"], HV=sizes["HV"], A_log=8 * gates.A_log.element_size())
+    return row(q, k, v, a, b, gates, initial_state, packing)
 
 
 def _check(

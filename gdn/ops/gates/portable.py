@@ -124,7 +124,7 @@ def _decay_backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Seq
 def parts_of(tokens: int, HV: int) -> tuple[int, int, int, int, int]:
     """Tokens, padded heads, tokens of a block, blocks of a program, programs."""
     BH = power_of_two(HV)
-    BT = max(1, 2 * BLOCK // BH)
+    BT = max(1, BLOCK // BH)
     blocks = -(-tokens // BT)
     each = max(1, -(-blocks // PARTS))
     return tokens, BH, BT, each, -(-blocks // each)

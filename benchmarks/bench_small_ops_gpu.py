@@ -1,0 +1,385 @@
+"""The operators around the gated delta rule on a GPU: right against float64, then timed. `python benchmarks/bench_small_ops_gpu.py --help`
+
+Each row: the largest relative error of outputs and gradients against the float64 reference on a small problem, beside that of plain torch at
+the same dtype; then medians of eager calls and of CUDA-graph replays with the L2 cache flushed, and the bytes that must move over the graph's
+time as a share of the measured copy bandwidth. "host" is the processor time of an eager call. Runs in under a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from gdn import ops
+from gdn.core.dispatch import use
+from gdn.core.packing import Packing
+
+bf16, f32 = torch.bfloat16, torch.float32
+Call = Callable[[], Any]
+
+
+@dataclasses.dataclass
+class Row:
+    """One measurement: a call to time, the bytes that it must move, and a small problem of the same kind to check."""
+
+    name: str
+    op: str
+    call: Callable[..., Any]
+    arguments: dict[str, Any]
+    moved: int
+    backward: bool = False
+    small: Callable[[], dict[str, Any]] | None = None
+
+
+def normal(*shape: int, dtype: torch.dtype = bf16) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def size(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def steps() -> list[Row]:
+    found = []
+    for B, T, storage, pool in ((1, 1, f32, 0), (32, 1, f32, 0), (256, 1, f32, 0), (256, 1, bf16, 0), (256, 1, f32, 300), (32, 4, f32, 0)):
+
+        def make(B: int = B, T: int = T, storage: torch.dtype = storage, pool: int = pool, HV: int = 32) -> dict[str, Any]:
+            H, K, V = HV // 2, 128, 128
+            q, k = (torch.nn.functional.normalize(normal(B, T, H, K, dtype=f32), dim=-1).to(bf16) for _ in range(2))
+            slots = torch.randperm(pool, device="cuda")[:B].int() if pool else None
+            state = normal(pool or B, HV, K, V, dtype=f32).to(storage)
+            g, beta = -0.1 * torch.rand(B, T, HV, device="cuda"), torch.rand(B, T, HV, device="cuda")
+            return {"q": q, "k": k, "v": normal(B, T, HV, V), "g": g, "beta": beta, "state": state, "slots": slots}
+
+        x = make()
+        used = 2 * x["state"][:1].numel() * x["state"].element_size() * B
+        moved = used + size(x["q"], x["k"], x["v"], x["v"], x["g"], x["beta"])
+        name = f"step B={B} T={T} {str(storage)[6:]}{' slots' if pool else ''}"
+        small = lambda make=make, T=T, storage=storage, pool=pool: make(3, T, storage, 5 if pool else 0, 4)  # noqa: E731
+        found.append(Row(name, "gated_delta_step", ops.gated_delta_step, x, moved, small=small))
+    return found
+
+
+def convolutions() -> list[Row]:
+    found = []
+    D = 8192
+    for B, T, backward, documents in ((8, 4096, False, 0), (8, 4096, True, 0), (1, 32768, True, 8), (1, 4096, False, 0)):
+
+        def make(B: int = B, T: int = T, D: int = D, documents: int = documents) -> dict[str, Any]:
+            packing = Packing.from_lengths([T // documents] * documents, device="cuda") if documents else None
+            return {"x": normal(B, T, D), "weight": normal(D, 4) / 2, "activation": "silu", "packing": packing}
+
+        x = make()
+        moved = size(x["x"]) * (5 if backward else 2)
+        name = f"conv {B}x{T}x{D}{' packed' if documents else ''}{' fwd+bwd' if backward else ''}"
+        small = lambda make=make, documents=documents: make(2 - bool(documents), 96, 48, min(documents, 4))  # noqa: E731
+        found.append(Row(name, "causal_conv1d", ops.causal_conv1d, x, moved, backward, small))
+    for B in (1, 32, 256):
+
+        def step(B: int = B, D: int = D) -> dict[str, Any]:
+            return {"x": normal(B, 1, D), "weight": normal(D, 4), "state": normal(B, 3, D), "activation": "silu"}
+
+        x = step()
+        moved = size(x["x"], x["x"], x["weight"], x["state"], x["state"])
+        small = lambda step=step: step(3, 48)  # noqa: E731
+        found.append(Row(f"conv step B={B}", "causal_conv1d_step", ops.causal_conv1d_step, x, moved, small=small))
+    return found
+
+
+def norms() -> list[Row]:
+    found = []
+    for op, shape in (("l2norm", (8, 4096, 16, 128)), ("gated_rms_norm", (8, 4096, 32, 128)), ("rms_norm", (8, 4096, 2048))):
+        for backward in (False, True):
+
+            def make(op: str = op, shape: tuple[int, ...] = shape) -> dict[str, Any]:
+                arguments = {"x": normal(*shape)}
+                if op == "gated_rms_norm":
+                    arguments["gate"] = normal(*shape)
+                if op != "l2norm":
+                    arguments["weight"] = normal(shape[-1], dtype=f32)
+                return arguments
+
+            x = make()
+            per_pass = {"l2norm": (2, 5), "rms_norm": (2, 5), "gated_rms_norm": (3, 8)}[op][backward]
+            small = lambda make=make, op=op, shape=shape: make(op, (2, 33, shape[-1]))  # noqa: E731
+            name = f"{op} {'x'.join(map(str, shape))}{' fwd+bwd' if backward else ''}"
+            found.append(Row(name, op, getattr(ops, op), x, size(x["x"]) * per_pass, backward, small))
+    return found
+
+
+def gates() -> list[Row]:
+    found = []
+    for backward in (False, True):
+
+        def decay(T: int = 4096) -> dict[str, Any]:
+            rate, bias = torch.rand(32, device="cuda"), torch.rand(32, device="cuda") - 4
+            return {"a": normal(8, T, 32), "A_log": rate, "dt_bias": bias}
+
+        def write(T: int = 4096) -> dict[str, Any]:
+            return {"b": normal(8, T, 32)}
+
+        x, y = decay(), write()
+        moved = size(x["a"]) * (3 + 4 * backward)
+        more = " fwd+bwd" if backward else ""
+        found.append(Row(f"decay gate 8x4096x32{more}", "decay_gate", ops.decay_gate, x, moved, backward, lambda decay=decay: decay(50)))
+        found.append(Row(f"write gate 8x4096x32{more}", "write_gate", ops.write_gate, y, moved, backward, lambda write=write: write(50)))
+    return found
+
+
+def losses() -> list[Row]:
+    def make(tokens: int = 16384, D: int = 2048, vocab: int = 32000) -> dict[str, Any]:
+        targets = torch.randint(vocab, (tokens,), device="cuda")
+        targets[::7] = -100
+        return {"x": normal(tokens, D), "weight": normal(vocab, D) / D**0.5, "targets": targets}
+
+    x = make()
+    flops = 6 * 16384 * 2048 * 32000
+    found = Row(
+        "loss 16384 x 2048 x 32000 fwd+bwd", "linear_cross_entropy", ops.linear_cross_entropy, x, 0, True, lambda: make(90, 64, 300)
+    )
+    found.flops = flops  # type: ignore[attr-defined]
+    return [found]
+
+
+def cores() -> list[Row]:
+    found = []
+    for backward in (False, True):
+
+        def make(B: int = 8, T: int = 4096, H: int = 16, HV: int = 32, K: int = 128) -> dict[str, Any]:
+            parameters = ops.GateParameters(torch.rand(HV, device="cuda"), torch.rand(HV, device="cuda") - 4)
+            q, k, v, a, b = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, HV, K), normal(B, T, HV), normal(B, T, HV)
+            return {"q": q, "k": k, "v": v, "a": a, "b": b, "gates": parameters}
+
+        x = make()
+        moved = (1 + 2 * backward) * size(x["q"], x["k"], x["v"], x["v"])
+        name = f"core 8x4096 16/32{' fwd+bwd' if backward else ''}"
+        found.append(Row(name, "delta_core", ops.delta_core, x, moved, backward, lambda make=make: make(1, 100, 2, 4, 64)))
+    return found
+
+
+def change(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor or GateParameters with every floating tensor changed."""
+    if isinstance(value, Tensor):
+        return function(value) if value.dtype.is_floating_point else value
+    if isinstance(value, ops.GateParameters):
+        return dataclasses.replace(value, A_log=change(value.A_log, function), dt_bias=change(value.dt_bias, function))
+    return value
+
+
+def leaves_of(arguments: dict[str, Any]) -> list[Tensor]:
+    found = [v for v in arguments.values() if isinstance(v, Tensor) and v.dtype.is_floating_point]
+    for value in arguments.values():
+        if isinstance(value, ops.GateParameters):
+            found += [value.A_log, value.dt_bias]
+    return found
+
+
+def results(row: Row, arguments: dict[str, Any], impl: str, *, wide: bool = False) -> list[Tensor]:
+    """Outputs, then the state or gradients."""
+    arguments = {n: change(v, lambda t: (t.double() if wide else t).detach().clone()) for n, v in arguments.items()}
+    in_place = "state" in arguments
+    leaves = [] if in_place else [leaf.requires_grad_() for leaf in leaves_of(arguments)]
+    with use(**{row.op: impl}), torch.set_grad_enabled(not in_place):
+        outputs = row.call(**arguments)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if in_place:
+        return [*outputs, arguments["state"]]
+    generator = torch.Generator("cuda").manual_seed(1)
+    slopes = [torch.randn(o.shape, generator=generator, device="cuda").bfloat16().to(o.dtype) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, slopes)]
+
+
+def error(actual: list[Tensor], truth: list[Tensor]) -> float:
+    worst = 0.0
+    for a, b in zip(actual, truth, strict=True):
+        if not bool(a.isfinite().all()):
+            return float("inf")
+        worst = max(worst, float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)))
+    return worst
+
+
+def check(row: Row, plain: str) -> dict[str, Any]:
+    assert row.small is not None
+    torch.manual_seed(0)
+    arguments = row.small()
+    truth = results(row, arguments, "reference", wide=True)
+    actual, again = results(row, arguments, "portable"), results(row, arguments, "portable")
+    same = all(torch.equal(a, b) for a, b in zip(actual, again))
+    return {"error": error(actual, truth), "plain_error": error(results(row, arguments, plain), truth), "same_bits": same}
+
+
+def call_of(row: Row) -> Call:
+    if not row.backward:
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return row.call(**row.arguments)
+
+        return forward
+    arguments = {n: change(v, lambda t: t.detach().requires_grad_()) for n, v in row.arguments.items()}
+    leaves = leaves_of(arguments)
+    slopes: list[Tensor] = []
+
+    def training() -> Any:
+        outputs = row.call(**arguments)
+        first = outputs if isinstance(outputs, Tensor) else outputs[0]
+        if not slopes:
+            slopes.append(torch.randn_like(first))
+        return torch.autograd.grad(first, leaves, slopes[0])
+
+    return training
+
+
+def median_ms(run: Call, flush: Tensor, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        run()
+        b.record()
+        times.append((a, b))
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in times)
+
+
+def captured(call: Call) -> Call:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def host_us(call: Call, repeats: int = 50) -> float:
+    """Processor time of an eager call while the GPU lags behind: the launches alone."""
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    return 1e6 * statistics.median(times)
+
+
+def copy_bandwidth(flush: Tensor) -> float:
+    """Bytes a second of a device copy, read and written."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.numel() / (1e-3 * median_ms(lambda: target.copy_(source), flush, 10))
+
+
+def measure(row: Row, impl: str, flush: Tensor, bandwidth: float, repeats: int) -> dict[str, Any]:
+    with use(**{row.op: impl}):
+        call = call_of(row)
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        first = time.perf_counter() - start
+        for _ in range(2):
+            call()
+        found = {"impl": impl, "first_s": first, "eager_ms": median_ms(call, flush, repeats), "host_us": host_us(call, 20)}
+        try:
+            found["graph_ms"] = median_ms(captured(call), flush, repeats)
+        except RuntimeError as problem:
+            found["graph_error"] = str(problem)[:200]
+    best = found.get("graph_ms", found["eager_ms"])
+    if row.moved:
+        found |= {"GB_s": row.moved / best / 1e6, "of_copy": row.moved / best / 1e-3 / bandwidth}
+    if hasattr(row, "flops"):
+        found["TFLOP_s"] = row.flops / best / 1e9
+    return found
+
+
+def sweep(flush: Tensor, bandwidth: float) -> None:
+    """The step over columns and warps of a program, to check the rule that chooses them."""
+    from gdn.ops.delta_step import portable
+
+    rule = portable.block
+    for row in [r for r in steps() if "slots" not in r.name]:
+        for columns in (16, 32, 64, 128):
+            for warps in (1, 2, 4, 8):
+                portable.block = lambda *_, c=columns, w=warps: (c, w)  # type: ignore[assignment]
+                found = measure(row, "portable", flush, bandwidth, 10)
+                print(
+                    f"{row.name:28s} columns {columns:3d} warps {warps} {1e3 * found['graph_ms']:8.1f} us {found['of_copy']:6.1%}",
+                    flush=True,
+                )
+    portable.block = rule
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="", help="folder for bench_small_ops.jsonl")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--plain", action="store_true", help="time the plain torch rows too")
+    parser.add_argument("--sweep", action="store_true", help="time the step for all sizes of its programs, and stop")
+    args = parser.parse_args()
+    import triton
+
+    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    bandwidth = copy_bandwidth(flush)
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
+    if args.sweep:
+        sweep(flush, bandwidth)
+        return
+    print(
+        f"{'':38s} {'error':>8s} {'plain':>8s} {'bits':>5s} {'eager us':>9s} {'graph us':>9s} {'host us':>8s} {'of copy':>8s} {'first s':>8s}"
+    )
+    lines = []
+    common = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "copy_bytes_s": bandwidth}
+    for make in (steps, convolutions, norms, gates, losses, cores):
+        for row in make():
+            if args.only not in row.name:
+                continue
+            plain = {"linear_cross_entropy": "chunked", "delta_core": "composed"}.get(row.op, "torch")
+            try:
+                checked = check(row, plain)
+                for impl in ("portable", *([plain] if args.plain else [])):
+                    found = measure(row, impl, flush, bandwidth, args.repeats)
+                    lines.append(common | {"row": row.name} | checked | found)
+                    show(row, checked, found)
+            except Exception as problem:
+                lines.append(common | {"row": row.name, "failed": f"{type(problem).__name__}: {problem}"[:2000]})
+                print(f"{row.name:38s} FAILED {type(problem).__name__}: {str(problem)[:400]}", flush=True)
+        torch.cuda.empty_cache()
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        with (Path(args.out) / "bench_small_ops.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def show(row: Row, checked: dict[str, Any], found: dict[str, Any]) -> None:
+    speed = f"{found['of_copy']:8.1%}" if "of_copy" in found else f"{found['TFLOP_s']:5.0f} TF" if "TFLOP_s" in found else ""
+    name = row.name if found["impl"] == "portable" else f"  {found['impl']}"
+    graph = f"{1e3 * found['graph_ms']:9.1f}" if "graph_ms" in found else "   failed"
+    bits = "same" if checked["same_bits"] else "DIFF"
+    print(
+        f"{name:38s} {checked['error']:8.1e} {checked['plain_error']:8.1e} {bits:>5s} {1e3 * found['eager_ms']:9.1f} {graph}"
+        f" {found['host_us']:8.1f} {speed:>8s} {found['first_s']:8.2f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
