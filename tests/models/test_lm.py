@@ -32,7 +32,7 @@ def tokens(batch: int = 2, length: int = 50, vocab: int = 17) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "official", "unused"),
     # NVlabs/GatedDeltaNet (lit_gpt/gated_delta_net.py) creates a parameter `D` of one scalar a head in each layer and reads it only with
-    # `use_residual`, which no published configuration sets: 9 heads, 11 and 16 layers. This library leaves these scalars out, and nothing else.
+    # `use_residual`, which no published configuration sets: 9 heads, 11 and 16 layers. Nothing but these scalars is left out here.
     [("gdn_0.4b", 516_838_028, 9 * 11), ("gdn_1.3b", 1_309_295_776, 9 * 16)],
 )
 def test_published_sizes_have_the_official_number_of_parameters(name: str, official: int, unused: int) -> None:
