@@ -148,7 +148,8 @@ def evaluate(
 
     Args:
         run: A training directory or a folder with model.safetensors.
-        source: Text to evaluate on; default: the validation part of what the model was trained on.
+        source: Text to evaluate on; default: the validation part of what the model was trained on, or, for a folder with a model alone, of
+            the Python source on this machine.
         length: Longest context in tokens; 0 is four times the training length.
         max_tokens: Stop after this many tokens.
         device: "auto", "cpu" or "cuda".
@@ -157,22 +158,31 @@ def evaluate(
     from gdn.eval.report import print_evaluation
 
     model, tokenizer = _open(run, device)
-    saved = run / "config.json"
-    trained = DataConfig.from_dict(json.loads(saved.read_text())["data"]) if (run / "model").is_dir() and saved.is_file() else DataConfig()
-    data = trained if source is None else trained.with_(validation_source=source)
-    print_evaluation(model, tokenizer, data, length=length, max_tokens=max_tokens)
+    trained = _data_of(run)
+    data = trained or DataConfig()
+    data = data if source is None else data.with_(validation_source=source)
+    print_evaluation(model, tokenizer, data, trained and trained.length, length=length, max_tokens=max_tokens)
     return 0
+
+
+def _data_of(run: Path) -> Any:
+    """The text that a training directory, or the `model` folder in one, was trained on; None for any other folder with a model."""
+    from gdn.data import DataConfig
+    from gdn.models.store import model_folder
+
+    saved = model_folder(run).resolve().parent / "config.json"
+    values = json.loads(saved.read_text()) if saved.is_file() else {}
+    return DataConfig.from_dict(values["data"]) if "data" in values else None
 
 
 def _open(run: Path, device: str) -> tuple[Any, Any]:
     """The model and tokenizer of a training directory or an exported folder."""
-    from gdn.core.device import default_device
+    from gdn.core.device import named_device
     from gdn.data import load_tokenizer
     from gdn.models.store import load_model, model_folder
 
     folder = model_folder(run)
-    where = default_device() if device == "auto" else device
-    return load_model(folder, device=where), load_tokenizer(str(folder))
+    return load_model(folder, device=named_device(device)), load_tokenizer(str(folder))
 
 
 def info(
@@ -199,16 +209,15 @@ def info(
 def _config_of(name: str) -> Any:
     """The model configuration of a size, a recipe, a training directory or a model folder."""
     from gdn import recipes
-    from gdn.models.lm import LM
     from gdn.models.sizes import SIZES, size
-    from gdn.models.store import CONFIG, model_folder
+    from gdn.models.store import model_folder, read_config
 
     if name in SIZES or name.startswith("gdn_d"):
         return size(name)
     if name in recipes.names() or name.endswith(".py") or ".py:" in name:
         return recipes.load(name).model
     if Path(name).is_dir():
-        return LM.Config.from_dict(json.loads((model_folder(name) / CONFIG).read_text()))
+        return read_config(model_folder(name))
     raise ConfigError(f'"{name}" is no size, recipe or training directory.{nearest(name, [*SIZES, "gdn_d8", *recipes.names()])}')
 
 

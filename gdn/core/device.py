@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gdn.core.errors import ArgumentError, nearest
+
 
 @functools.cache
 def capability(index: int = 0) -> int:
@@ -75,6 +77,22 @@ def machine() -> Machine:
 def default_device() -> torch.device:
     """CUDA when there is a GPU, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def named_device(name: str) -> torch.device:
+    """A device by name: "auto", "cpu", "cuda" or "cuda:1". Raises `ArgumentError` for one that is not here."""
+    if name == "auto":
+        return default_device()
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index):
+        raise ArgumentError(f'device: expected "auto", "cpu", "cuda" or "cuda:1", got "{name}".{nearest(name, ("auto", "cpu", "cuda"))}')
+    if kind == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= found:
+            raise ArgumentError(
+                f'device: expected one that is here, got "{name}", and torch {torch.__version__} finds {found} CUDA device(s)'
+            )
+    return torch.device(name)
 
 
 def _cpu_name() -> str:

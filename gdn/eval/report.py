@@ -37,28 +37,30 @@ def print_config(config: LM.Config, *, title: str, length: int, itemsize: int) -
     console.print(table)
 
 
-def print_evaluation(model: LM, tokenizer: Any, data: DataConfig, *, length: int, max_tokens: int) -> None:
-    """Loss and bits per byte at the training length, then loss by position up to `length`."""
+def print_evaluation(model: LM, tokenizer: Any, data: DataConfig, trained: int | None, *, length: int, max_tokens: int) -> None:
+    """Loss and bits per byte in rows of `data.length`, then loss by position up to `length`; `trained` is the training length if known."""
     if length and length < 2:
         raise ArgumentError(f"length: expected at least 2 tokens, got {length}")
-    console, trained_length = Console(), data.length
+    console = Console()
     result = evaluate(model, validation_batches(data, tokenizer, max_tokens))
     console.print(
         f"{result.tokens:,} tokens ({result.num_bytes:,} bytes): loss {result.loss:.4f} nats per token, "
-        f"perplexity {result.perplexity:.3f}, [bold]bits per byte {result.bits_per_byte:.3f}[/]"
+        f"perplexity {result.perplexity:.3f}, [bold]bits per byte {result.bits_per_byte:.3f}[/]",
+        soft_wrap=True,
     )
-    longest = length or 4 * trained_length
+    longest = length or 4 * data.length
     rows = data.with_(length=longest, batch=max(1, data.batch * data.length // longest))
-    buckets = evaluate_by_position(model, validation_batches(rows, tokenizer, max_tokens), _edges(trained_length, longest))
-    console.print(_by_position(buckets, trained_length))
+    buckets = evaluate_by_position(model, validation_batches(rows, tokenizer, max_tokens), _edges(data.length, longest))
+    console.print(_by_position(buckets, trained))
 
 
-def _by_position(buckets: list[ByPosition], trained_length: int) -> Table:
-    table = Table(title=f"loss by position in the document (trained on {trained_length:,})", title_justify="left")
+def _by_position(buckets: list[ByPosition], trained: int | None) -> Table:
+    known = "" if trained is None else f" (trained on {trained:,})"
+    table = Table(title=f"loss by position in the document{known}", title_justify="left")
     for column in ("positions", "tokens", "nats per token", ""):
         table.add_column(column, justify="left" if not column else "right")
     for bucket in buckets:
-        beyond = "beyond the training length" if bucket.start >= trained_length else ""
+        beyond = "beyond the training length" if trained is not None and bucket.start >= trained else ""
         table.add_row(f"{bucket.start:,} to {bucket.stop - 1:,}", f"{bucket.tokens:,}", f"{bucket.loss:.4f}", beyond)
     return table
 

@@ -110,9 +110,10 @@ class GatedDeltaNet(Mixer):
             return 4 * memory + itemsize * self.qkv_width * (self.conv_size - 1) * self.short_conv
 
         def saved_channels(self, width: int) -> int:
-            states = self.num_value_heads * self.head_dim * self.value_dim // 64  # one state a chunk of 64 tokens
+            # Of the core: errors, inverses of chunks of 32 tokens, and a state for each 64 tokens at most.
+            core = self.num_value_heads * (self.value_dim + 32 + self.head_dim * self.value_dim // 64)
             # The convolution's input and output, normalised q and k, the core's output, the output gate and their product.
-            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + states + 3 * self.num_value_heads * self.value_dim
+            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + core + 3 * self.num_value_heads * self.value_dim
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()

@@ -27,35 +27,40 @@ def model_folder(run: str | Path) -> Path:
 
 def save_model(model: LM, folder: str | Path) -> None:
     """Write the model's configuration and weights; each file appears whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     partial = folder / f".{WEIGHTS}.partial"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, partial, metadata={"format": "pt"})
         os.replace(partial, folder / WEIGHTS)
         partial = folder / f".{CONFIG}.partial"
         partial.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
         os.replace(partial, folder / CONFIG)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {folder}: {error}") from error
 
 
 def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LM:
     """Read a model written by `save_model`. `dtype` converts the weights; A_log and dt_bias stay float32."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no {name}; expected a folder written by save_model or by a finished training run")
-    config = LM.Config.from_dict(json.loads((folder / CONFIG).read_text()))
+    config = read_config(folder)
     with torch.device("meta"):
         model = LM(config)
-    weights = load_file(folder / WEIGHTS, device=str(device))
+    try:
+        weights = load_file(folder / WEIGHTS, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -68,6 +73,15 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype:
     if dtype is not None:
         cast(model, dtype)
     return model
+
+
+def read_config(folder: Path) -> LM.Config:
+    """The configuration of a stored model."""
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
+    return LM.Config.from_dict(values)
 
 
 def cast(model: LM, dtype: torch.dtype) -> LM:

@@ -21,7 +21,7 @@ from gdn import ops
 from gdn.core import device as hardware
 from gdn.core.dispatch import Op, use
 from gdn.core.dispatch import ops as tables
-from gdn.core.errors import ArgumentError, GdnError
+from gdn.core.errors import GdnError
 from gdn.core.packing import Packing
 from gdn.ops.delta_fused import GateParameters
 from gdn.testing import compare
@@ -48,11 +48,7 @@ class Finding:
 
 def examine(device: str = "auto") -> int:
     """Print the machine and the findings; the exit status is 1 when a row that runs is wrong."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ArgumentError(f'device: expected "auto", "cpu" or "cuda", got "{device}"')
-    chosen = hardware.default_device() if device == "auto" else torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device: cuda was asked for, but torch finds no CUDA device here")
+    chosen = hardware.named_device(device)
     console = Console()
     machine = hardware.machine()
     console.print(

@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from gdn.core.device import default_device
+from gdn.core.device import named_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class World:
 @contextmanager
 def processes(device: str) -> Iterator[World]:
     """The world of this process, joined for the block. `device` is "auto", "cpu", "cuda" or "cuda:1"."""
-    kind = default_device() if device == "auto" else torch.device(device)
+    kind = named_device(device)
     if "WORLD_SIZE" not in os.environ:
         yield World(device=kind)
         return

@@ -46,12 +46,12 @@ class Metrics:
         try:
             if self.file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.board is not None:
+                for name, value in row.items():
+                    if name != "step":
+                        self.board.add_scalar(name, value, int(row["step"]))
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror}. Earlier checkpoints are untouched") from error
-        if self.board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, int(row["step"]))
 
     def close(self) -> None:
         self.file.close()

@@ -162,7 +162,8 @@ def export(run: Run, config: TrainerConfig, world: World) -> None:
     folder = Path(config.directory, MODEL)
     checkpoint.export(run.model, config.model, folder, world=world)
     if world.is_first:
-        run.tokenizer.save(folder)
+        with _writing(folder):
+            run.tokenizer.save(folder)
 
 
 def finish(run: Run, config: TrainerConfig, world: World, display: Display) -> None:
@@ -172,7 +173,8 @@ def finish(run: Run, config: TrainerConfig, world: World, display: Display) -> N
     folder = Path(config.directory)
     rows = list(metrics.read(folder / metrics.FILE))
     display.console.print(report.table(rows, parameters=config.model.num_parameters()))
-    picture = report.plot(rows, folder / "loss.png")
+    with _writing(folder / "loss.png"):
+        picture = report.plot(rows, folder / "loss.png")
     display.say(f"{folder}: {MODEL}, {metrics.FILE}" + (", loss.png" if picture else ""))
     if config.sample_tokens:
         text = report.sample(folder / MODEL, run.tokenizer, prompt=config.prompt, tokens=config.sample_tokens, device=world.device)
@@ -246,15 +248,22 @@ def _log(folder: Path, config: TrainerConfig, progress: Progress, world: World) 
     if not world.is_first:
         yield None
         return
-    try:
+    with _writing(folder):
         log = Metrics(folder, progress.step)
         checkpoint.write_synced(folder / checkpoint.RUN, json.dumps(config.to_dict(), indent=2) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"cannot write into {folder}: {error.strerror}") from error
     try:
         yield log
     finally:
         log.close()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write into a `CheckpointError` that says where."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}. Checkpoints are untouched") from error
 
 
 def _opening(run: Run, found: Path | None, config: TrainerConfig, world: World) -> str:

@@ -17,7 +17,7 @@ from gdn.core.dispatch import Impl, use
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 from gdn.ops import gated_delta_rule
-from gdn.ops.delta_rule import OP
+from gdn.ops.delta_rule import OP, chunked
 from gdn.ops.delta_rule.problems import SMALL, Problem
 from gdn.testing import bench, compare
 
@@ -185,6 +185,26 @@ def test_triton_offsets_pass_two_to_the_31() -> None:
     with torch.no_grad():
         many, states = gated_delta_rule(*(x.expand(B, *x.shape[1:]).contiguous() for x in (q, k, v, g, beta)))
     assert torch.equal(many[-1:], alone) and torch.equal(states[-1:], state)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("lengths", [None, (70, 0, 3, 200, 33, 64, 130)], ids=["rows", "packed"])
+def test_many_blocks_of_sequences_agree_with_the_recurrence(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...] | None, together: int
+) -> None:
+    """The chunked row with room for `together` sequences in a block and two chunks in a segment: large models have such blocks."""
+    problem = Problem(name="blocks", B=5 if lengths is None else 1, T=100 if lengths is None else 500, HV=2, K=8, V=8, lengths=lengths)
+    arguments = problem.with_(initial=True).build()
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", together * 2 * 8 * 8)
+    monkeypatch.setattr(chunked, "SEGMENT_ELEMENTS", 1)
+    bounds = None if lengths is None else arguments["packing"].host
+    layout = chunked.Layout.of(arguments["k"], arguments["v"], bounds)
+    segments = list(layout.walk(arguments["v"], bounds).segments())
+    assert (layout.block, layout.stretch) == (together, 2)
+    assert len(segments) > len({segment.block.start for segment in segments}) > 1
+    actual, truth = (compare.run(OP, impl, arguments) for impl in ("chunked", "reference"))
+    for name in truth.names:
+        close(actual[name], truth[name])
 
 
 @pytest.mark.parametrize("impl", ROWS)

@@ -1,0 +1,173 @@
+"""The command `gdn` as a user meets it: what it prints, its exit status, and what it says about mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdn.cli import main
+from gdn.data import ByteTokenizer, DataConfig
+from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.models.lm import LM
+from gdn.models.store import save_model
+from gdn.train import Trainer
+
+TINY = LM.Config(vocab=257, width=16, layers=1, mlp=16, pattern=(GatedDeltaNet.Config(heads=1, head_dim=8),))
+SMALL = ["--model.width=16", "--model.layers=1", "--model.mlp=16", "--model.pattern.0.heads=1", "--model.pattern.0.head-dim=8"]
+QUICK = ["--steps=2", "--data.length=16", "--data.batch=1", "--data.mix=1", "--validation-tokens=16", "--sample-tokens=2"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("one two three five eight\n" * 40)
+    return file
+
+
+@pytest.fixture
+def run(tmp_path: Path, text: Path) -> Path:
+    """A training directory as a finished run leaves it, without the training."""
+    folder = tmp_path / "run"
+    torch.manual_seed(0)
+    model = LM(TINY)
+    with torch.no_grad():
+        model.embedding.weight.mul_(30)  # far from uniform
+    save_model(model, folder / "model")
+    ByteTokenizer().save(folder / "model")
+    data = DataConfig(validation_source=str(text), length=64, batch=2)
+    (folder / "config.json").write_text(json.dumps(Trainer.Config(model=TINY, data=data).to_dict()))
+    return folder
+
+
+def says(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
+    """Standard output of a command that ends well, standard error of one that does not."""
+    try:
+        got = main([str(a) for a in arguments])
+    except SystemExit as leaving:  # the parser's
+        got = leaving.code
+    out, err = capsys.readouterr()
+    assert got == status, (got, out, err)
+    assert "Traceback" not in err
+    return err if status else out
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ((), ("--help",)):
+        usage = says(capsys, *arguments)
+        for command in ("train", "generate", "eval", "bench", "info", "doctor"):
+            assert re.search(rf"^  {command} +[A-Z].*\.$", usage, re.M), command
+    for command in ("train", "generate", "eval", "info", "doctor"):
+        assert "--help" in says(capsys, command, "--help")
+    assert re.fullmatch(r"gdn \d+\.\d+\.\d+\n", says(capsys, "--version"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        ("trian", 2, 'Did you mean "train"'),
+        ("train dmo", 1, 'Did you mean "demo"'),
+        ("train demo --stepss 3", 2, "--steps INT"),
+        ("train demo --model.pattern.0.head_dims 3", 2, "--model.pattern.0.head-dim INT"),
+        ("train demo --precision fp16", 2, "fp32"),
+        ("train demo --optim.lr -1", 2, "lr: expected above 0, got -1.0"),
+        ("train demo --size gdn_1.4b", 1, 'Did you mean "gdn_1.3b"'),
+        ("train demo --size", 1, "--size: expected a value"),
+        ("train demo --device tpu", 1, 'device: expected "auto", "cpu", "cuda"'),
+        ("train demo --data.source no-such-*.txt", 1, "no-such-*.txt: no file matches"),
+        ("info gdn_1.4b", 1, 'Did you mean "gdn_1.3b"'),
+        ("info gdn_d4 --length 0", 1, "length: expected at least 1, got 0"),
+        ("generate no-such-folder", 1, "no-such-folder: no such folder"),
+        ("generate no-such-folder --tempreature 1", 2, "--temperature FLOAT"),
+        ("eval no-such-folder", 1, "no-such-folder: no such folder"),
+        ("doctor --device tpu", 1, 'device: expected "auto", "cpu", "cuda"'),
+        ("bench opss", 1, 'Did you mean "ops"'),
+    ],
+)
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], arguments: str, status: int, expected: str) -> None:
+    assert expected in says(capsys, *arguments.split(), status=status)
+
+
+def test_info_tells_a_size_without_building_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LM, "__init__", None)
+    out = says(capsys, "info", "gdn_1.3b")
+    for part in ("1,309,295,632", "heads = 9", "head_dim = 200", "FLOPs per token", "decoding state", "AdamW"):
+        assert part in out, part
+
+
+def test_info_tells_a_run_and_a_recipe(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    assert f"{TINY.num_parameters():,}" in says(capsys, "info", run)
+    assert "width = 128" in says(capsys, "info", "demo")
+    (run / "model" / "config.json").write_text("{")
+    assert "config.json cannot be read" in says(capsys, "info", run, status=1)
+
+
+def test_generate_depends_on_the_seed_alone(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    texts = [says(capsys, "generate", run, "--prompt=one", "--tokens=30", f"--seed={seed}") for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("one")
+    greedy = [says(capsys, "generate", run, "--prompt=one", "--tokens=30", "--temperature=0", f"--seed={seed}") for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_generate_reads_a_prompt_from_standard_input(
+    capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("five"))
+    piped = says(capsys, "generate", run, "--prompt=-", "--tokens=5")
+    assert piped == says(capsys, "generate", run, "--prompt=five", "--tokens=5")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--tokens=-1", "tokens: expected 0 or more, got -1"),
+        ("--temperature=-1", "temperature: expected 0 or more, got -1.0"),
+        ("--top-p=2", "top_p: expected above 0 and at most 1, got 2.0"),
+        ("--device=tpu", 'device: expected "auto", "cpu", "cuda"'),
+    ],
+)
+def test_generate_names_wrong_values(capsys: pytest.CaptureFixture[str], run: Path, option: str, expected: str) -> None:
+    assert expected in says(capsys, "generate", run, option, status=1)
+
+
+def test_eval_tells_bits_per_byte_on_one_line_and_positions_beyond_the_training_length(
+    capsys: pytest.CaptureFixture[str], run: Path
+) -> None:
+    out = says(capsys, "eval", run)
+    assert re.search(r"^[\d,]+ tokens \([\d,]+ bytes\): loss .* bits per byte \d+\.\d+$", out, re.M)
+    assert "trained on 64" in out
+    assert re.search(r"64 to 127 .* beyond the training length", out)
+    assert re.search(r"128 to 255 .* beyond the training length", out)
+
+
+def test_eval_of_the_model_folder_in_a_run_knows_the_run(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    assert says(capsys, "eval", run / "model") == says(capsys, "eval", run)
+
+
+def test_eval_of_a_model_alone_claims_no_training_length(capsys: pytest.CaptureFixture[str], run: Path, text: Path) -> None:
+    (run / "config.json").unlink()
+    out = says(capsys, "eval", run / "model", "--source", text, "--length=256")
+    assert "bits per byte" in out
+    assert "train" not in out
+
+
+def test_train_reaches_nested_fields_and_leaves_a_model_that_generates(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    source = [f"--data.source={text}", f"--data.validation-source={text}", f"--directory={tmp_path / 'new'}"]
+    out = says(capsys, "train", "corpus", *SMALL, *QUICK, *source)
+    assert re.search(r"^validation bits per byte \d\.\d\d$", out, re.M)
+    saved = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert saved["model"]["pattern"][0]["head_dim"] == 8
+    assert says(capsys, "generate", tmp_path / "new", "--prompt=one", "--tokens=3").startswith("one")
+
+
+def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    out = says(capsys, "train", "--list")
+    for name in ("demo", "corpus", "gdn_0.4b", "gdn_1.3b"):
+        assert re.search(rf"^{re.escape(name)} +\w.*\.$", out, re.M), name
