@@ -52,10 +52,24 @@ def close(actual: Any, expected: Any) -> None:
 
 
 def textbook_chunks(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None, packing: Packing | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    packing: Packing | None,
+    *,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The paper's chunkwise algorithm (its UT transform) written down in plain torch, gradients by autograd: how wrong a form by
-    chunks of 64 is at a dtype, whoever writes it. Alternating sums over a chunk, as for repeated keys with beta = 2, cost it digits."""
+    chunks of 64 is at a dtype, whoever writes it. Alternating sums over a chunk, as for repeated keys with beta = 2, cost it digits.
+    With `narrow`, every matrix product takes its operands in the dtype of the inputs, as the matrix units of a GPU do."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return a.to(v.dtype).to(wide) @ b.to(v.dtype).to(wide) if narrow else a @ b
+
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     groups, bounds = v.shape[2] // k.shape[2], packing.host.tolist() if packing else [i * v.shape[1] for i in range(v.shape[0] + 1)]
     flat = [x.to(wide).flatten(0, 1).transpose(0, 1) for x in (q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2), v)]
@@ -72,23 +86,26 @@ def textbook_chunks(
             for i in range(1, len(rows)):  # forward substitution, a row at a time
                 rows[i] = rows[i] + (rows[i][:, None, :i] @ torch.stack(rows[:i], 1)).squeeze(1)
             solve = torch.stack(rows, 1) + torch.eye(total.shape[1], dtype=wide)
-            u = solve @ (beta[:, piece] * values) - solve @ (beta[:, piece] * total.exp() * keys) @ state
-            outputs.append(scale * (total.exp() * (queries @ state) + (decay * (queries @ keys.mT)).tril() @ u))
-            state = total[:, -1:].exp() * state + ((total[:, -1:] - total).exp() * keys).mT @ u
+            solve_keys, solve_values = product(solve, beta[:, piece] * total.exp() * keys), product(solve, beta[:, piece] * values)
+            u = solve_values - product(solve_keys, state)
+            reads = (decay * product(queries, keys.mT)).tril()
+            outputs.append(scale * (total.exp() * product(queries, state) + product(reads, u)))
+            state = total[:, -1:].exp() * state + product(((total[:, -1:] - total).exp() * keys).mT, u)
         states.append(state)
     return torch.cat(outputs, 1).transpose(0, 1).reshape(v.shape).to(v.dtype), torch.stack(states)
 
 
 OP._functions["textbook"] = textbook_chunks
+OP._functions["narrow textbook"] = functools.partial(textbook_chunks, narrow=True)
 
 
 @functools.cache
-def plain_torch(name: str, dtype: torch.dtype) -> compare.Results:
+def plain_torch(name: str, dtype: torch.dtype, impl: str = "textbook") -> compare.Results:
     """The textbook chunks at a dtype, through the contract."""
     before = OP.impls
-    OP.impls = (*before, Impl("textbook", ""))
+    OP.impls = (*before, Impl(impl, ""))
     try:
-        return compare.run(OP, "textbook", PROBLEMS[name].build(dtype=dtype))
+        return compare.run(OP, impl, PROBLEMS[name].build(dtype=dtype))
     finally:
         OP.impls = before
 
@@ -108,8 +125,8 @@ def test_agrees_with_the_recurrence(impl: str, name: str, dtype: torch.dtype) ->
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = (
-    ["one token", "odd sizes", "packed", "empty documents", "cleared", "repeated keys", "long keys"],
-    ["chunk plus one", "correlated keys"],
+    ["one token", "odd sizes", "packed", "empty documents", "cleared", "repeated keys at full strength", "long keys"],
+    ["chunk plus one", "repeated keys at full strength"],
 )
 """The problems that Triton's interpreter, which is slow, runs in float32 and in bfloat16."""
 TRITON = (
@@ -123,24 +140,20 @@ TRITON = (
 @pytest.mark.parametrize("segment", [None, 1], ids=["rule", "segments"])
 @pytest.mark.parametrize(("name", "dtype"), TRITON, ids=str)
 def test_triton_agrees_with_the_recurrence(name: str, dtype: torch.dtype, segment: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and gradients, without segments and cut into segments of one chunk, against the textbook's chunks at the same dtype."""
+    """Forward and gradients, without segments and cut into segments of one chunk: at most twice as wrong as the textbook's chunks with
+    operands of the same dtype."""
     portable = pytest.importorskip("gdn.ops.delta_rule.portable")
     if segment is not None:
         monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
     portable.plan.cache_clear()
     actual = compare.run(OP, "portable", PROBLEMS[name].build(dtype=dtype, device=DEVICE))
     portable.plan.cache_clear()
-    rounding, truth = plain_torch(name, dtype), reference(name, torch.float64)
+    rounding, truth = plain_torch(name, dtype, "narrow textbook"), reference(name, torch.float64)
     assert compare.complaints(actual, rounding, truth, dtype) == []
 
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
-
-
 def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    for mark in on_gpu:
-        test = mark(test)
-    return test
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")(test))
 
 
 @gpu

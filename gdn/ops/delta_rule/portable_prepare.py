@@ -145,9 +145,9 @@ def pair_kernel(
     """Phi = (I + M diag(beta))^-1 M and A of one chunk value head. Grid [chunks * HV].
 
     With L = M diag(beta), E = (I + L)^-1 is found by joining solved diagonal blocks, 2 to 4 to 8 ... to 64: the block under two solved ones
-    becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums (fp32 for fp32 inputs): on 64 unit keys the error is
-    6e-5 of the norm for random keys and 5.7e-3 for beta = 2 and keys of correlation 0.9, as with substitution and tf32 joins, without
-    their serial steps. Keys are divided by their length first, so that any length fits fp16.
+    becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums: on 64 unit keys the error is 6e-5 of the norm for
+    random keys and 5.7e-3 for beta = 2 and keys of correlation 0.9, as with substitution and tf32 joins, without their serial steps. Keys
+    are divided by their length first, so that any length fits fp16. For fp32 inputs Phi is found by substitution.
 
     norms [chunks, HV] (if NORMS) bounds the logarithm of the spectral norm of the chunk's map from state to state, for keys of any length:
     the sum of g + log max(1, |1 - beta |k|^2|).
@@ -182,12 +182,16 @@ def pair_kernel(
     m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
     negative = _narrow(m * (-beta * square)[None, :], WIDE)
     m = _narrow(m, WIDE)
-    e = _diagonal(k, gates, start, rows, k_stride, tile, K, BK, WIDE)
-    for level in tl.static_range(4, 6):
-        narrow = _narrow(e, WIDE)
-        below = tl.where(_under(i, level), tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
-        e = tl.dot(_narrow(below, WIDE), narrow, e.to(tl.float32), input_precision="tf32x3")
-    solved = tl.dot(_narrow(e, WIDE), m, input_precision="tf32x3") * length[:, None] * length[None, :]
+    if WIDE:
+        solved = _substitute(m, negative)
+    else:
+        e = _diagonal(k, gates, start, rows, k_stride, tile, K, BK)
+        for level in tl.static_range(4, 6):
+            narrow = e.to(tl.float16)
+            below = tl.where(_under(i, level), tl.dot(narrow, negative), 0.0)
+            e = tl.dot(below.to(tl.float16), narrow, e.to(tl.float32))
+        solved = tl.dot(e.to(tl.float16), m)
+    solved = solved * length[:, None] * length[None, :]
     tl.store(phi + at, solved.to(phi.dtype.element_ty))
 
 
@@ -210,37 +214,45 @@ def _under(i, level: tl.constexpr):
 
 
 @triton.jit
-def _diagonal(k, gates, start, rows, k_stride, tile, K: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
+def _substitute(m, negative):
+    """Phi = M + negative Phi, row after row in fp32. Neither joins of blocks nor the inverse times M will do: where keys repeat with beta = 2
+    the entries of the inverse alternate, and the norms of 64 and more of what it is multiplied with make two digits of its rounding."""
+    i = tl.arange(0, C)
+    phi = tl.zeros((C, C), tl.float32)
+    for r in tl.range(1, C, num_stages=1):
+        here = (i == r)[:, None]
+        row = tl.sum(tl.where(here, negative, 0.0), 0)
+        phi += tl.where(here, m + tl.sum(row[:, None] * phi, 0)[None, :], 0.0)
+    return phi
+
+
+@triton.jit
+def _diagonal(k, gates, start, rows, k_stride, tile, K: tl.constexpr, BK: tl.constexpr):
     """(I + L)^-1 of the four 16 x 16 blocks on the diagonal, 0 elsewhere, [64, 64], as small products of four at a time."""
     b = tl.arange(0, 4)
     i = tl.arange(0, 16)
     row = b[:, None] * 16 + i[None, :]
     gate = gates + tile * (GATES * C) + row
-    G = tl.load(gate)
-    G_low = tl.load(gate + 4 * C)
+    G = tl.load(gate) + tl.load(gate + 4 * C)
     c = tl.arange(0, BK)[None, None, :]
     k_stride = k_stride // 8 * 8
     at = k + start * k_stride + row[:, :, None] * k_stride + c
     kk = tl.zeros((4, 16, 16), tl.float32)
     for first in tl.static_range(0, K, BK):
         x = tl.load(at + first, mask=(row[:, :, None] < rows) & (c + first < K), other=0.0)
-        kk = tl.dot(x, tl.permute(x, (0, 2, 1)), kk, input_precision="tf32x3" if WIDE else "tf32")
+        kk = tl.dot(x, tl.permute(x, (0, 2, 1)), kk)
     square = tl.sum(tl.where(i[None, :, None] == i[None, None, :], kk, 0.0), 2)
     length = 1.0 / tl.sqrt(tl.maximum(square, 1e-30))
-    if WIDE:
-        decay = (G[:, :, None] - G[:, None, :]) + (G_low[:, :, None] - G_low[:, None, :])
-    else:
-        decay = (G + G_low)[:, :, None] - (G + G_low)[:, None, :]
-    decay = tl.exp(tl.where(i[None, :, None] > i[None, None, :], decay, float("-inf")))
+    decay = tl.exp(tl.where(i[None, :, None] > i[None, None, :], G[:, :, None] - G[:, None, :], float("-inf")))
     m = kk * decay * length[:, :, None] * length[:, None, :]
-    negative = _narrow(m * (-tl.load(gate + 2 * C) * square)[:, None, :], WIDE)
+    negative = (m * (-tl.load(gate + 2 * C) * square)[:, None, :]).to(tl.float16)
     e = tl.where((i[:, None] == i[None, :])[None, :, :], 1.0, tl.where(_under(i, 0)[None, :, :], negative.to(tl.float32), 0.0))
     for level in tl.static_range(1, 4):
-        narrow = _narrow(e, WIDE)
-        below = tl.where(_under(i, level)[None, :, :], tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
-        e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
+        narrow = e.to(tl.float16)
+        below = tl.where(_under(i, level)[None, :, :], tl.dot(narrow, negative), 0.0)
+        e = tl.dot(below.to(tl.float16), narrow, e)
     same = (b[:, None] == b[None, :])[:, None, :, None]
-    e = tl.where(same, tl.reshape(_narrow(e, WIDE), (4, 16, 1, 16)), 0.0)
+    e = tl.where(same, tl.reshape(e.to(tl.float16), (4, 16, 1, 16)), 0.0)
     return tl.reshape(e, (C, C))
 
 
