@@ -19,6 +19,7 @@ _WHERE = {
     "write_gate": "gates",
     "linear_cross_entropy": "loss",
     "causal_attention": "attention",
+    "windowed_sigmoid_attention": "attention",
 }
 
 __all__ = [*sorted(_WHERE), "ops", "use"]
