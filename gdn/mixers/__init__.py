@@ -12,6 +12,7 @@ _WHERE = {
     "Mixer": "base",
     "MixerConfig": "base",
     "MixerState": "base",
+    "Swat": "swat",
 }
 
 __all__ = sorted(_WHERE)
