@@ -24,6 +24,7 @@ _WHERE = {
     "linear_attention_step": "linear_step",
     "gated_linear_attention_step": "linear_step",
     "value_gated_linear_attention_step": "linear_step",
+    "causal_attention": "attention",
 }
 
 __all__ = [*sorted(_WHERE), "ops", "use"]
