@@ -7,6 +7,7 @@ from typing import Any
 
 _WHERE = {
     "Attention": "attention",
+    "DeltaNet": "deltanet",
     "GatedDeltaNet": "gated_deltanet",
     "GrowingState": "base",
     "Mixer": "base",
