@@ -14,6 +14,7 @@ _WHERE = {
     "MixerConfig": "base",
     "MixerState": "base",
     "Swat": "swat",
+    "TransMamba": "transmamba",
 }
 
 __all__ = sorted(_WHERE)
