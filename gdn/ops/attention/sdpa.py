@@ -37,7 +37,7 @@ def causal_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """`[B, T, H, V]`, with a mask `[B or 1, 1, T, S]`, or causal with as many keys as queries."""
-    return _kernel(*(x.transpose(1, 2) for x in (q, k, v)), scale, mask).transpose(1, 2)
+    return _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, mask).transpose(1, 2)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
