@@ -7,10 +7,15 @@ from typing import Any
 
 _WHERE = {
     "DeltaNet": "deltanet",
+    "GLA": "gla",
+    "GSA": "gsa",
     "GatedDeltaNet": "gated_deltanet",
+    "HGRN2": "hgrn2",
+    "Mamba2": "mamba2",
     "Mixer": "base",
     "MixerConfig": "base",
     "MixerState": "base",
+    "RetNet": "retnet",
 }
 
 __all__ = sorted(_WHERE)
