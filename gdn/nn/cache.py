@@ -1,10 +1,10 @@
 """Keys and values of past tokens, kept in slots.
 
-A cache `[N, R, ...]` has R slots for each of N sequences; the token at position p lies in slot `p % R`. With R the width of a window it is a
-rolling cache that forgets what the window has left; with R at least the number of tokens it never wraps and keeps everything. `seen [N]`
-counts the tokens of each sequence, padding not counted, so that sequences of different lengths share a batch.
+A cache `[N, R, ...]` has R slots for each of N sequences; the token at position p lies in slot `p % R`. With R the width of a window it
+is a rolling cache that forgets what the window has left; with R at least the number of tokens it never wraps and keeps everything.
+`seen [N]` counts the tokens of each sequence, padding not counted, so that sequences of different lengths share a batch.
 
-The functions are pure, except `append_`. `pads [N]` counts the tokens on the left of `new [N, T, ...]` that are padding; None: there are none.
+The functions are pure, except `append_`. `pads [N]` counts the tokens on the left of `new [N, T, ...]` that are padding; None is none.
 """
 
 from __future__ import annotations

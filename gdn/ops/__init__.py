@@ -25,6 +25,7 @@ _WHERE = {
     "gated_linear_attention_step": "linear_step",
     "value_gated_linear_attention_step": "linear_step",
     "causal_attention": "attention",
+    "windowed_sigmoid_attention": "attention",
 }
 
 __all__ = [*sorted(_WHERE), "ops", "use"]

@@ -205,6 +205,17 @@ def _simple(**shapes: tuple[int, ...]) -> Callable[[torch.device, torch.dtype, t
     return make
 
 
+def _attention(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    random = _random(device, dtype, wide)
+    packing = Packing.from_lengths([83, 67], device=device)
+    return {"q": random(1, 150, 4, 64), "k": random(1, 150, 2, 64), "v": random(1, 150, 2, 64), "window": 50, "packing": packing}
+
+
+def _sigmoid_attention(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    slopes = (0.5 ** torch.arange(1.0, 5.0)).to(device, wide).requires_grad_()
+    return {**_attention(device, dtype, wide), "slopes": slopes}
+
+
 def _loss(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
     random = _random(device, dtype, wide)
     targets = torch.arange(70, device=device) * 3 % 97
@@ -224,6 +235,8 @@ EXAMPLES: dict[str, Callable[[torch.device, torch.dtype, torch.dtype], Arguments
     "decay_gate": _simple(a=(2, 50, 4), A_log=(4,), dt_bias=(4,)),
     "write_gate": _simple(b=(2, 50, 4)),
     "linear_cross_entropy": _loss,
+    "causal_attention": _attention,
+    "windowed_sigmoid_attention": _sigmoid_attention,
     "linear_attention": _linear("head"),
     "gated_linear_attention": _linear("key"),
     "value_gated_linear_attention": _linear("value"),

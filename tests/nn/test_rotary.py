@@ -25,8 +25,8 @@ def test_turns_complex_numbers(fraction: float) -> None:
 
 def test_scores_depend_on_distances_only_a_million_tokens_away_too() -> None:
     q, k = torch.randn(1, 5, 2, 16), torch.randn(1, 5, 1, 16)
-    near = [x for x in Rotary(16)(torch.arange(5), q, k)]
-    far = [x for x in Rotary(16)(10**6 + torch.arange(5), q, k)]
+    near = list(Rotary(16)(torch.arange(5), q, k))
+    far = list(Rotary(16)(10**6 + torch.arange(5), q, k))
     scores = [torch.einsum("bthk,bsgk->bhts", *pair) for pair in (near, far)]
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-5)
 

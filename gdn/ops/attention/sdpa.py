@@ -63,16 +63,16 @@ def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None) -
 def _documents(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
     """One call for each document."""
     lengths = [n for n in packing.host.diff().tolist() if n]
-    pieces = zip(*(x.reshape(1, -1, *x.shape[2:]).split(lengths, dim=1) for x in (q, k, v)))
-    outputs = [_attend(*piece, scale, None) for piece in pieces]
+    q_pieces, k_pieces, v_pieces = (x.reshape(1, -1, *x.shape[2:]).split(lengths, dim=1) for x in (q, k, v))
+    outputs = [_attend(*piece, scale, None) for piece in zip(q_pieces, k_pieces, v_pieces)]
     return torch.cat(outputs, dim=1).view(*q.shape[:3], v.shape[3])
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, first: Tensor | None) -> Tensor:
     """Blocks of half a window of queries. The rows of the batch share one mask; where they cannot, each gets a call of its own."""
     if first is not None and q.shape[0] > 1:
-        rows = zip(*(x.split(1) for x in (q, k, v, first)))
-        return torch.cat([_windowed(*row[:3], window, scale, row[3]) for row in rows])
+        rows = zip(q.split(1), k.split(1), v.split(1), first.split(1))
+        return torch.cat([_windowed(one_q, one_k, one_v, window, scale, one) for one_q, one_k, one_v, one in rows])
     batch, length, past = q.shape[0], q.shape[1], k.shape[1] - q.shape[1]
     size = min(max(SMALLEST_BLOCK, window // 2), length)
     blocks, back = -(-length // size), -(-(window - 1) // size) * size
