@@ -5,7 +5,22 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_WHERE = {"GatedDeltaNet": "gated_deltanet", "Mixer": "base", "MixerConfig": "base", "MixerState": "base"}
+_WHERE = {
+    "Attention": "attention",
+    "DeltaNet": "deltanet",
+    "GLA": "gla",
+    "GSA": "gsa",
+    "GatedDeltaNet": "gated_deltanet",
+    "GrowingState": "base",
+    "HGRN2": "hgrn2",
+    "Mamba2": "mamba2",
+    "Mixer": "base",
+    "MixerConfig": "base",
+    "MixerState": "base",
+    "RetNet": "retnet",
+    "Swat": "swat",
+    "TransMamba": "transmamba",
+}
 
 __all__ = sorted(_WHERE)
 

@@ -1,12 +1,15 @@
-"""The estimate of a training step's memory against the tensors that autograd keeps."""
+"""Costs by arithmetic: of every mixer that there is, without building one; and a step's memory against what autograd keeps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from gdn import cli
+from gdn.mixers.attention import Attention
+from gdn.mixers.base import MixerConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
-from gdn.models.describe import costs
+from gdn.models.describe import costs, mixer_costs
 from gdn.models.lm import LM
 
 
@@ -26,3 +29,36 @@ def test_the_estimate_of_activations_is_near_what_is_kept(width: int, head_dim: 
     config = LM.Config(vocab=257, width=width, layers=2, mlp=3 * width, pattern=(mixer,))
     measured = kept_bytes(LM(config), torch.randint(257, (1, 256)))
     assert 0.9 < measured / costs(config, 256).activation_bytes < 1.1
+
+
+def test_every_mixer_is_listed_with_what_it_costs() -> None:
+    found, reasons = mixer_costs(256, 100)
+    members = MixerConfig.members()
+    assert {"attention", "gated_deltanet", "swat"} <= set(members)
+    assert {costs.name for costs in found} | set(reasons) == set(members)
+    assert [costs.state_bytes for costs in found] == sorted(costs.state_bytes for costs in found)
+    for costs in found:
+        with torch.device("meta"):
+            mixer = members[costs.name]().build(256)
+        assert sum(p.numel() for p in mixer.parameters()) == costs.parameters
+
+
+def test_a_mixer_that_cannot_be_listed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MixerConfig, "_tags", {"attention": Attention.Config})
+
+    class Config(MixerConfig):
+        depth: int
+
+    found, reasons = mixer_costs(16, 1)
+    assert "depth" in reasons[Config.tag()]
+    assert "attention" in {costs.name for costs in found}
+
+
+def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--mixers", "--width", "512", "--length", "1000"]) == 0
+    printed = capsys.readouterr().out
+    assert "width 512" in printed
+    assert all(name in printed for name in ("attention", "gated_deltanet", "swat"))
+    assert f"{Attention.Config().num_parameters(512):,}" in printed
+    assert cli.main(["info", "--mixers", "--width", "0"]) == 1
+    assert "width: expected at least 1, got 0" in capsys.readouterr().err
