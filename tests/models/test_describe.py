@@ -35,12 +35,12 @@ def test_every_mixer_is_listed_with_what_it_costs() -> None:
     found, reasons = mixer_costs(256, 100)
     members = MixerConfig.members()
     assert {"attention", "gated_deltanet", "swat"} <= set(members)
-    assert {costs.name for costs in found} | set(reasons) == set(members)
-    assert [costs.state_bytes for costs in found] == sorted(costs.state_bytes for costs in found)
-    for costs in found:
+    assert {each.name for each in found} | set(reasons) == set(members)
+    assert [each.state_bytes for each in found] == sorted(each.state_bytes for each in found)
+    for each in found:
         with torch.device("meta"):
-            mixer = members[costs.name]().build(256)
-        assert sum(p.numel() for p in mixer.parameters()) == costs.parameters
+            mixer = members[each.name]().build(256)
+        assert sum(p.numel() for p in mixer.parameters()) == each.parameters
 
 
 def test_a_mixer_that_cannot_be_listed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_a_mixer_that_cannot_be_listed_says_why(monkeypatch: pytest.MonkeyPatch)
 
     found, reasons = mixer_costs(16, 1)
     assert "depth" in reasons[Config.tag()]
-    assert "attention" in {costs.name for costs in found}
+    assert "attention" in {each.name for each in found}
 
 
 def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
