@@ -9,7 +9,7 @@ import torch
 
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
-from gdn.mixers.base import Mixer
+from gdn.mixers.base import Mixer, MixerConfig
 from gdn.mixers.hgrn2 import HGRN2
 from gdn.models.lm import LM
 from gdn.models.store import load_model, save_model
@@ -34,7 +34,12 @@ class TestLowerBound(MixerContract):
         return mixer
 
     def test_config_and_weights_round_trip(self) -> None:
-        """Bounds depend on other layers' weights: see `test_a_stored_model_is_the_same`."""
+        """Among layers of its own: the bound is theirs too."""
+        assert MixerConfig.from_dict(self.config.to_dict()) == self.config
+        mixer, other, x = self.build(), self.build(seed=7), self.input()
+        assert not torch.equal(other(x)[0], mixer(x)[0])
+        other.load_state_dict(mixer.state_dict())
+        assert torch.equal(other(x)[0], mixer(x)[0])
 
 
 def literal_layer(mixer: HGRN2, x: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,23 @@ def test_a_few_steps_lower_the_loss(name: str) -> None:
     assert losses[-1] < 0.7 * losses[0], losses
 
 
+@pytest.mark.parametrize("name", ["gla", "retnet", "hgrn2", "gsa"])
+def test_padding_before_a_continuation_leaves_no_trace(name: str) -> None:
+    """The memory already holds something, which padding must not forget. (A convolution cannot skip what lies between two pieces.)"""
+    torch.manual_seed(0)
+    mixer = MIXERS[name].build(16).double()
+    x, pads = torch.randn(2, 20, 16, dtype=torch.float64), 3 * torch.ones(2, 9, 16, dtype=torch.float64)
+    results = []
+    with torch.no_grad():
+        for padded in (False, True):
+            _, state = mixer(x[:, :8], state=mixer.init_state(2))
+            mask = (torch.arange(21) >= 9).expand(2, -1) if padded else None
+            y, state = mixer(torch.cat([pads, x[:, 8:]], dim=1) if padded else x[:, 8:], state=state, mask=mask)
+            assert state is not None
+            results.append((y[:, -12:], *state.tensors.values()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-11)
+
+
 def test_layers_that_share_lower_bounds_compile_as_one_graph() -> None:
     """The other mixers' layers know nothing of each other, so the contract compiles them alone."""
     tokens = torch.randint(13, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -106,6 +106,17 @@ def test_memory_that_forgets_everything_is_finite(gates: Gates, decay: float) ->
 
 
 @of_each_kind
+def test_log_decays_below_the_smallest_act_as_it(gates: Gates) -> None:
+    arguments = Problem(name="", T=1, initial=True).build(gates, gradient=False)
+    results = []
+    for g in (-64.0, -100.0, -torch.inf):
+        o, state = call(gates, {**arguments, "k": 0 * arguments["k"], "g": torch.full_like(arguments["g"], g)})
+        assert bool(state.any())
+        results.append((o, state))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0]))
+
+
+@of_each_kind
 def test_small_decays_after_large_ones_keep_their_digits(gates: Gates) -> None:
     """Channels that were cleared remember what came after; a running sum of log decays in float32 would have lost it."""
     arguments = Problem(name="", T=64, initial=True).build(gates)

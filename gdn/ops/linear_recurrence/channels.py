@@ -104,11 +104,16 @@ def blank(segment: Segment, heads: int, *tensors: Tensor) -> None:
             x.masked_fill_(outside.unsqueeze(-1), 0)
 
 
-def _by_a(c: Chunks, x: Tensor, states: Tensor, scratch: Scratch) -> Tensor:
+def _paths(c: Chunks, x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """The weight of every pair of tokens of a chunk `[M, C, C]`, and x as it reads the memory before the chunk `[M, C, X]`."""
+    scores = c.intervals.score(x, c.y, scratch("scores", *x.shape[:2], x.shape[1]), scratch)
+    return scores, torch.mul(x, c.intervals.gamma, out=scratch("decayed", *x.shape))
+
+
+def _by_a(c: Chunks, paths: tuple[Tensor, Tensor], states: Tensor, scratch: Scratch) -> Tensor:
     """dF/da."""
-    pairs = c.intervals.score(x, c.y, scratch("scores", *x.shape[:2], x.shape[1]), scratch)
-    out = torch.bmm(torch.mul(x, c.intervals.gamma, out=scratch("decayed", *x.shape)), states, out=scratch("by a", *c.b.shape))
-    return out.baddbmm_(pairs, c.b)
+    scores, decayed = paths
+    return torch.bmm(decayed, states, out=scratch("by a", *c.b.shape)).baddbmm_(scores, c.b)
 
 
 def _by_x(c: Chunks, a: Tensor, states: Tensor, scratch: Scratch) -> Tensor:
@@ -119,19 +124,17 @@ def _by_x(c: Chunks, a: Tensor, states: Tensor, scratch: Scratch) -> Tensor:
 
 
 def _gradients(
-    segment: Segment, c: Chunks, x: Tensor, a: Tensor, states: Tensor, d_memory: Tensor, scratch: Scratch
+    segment: Segment, c: Chunks, x: Tensor, a: Tensor, paths: tuple[Tensor, Tensor], states: Tensor, d_memory: Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dF/dx, dF/dy, dF/db and dF/dg.
 
     `d_memory` goes from the gradient of the memory after the segment to that of the memory before it, in place.
     """
-    pairs_shape = (*x.shape[:2], x.shape[1])
-    decayed = torch.mul(x, c.intervals.gamma, out=scratch("decayed", *x.shape))
+    scores, decayed = paths
     reads = torch.bmm(decayed.mT, a, out=scratch("writes", *states.shape))
     d_states = carry(segment, d_memory, c.last, reads, scratch("d_states", *states.shape), backwards=True)
 
-    products = torch.bmm(a, c.b.mT, out=scratch("products", *pairs_shape)).tril_()
-    scores = c.intervals.score(x, c.y, scratch("scores", *pairs_shape), scratch)
+    products = torch.bmm(a, c.b.mT, out=scratch("products", *scores.shape)).tril_()
     by_b = torch.bmm(c.tailed, d_states, out=scratch("by b", *c.b.shape)).baddbmm_(scores.mT, a)
     by_x = torch.bmm(a, states.mT, out=scratch("by x", *x.shape)).mul_(c.intervals.gamma)
     by_y = torch.bmm(c.b, d_states.mT, out=scratch("by y", *x.shape)).mul_(c.intervals.tail)
@@ -165,7 +168,7 @@ def _forward(
         if keep:
             starts[segment.starts] = state[: segment.running[0]]
         states = c.memories(segment, state.flatten(0, 1), scratch)
-        outputs = (_by_x if on_values else _by_a)(c, queries, states, scratch)
+        outputs = _by_x(c, queries, states, scratch) if on_values else _by_a(c, _paths(c, queries, scratch), states, scratch)
         segment.store(outputs.unflatten(0, (segment.size, heads)), _wide(o, heads))
     return o, unfold(walk.unsort(memory), v.shape[2] // heads, turned=on_values), starts
 
@@ -188,8 +191,9 @@ def _backward(on_values: bool, args: Arguments, saved: Tensors, grads: Sequence[
         blank(segment, heads, upstream)
         states = c.memories(segment, starts[segment.starts].flatten(0, 1).clone(), scratch)
         x, a = (upstream, queries) if on_values else (queries, upstream)
-        by_x, by_y, by_b, by_g = _gradients(segment, c, x, a, states, d_memory[segment.block].flatten(0, 1), scratch)
-        by_q = _by_a(c, x, states, scratch) if on_values else by_x
+        paths = _paths(c, x, scratch)
+        by_x, by_y, by_b, by_g = _gradients(segment, c, x, a, paths, states, d_memory[segment.block].flatten(0, 1), scratch)
+        by_q = _by_a(c, paths, states, scratch) if on_values else by_x
         for target, gradient in zip(targets, (by_q.mul_(scale), *((by_b, by_y) if on_values else (by_y, by_b)), by_g)):
             segment.store(gradient.unflatten(0, (segment.size, heads)), target)
     d_g.masked_fill_(g < SMALLEST_LOG_DECAY, 0)
