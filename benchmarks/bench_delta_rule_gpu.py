@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdn.core.packing import Packing
+from gdn.ops import gated_delta_rule
 from gdn.ops.delta_rule import portable
 from gdn.ops.delta_rule.reference import gated_delta_rule as reference
 
@@ -92,7 +93,7 @@ Rule = Callable[..., tuple[Tensor, Tensor]]
 
 def ours(row: tuple[Any, ...]) -> Rule:
     packing = Packing.from_lengths(row[6], device="cuda") if row[6] else None
-    return lambda *x: portable.gated_delta_rule(*x, row[2] ** -0.5, None, packing)
+    return lambda *x: gated_delta_rule(*x, packing=packing)
 
 
 def fla(row: tuple[Any, ...]) -> Rule:
@@ -235,7 +236,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="errors against fp64 over the problem list")
+    parser.add_argument("--check", choices=("quick", "all"), help="errors against fp64 over the problem list")
     parser.add_argument("--peers", default="", help="comma list of fla, flash_qla")
     parser.add_argument("--forward", default="", help="rows of the forward list, as 0,3,5 or all")
     parser.add_argument("--backward", default="", help="rows of the forward+backward list")
@@ -245,7 +246,7 @@ def main() -> None:
     peers = tuple(p for p in args.peers.split(",") if p)
     results: list[dict[str, Any]] = []
     if args.check:
-        for row, dtype, kind, S in CHECKS:
+        for row, dtype, kind, S in CHECKS if args.check == "all" else [CHECKS[i] for i in QUICK]:
             results.append(check(row, dtype, kind, S, peers if dtype == torch.bfloat16 and row[2] == 128 else ()))
             show(results[-1])
     for what, rows, chosen in (("forward", FORWARD, args.forward), ("training", BACKWARD, args.backward)):
@@ -285,6 +286,8 @@ def measure(row: tuple[Any, ...], what: str, who: tuple[str, ...], profile: bool
 
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+QUICK = (1, 6, 8, 13)
+"""The rows of CHECKS for a first look."""
 CHECKS: list[tuple[tuple[Any, ...], torch.dtype, str, int | None]] = [
     ((2, 4, 128, 128, 1, 700, None), bf16, "layer", 0),
     ((2, 4, 128, 128, 1, 700, None), bf16, "layer", 4),

@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter: decided before Triton is first imported, so for all tests here."""
+"""Without a GPU, Triton's kernels run in its interpreter. That is decided before Triton is first imported, so for all tests here."""
 
 from __future__ import annotations
 

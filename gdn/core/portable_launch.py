@@ -18,7 +18,9 @@ _CONSTANTS: dict[Any, tuple[bool, ...]] = {}
 _LARGEST_INT32 = 2**31 - 1
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, registers: int | None = None, key: Any = None
+) -> None:
     """Run `kernel` on the current stream of the device of its tensors. Nothing happens for an empty grid.
 
     Args:
@@ -27,6 +29,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
         args: the kernel's arguments, all of them, in order; the first is a tensor.
         warps: of a program.
         stages: depth of the software pipeline of its loops.
+        registers: most of them that a thread may use.
+        key: everything that the compiled code depends on, if the caller knows it; else each argument is looked at.
     """
     if 0 in grid:
         return
@@ -36,23 +40,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stage
     device = args[0].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            _launch(kernel, grid, args, device, warps, stages)
+            _launch(kernel, grid, args, device, warps, stages, registers, key)
     else:
-        _launch(kernel, grid, args, device, warps, stages)
+        _launch(kernel, grid, args, device, warps, stages, registers, key)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: int, warps: int, stages: int) -> None:
-    constants = _CONSTANTS.get(kernel)
-    if constants is None:
-        constants = _CONSTANTS[kernel] = tuple(parameter.is_constexpr for parameter in kernel.params)
-    name = (kernel, device, warps, stages, *[a if constant else _kind(a) for a, constant in zip(args, constants, strict=True)])
+def _launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: int, warps: int, stages: int, registers: int | None, key: Any
+) -> None:
+    name = (kernel.fn, device, warps, stages, registers, *_kinds(kernel, args)) if key is None else (kernel.fn, device, warps, key)
     compiled = _COMPILED.get(name)
     if compiled is None:
-        _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages)
+        _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages, maxnreg=registers)
         return
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def _kinds(kernel: Any, args: tuple[Any, ...]) -> list[Any]:
+    constants = _CONSTANTS.get(kernel.fn)
+    if constants is None:
+        constants = _CONSTANTS[kernel.fn] = tuple(parameter.is_constexpr for parameter in kernel.params)
+    return [a if constant else _kind(a) for a, constant in zip(args, constants, strict=True)]
 
 
 def _kind(argument: Any) -> Any:

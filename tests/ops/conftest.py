@@ -85,7 +85,8 @@ def as_good_as_the_reference() -> Callable[..., None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_computes_like_a_gpu() -> Iterator[None]:
-    """Let Triton's interpreter round float32 to the nearest bfloat16 (it cuts, which doubles every error) and overflow in silence."""
+    """Let Triton's interpreter round float32 to the nearest bfloat16 (it cuts, which doubles every error), overflow silently, and multiply
+    matrices of bfloat16 as numbers (it takes their bits for integers)."""
     if not (has_package("triton") and interprets_triton()):
         yield
         return
@@ -102,8 +103,19 @@ def interpreter_computes_like_a_gpu() -> Iterator[None]:
             return (np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return original(data, source, target, rounding)
 
+    def widen(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle(convert(x.data, tl.bfloat16, tl.float32, None), tl.float32)
+
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(self, widen(a), widen(b), *rest)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
         before = np.seterr(over="ignore")
         yield
         np.seterr(**before)

@@ -106,6 +106,87 @@ def test_agrees_with_the_recurrence(impl: str, name: str, dtype: torch.dtype) ->
     assert wrong == []
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = (
+    ["one token", "odd sizes", "packed", "empty documents", "cleared", "repeated keys", "long keys"],
+    ["chunk plus one", "correlated keys"],
+)
+"""The problems that Triton's interpreter, which is slow, runs in float32 and in bfloat16."""
+TRITON = (
+    [(name, dtype) for name in PROBLEMS for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    if DEVICE == "cuda"
+    else [(name, dtype) for names, dtype in zip(INTERPRETED, (torch.float32, torch.bfloat16)) for name in names]
+)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("segment", [None, 1], ids=["rule", "segments"])
+@pytest.mark.parametrize(("name", "dtype"), TRITON, ids=str)
+def test_triton_agrees_with_the_recurrence(name: str, dtype: torch.dtype, segment: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and gradients, without segments and cut into segments of one chunk, against the textbook's chunks at the same dtype."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    if segment is not None:
+        monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
+    portable.plan.cache_clear()
+    actual = compare.run(OP, "portable", PROBLEMS[name].build(dtype=dtype, device=DEVICE))
+    portable.plan.cache_clear()
+    rounding, truth = plain_torch(name, dtype), reference(name, torch.float64)
+    assert compare.complaints(actual, rounding, truth, dtype) == []
+
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in on_gpu:
+        test = mark(test)
+    return test
+
+
+@gpu
+@pytest.mark.parametrize(("K", "V"), [(16, 32), (40, 24), (64, 64), (96, 192), (128, 128), (192, 384), (200, 400), (256, 512)])
+def test_triton_head_widths(K: int, V: int) -> None:
+    problem = Problem(name="", T=300, H=1, HV=2, K=K, V=V, initial=True, lengths=(130, 0, 170))
+    truth = compare.run(OP, "reference", problem.build())
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rounding = compare.run(OP, "reference", problem.build(dtype=dtype))
+        actual = compare.run(OP, "portable", problem.build(dtype=dtype, device="cuda"))
+        again = compare.run(OP, "portable", problem.build(dtype=dtype, device="cuda"))
+        assert all(torch.equal(a, b) for a, b in zip(actual.tensors, again.tensors)), "another run gave other bits"
+        assert compare.complaints(actual, rounding, truth, dtype) == []
+
+
+@gpu
+def test_triton_compiles_whole_and_under_a_graph() -> None:
+    arguments = Problem(name="", T=200, H=1, HV=2, K=64, V=64, lengths=(130, 70)).build(dtype=torch.bfloat16, device="cuda")
+    expected = gradients(call("portable", arguments), arguments)
+    compiled = torch.compile(gated_delta_rule, fullgraph=True)
+    for a, b in zip(gradients(compiled(**arguments), arguments), expected):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        plain = gated_delta_rule(**arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gated_delta_rule(**arguments)
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(plain, captured))
+
+
+@gpu
+def test_triton_offsets_pass_two_to_the_31() -> None:
+    """The last row of a batch of more than 2^31 elements, against the same row alone."""
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GiB of GPU memory")
+    B, T, H, K = 33, 65536, 8, 128  # 2.2e9 elements of q
+    q = torch.randn(1, T, H, K, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.nn.functional.normalize(q, dim=-1), q.flip(1)
+    g, beta = -torch.rand(1, T, H, device="cuda"), torch.rand(1, T, H, device="cuda")
+    alone, state = gated_delta_rule(q, k, v, g, beta)
+    with torch.no_grad():
+        many, states = gated_delta_rule(*(x.expand(B, *x.shape[1:]).contiguous() for x in (q, k, v, g, beta)))
+    assert torch.equal(many[-1:], alone) and torch.equal(states[-1:], state)
+
+
 @pytest.mark.parametrize("impl", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_of_the_results(impl: str, dtype: torch.dtype) -> None:

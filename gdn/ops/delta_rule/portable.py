@@ -35,14 +35,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gdn.core import device as hardware
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
+from gdn.core.portable_launch import launch
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
-from gdn.ops.delta_rule.portable_launch import Launch
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
-from gdn.ops.delta_rule.portable_prepare import gates_kernel, scores_kernel, solve_kernel
+from gdn.ops.delta_rule.portable_prepare import gates_kernel, pair_kernel
 from gdn.ops.delta_rule.portable_scan import (
     backward_kernel,
     backward_summary_kernel,
@@ -53,6 +54,24 @@ from gdn.ops.delta_rule.portable_scan import (
 )
 
 GATES = int(_GATES.value)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Block sizes and resources of one kernel."""
+
+    block: int
+    """Columns of V of a program; of K at a time for pair and gradient."""
+    warps: int
+    stages: int = 1
+    """Depth of the software pipeline over chunks, or over blocks of V."""
+    inner: int = 0
+    """Columns of V at a time, for gradient."""
+    registers: int | None = None
+    """Most registers of a thread."""
+
+    def __call__(self, kernel: Any, key: Any, programs: int, *args: Any) -> None:
+        launch(kernel, (programs,), *args, warps=self.warps, registers=self.registers, key=key)
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,8 @@ class Plan:
     S: int
     """Chunks of a segment, 0 without segments."""
     launches: dict[str, Launch]
+    code: tuple[Any, ...]
+    """Names the compiled kernels: constants, and what Triton specialises on in the other integers (whether 1, whether a multiple of 16)."""
 
     @property
     def segments(self) -> int:
@@ -92,10 +113,12 @@ def plan(
 ) -> Plan:
     """The launch parameters for a shape on a GPU with this many multiprocessors."""
     table = launches(_power_of_two(K), V, wide)
+    rows, per_row = batch * length if packed else length, -(-length // CHUNK)
+    S = segment_chunks(chunks, documents, HV * -(-V // table["output"].block), packed, processors or 132)
     return Plan(
         tokens=batch * length,
-        length=batch * length if packed else length,
-        per_row=-(-length // CHUNK),
+        length=rows,
+        per_row=per_row,
         chunks=chunks,
         documents=documents,
         H=H,
@@ -105,44 +128,66 @@ def plan(
         BK=_power_of_two(K),
         packed=packed,
         wide=wide,
-        S=segment_chunks(chunks, documents, HV * -(-V // table["output"].block), packed, processors or 132),
+        S=S,
         launches=table,
+        code=(H, HV, K, V, S, packed, wide, *[n if n == 1 else n % 16 == 0 for n in (rows, per_row, chunks, documents, batch * length)]),
     )
 
 
 def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
-    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32."""
-    scan = Launch(block=min(32 if wide else 64, _power_of_two(V)), warps=4, stages=1 if wide or BK > 128 else 2)
-    key = min(32 if wide else 64, BK)
-    return {
-        "solve": Launch(block=min(BK, 64), warps=4),
-        "scores": Launch(block=min(BK, 64), warps=4),
-        "output": scan,
-        "states": scan,
-        "summary": scan,
-        "backward": scan,
-        "backward_summary": scan,
-        "handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1),
-        "pairs": Launch(block=min(_power_of_two(V), 32 if wide else 64), warps=4, stages=1),
-        "gradient": Launch(block=key, warps=4, stages=1, inner=min(_power_of_two(V), 32 if wide else 64)),
-    }
+    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32. Measured on an H200 (README.md)."""
+    BV = _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
+    half = min(64, BV)
+    if wide:
+        scan = Launch(block=min(32, BV), warps=4)
+        rest = {
+            "pair": Launch(block=min(BK, 64), warps=4),
+            "pairs": Launch(block=min(32, BV), warps=4),
+            "gradient": Launch(block=min(32, BK), warps=4, inner=min(32, BV)),
+            **dict.fromkeys(("output", "states", "summary", "backward", "backward_summary"), scan),
+        }
+    elif BK <= 128:
+        rest = {
+            "pair": Launch(block=BK, warps=4, registers=128),
+            "output": Launch(block=half, warps=4, stages=2),
+            "states": Launch(block=half, warps=4, stages=3),
+            "summary": Launch(block=half, warps=4, stages=3),
+            "backward": Launch(block=half, warps=4, stages=3),
+            "backward_summary": Launch(block=half, warps=4, stages=3),
+            "pairs": Launch(block=BV, warps=4),
+            "gradient": Launch(block=BK, warps=4, stages=3, inner=half),
+        }
+    else:
+        wide_scan = Launch(block=BV, warps=8, stages=2)
+        rest = {
+            "pair": Launch(block=128, warps=4, registers=128),
+            "output": wide_scan,
+            "states": Launch(block=half, warps=8, stages=2),
+            "summary": Launch(block=half, warps=8, stages=2),
+            "backward": wide_scan,
+            "backward_summary": wide_scan,
+            "pairs": Launch(block=BV, warps=4),
+            "gradient": Launch(block=128, warps=4, stages=3, inner=half),
+        }
+    return {"gates": Launch(block=0, warps=2), "handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1), **rest}
 
 
 def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
-    """Chunks of a segment, 0 for none, by estimated time in units of one step of a program that shares its multiprocessor with another.
+    """Chunks of a segment, 0 for none, by the estimated time in microseconds (H200, K = V = 128; README.md).
 
-    Without segments: the longest document (twice the mean when packed, for lengths are on the device), times rounds. With them: segments of
-    S chunks, 1.6 times for the summaries, and 1.5 for each link of the chain. A lone program on a multiprocessor steps in 0.65.
+    A step of a program takes 3.0 alone on a multiprocessor and 3.75 beside another. Without segments: the steps of the longest document
+    (twice the mean when packed, for lengths are on the device). With them: 1.4 times the steps of a segment, for the summaries of heads
+    that forget are short, 2.8 for each link of the chain, and two more launches.
     """
 
-    def rounds(count: int) -> float:
-        return 0.65 if count <= processors else math.ceil(count / (2 * processors))
+    def step(count: int) -> float:
+        return 3.0 if count <= processors else 3.75 * math.ceil(count / (2 * processors))
 
     longest = min(chunks, -(-chunks // max(documents, 1)) * (2 if packed and documents > 1 else 1))
-    best, S = 0.8 * longest * rounds(documents * programs), 0
+    best, S = longest * step(documents * programs), 0
     for size in (4, 8, 16, 32, 64, 128):
         segments = -(-chunks // size)
-        cost = 1.6 * size * rounds(segments * programs) + 1.5 * segments + 4
+        cost = (1.4 * step(segments * programs) + 0.5) * size + 2.8 * segments + 10
         if segments > 1 and cost < best:
             best, S = cost, size
     return S
@@ -164,55 +209,53 @@ def _forward(
     chunk_offsets: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, final state; saved: Phi, gates, and with segments norms, crosses, carried and entering."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, final state; saved: Phi, A, gates, and with segments norms, crosses, carried and entering."""
     p = _plan(q, v, cu_seqlens, chunk_table)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    g, beta = g.contiguous(), beta.contiguous()
+    g, beta = _aligned(g), _aligned(beta)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final, phi, gates, norms, crosses, carried, entering = _buffers(p, q)
+    final, *saved = _buffers(p, q)
     if p.chunks == 0:
-        return o, final.zero_() if initial_state is None else final.copy_(initial_state), phi, gates, norms, crosses, carried, entering
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-    scores = torch.empty_like(phi)
+        return o, final.zero_() if initial_state is None else final.copy_(initial_state), *saved
+    phi, scores, gates, norms, crosses, carried, entering = saved
+    initial_state = None if initial_state is None else _aligned(initial_state)
+    key = _key(p, q, k, v, g, beta, initial_state is None)
     bounds = (cu_seqlens, chunk_table, chunk_offsets)
     heads = min(16, _power_of_two(p.HV))
-    gates_kernel[(-(-p.HV // heads), p.chunks)](
-        g, beta, gates, bounds[0], bounds[1], p.length, p.per_row, p.HV, heads, p.packed, num_warps=2
-    )
-    use = p.launches["solve"]
-    solve_kernel[(p.HV, p.chunks)](
-        k, phi, gates, norms, bounds[0], bounds[1], p.length, p.per_row, k.stride(1), p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0,
-        p.wide, num_warps=use.warps, num_stages=1,
+    use = p.launches["gates"]
+    use(gates_kernel, key, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed)
+    use = p.launches["pair"]
+    use(
+        pair_kernel, key, p.HV * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
+        p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide,
     )  # fmt: skip
-    _scores(p, q, k, scores, gates, bounds, scale)
     if p.S:
         added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
         use = p.launches["summary"]
-        summary_kernel[(-(-p.V // use.block) - (-p.K // use.block), p.HV, p.segments - 1)](
-            k, v, phi, gates, norms, initial_state, added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S,
-            k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, _power_of_two(p.S), p.packed,
-            initial_state is not None, p.wide, use.stages, num_warps=use.warps,
+        use(
+            summary_kernel, key, (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1), k, v, phi, gates, norms, initial_state,
+            added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
+            use.block, _power_of_two(p.S), p.packed, initial_state is not None, p.wide, use.stages,
         )  # fmt: skip
-        _hand_over(p, added, carried, crosses, entering, backward=False)
+        _hand_over(p, key, added, carried, crosses, entering, backward=False)
     use = p.launches["output"]
-    output_kernel[(-(-p.V // use.block), p.HV, p.runs)](
-        q, k, v, phi, scores, gates, o, initial_state, entering, final, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, scale,
-        q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, initial_state is not None,
-        p.wide, use.stages, num_warps=use.warps,
+    use(
+        output_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, v, phi, scores, gates, o, initial_state, entering, final, *bounds,
+        p.length, p.per_row, p.chunks, p.documents, p.S, scale, q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
+        use.block, p.S > 0, p.packed, initial_state is not None, p.wide, use.stages,
     )  # fmt: skip
-    return o, final, phi, gates, norms, crosses, carried, entering
+    return o, final, *saved
 
 
 def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     q, k, v, g, beta, initial_state, *bounds, scale = args
-    phi, gates, norms, crosses, carried, entering = saved
+    phi, scores, gates, norms, crosses, carried, entering = saved
     do, d_final = grads
     p = _plan(q, v, bounds[0], bounds[1])
-    q, k, v, g = _rows(q), _rows(k), _rows(v), g.contiguous()
-    do = torch.zeros_like(v) if do is None else do.contiguous()
-    d_final = None if d_final is None else d_final.contiguous()
+    q, k, v, g = _rows(q), _rows(k), _rows(v), _aligned(g)
+    do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else _aligned(do)
+    d_final = None if d_final is None else _aligned(d_final)
     dq, dk = (torch.empty((*x.shape,), dtype=x.dtype, device=x.device) for x in (q, k))
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_initial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
@@ -220,66 +263,56 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         if d_initial is not None:
             d_initial = d_initial.zero_() if d_final is None else d_final
         return [dq, dk, dv, torch.zeros_like(g), torch.zeros_like(beta), d_initial]
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-
-    scores = torch.empty_like(phi)
+    initial_state = None if initial_state is None else _aligned(initial_state)
+    key = _key(p, q, k, v, g, beta, initial_state is None, d_final is None)
     states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
     errors, d_errors = (torch.empty((p.chunks, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
-    _scores(p, q, k, scores, gates, bounds, scale)
     use = p.launches["states"]
-    states_kernel[(-(-p.V // use.block), p.HV, p.runs)](
-        k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S,
-        k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, initial_state is not None,
-        p.wide, use.stages, num_warps=use.warps,
+    use(
+        states_kernel, key, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length,
+        p.per_row, p.chunks, p.documents, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed,
+        initial_state is not None, p.wide, use.stages,
     )  # fmt: skip
     leaving = entering
     if p.S:
         added, leaving = torch.empty_like(entering), torch.empty_like(entering)
         use = p.launches["backward_summary"]
-        backward_summary_kernel[(-(-p.V // use.block), p.HV, p.segments - 1)](
-            q, k, phi, scores, gates, norms, do, d_final, added, *bounds, p.length, p.per_row, p.chunks, p.S,
-            scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, _power_of_two(p.S), p.packed, d_final is not None,
-            p.wide, use.stages, num_warps=use.warps,
+        use(
+            backward_summary_kernel, key, -(-p.V // use.block) * p.HV * (p.segments - 1), q, k, phi, scores, gates, norms, do, d_final, added,
+            *bounds, p.length, p.per_row, p.chunks, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
+            _power_of_two(p.S), p.packed, d_final is not None, p.wide, use.stages,
         )  # fmt: skip
-        _hand_over(p, added, carried, crosses, leaving, backward=True)
+        _hand_over(p, key, added, carried, crosses, leaving, backward=True)
     use = p.launches["backward"]
-    backward_kernel[(-(-p.V // use.block), p.HV, p.runs)](
-        q, k, phi, scores, gates, do, d_states, d_errors, d_final, leaving, d_initial, *bounds, p.length, p.per_row, p.chunks,
-        p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed,
-        d_final is not None, d_initial is not None, p.wide, use.stages, num_warps=use.warps,
+    use(
+        backward_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, d_errors, d_final, leaving,
+        d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK,
+        use.block, p.S > 0, p.packed, d_final is not None, d_initial is not None, p.wide, use.stages,
     )  # fmt: skip
     use = p.launches["pairs"]
-    pairs = torch.empty_like(scores)
+    pairs, d_scores = torch.empty_like(scores), torch.empty_like(scores)
     dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
-    pairs_kernel[(p.HV, p.chunks)](
-        gates, do, errors, d_errors, scores, pairs, dv, dbeta, bounds[0], bounds[1], p.length, p.per_row, scale, p.HV, p.V, use.block,
-        p.packed, p.wide, use.stages, num_warps=use.warps, num_stages=1,
+    use(
+        pairs_kernel, key, p.HV * p.chunks, gates, do, errors, d_errors, d_scores, pairs, dv, dbeta, *bounds[:2], p.length, p.per_row, scale,
+        p.HV, p.V, use.block, p.packed, p.wide, use.stages,
     )  # fmt: skip
     use = p.launches["gradient"]
     blocks = 2 * -(-p.K // use.block)
     dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
-    gradient_kernel[(blocks, p.H, p.chunks)](
-        q, k, g, gates, do, states, errors, d_states, d_errors, scores, pairs, dq, dk, dg, bounds[0], bounds[1], p.length, p.per_row,
-        scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
-        num_warps=use.warps, num_stages=1,
+    use(
+        gradient_kernel, key, blocks * p.H * p.chunks, q, k, g, gates, do, states, errors, d_states, d_errors, d_scores, pairs, dq, dk, dg,
+        *bounds[:2], p.length, p.per_row, scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H, p.K, p.V, use.block,
+        use.inner, p.packed, p.wide, use.stages,
     )  # fmt: skip
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
 
 
-def _scores(p: Plan, q: Tensor, k: Tensor, scores: Tensor, gates: Tensor, bounds: Sequence[Tensor | None], scale: float) -> None:
-    use = p.launches["scores"]
-    scores_kernel[(p.H, p.chunks)](
-        q, k, scores, gates, bounds[0], bounds[1], p.length, p.per_row, scale, q.stride(1), k.stride(1), p.HV, p.HV // p.H,
-        p.K, use.block, p.packed, p.wide, num_warps=use.warps, num_stages=1,
-    )  # fmt: skip
-
-
-def _hand_over(p: Plan, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
+def _hand_over(p: Plan, key: Any, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
     use = p.launches["handover"]
-    handover_kernel[(-(-p.V // use.block), p.HV)](
-        added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward, use.stages, num_warps=use.warps
-    )
+    use(
+        handover_kernel, (key, backward), -(-p.V // use.block) * p.HV, added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward,
+        use.stages,
+    )  # fmt: skip
 
 
 def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None) -> Plan:
@@ -291,20 +324,32 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor |
     return plan(B, T, cu_seqlens.shape[0] - 1, chunk_table.shape[0], H, v.shape[2], K, v.shape[3], True, wide, processors)
 
 
+def _key(p: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *absent: bool) -> tuple[Any, ...]:
+    """What the compiled kernels depend on, beside what each launch is. All pointers are multiples of 16 bytes."""
+    return p.code, q.dtype, g.dtype, beta.dtype, q.stride(1), k.stride(1), v.stride(1), absent
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _rows(x: Tensor) -> Tensor:
     """x [B, T, heads, width] with dense heads and one stride over all tokens: itself when it is a slice of wider rows, or a copy."""
     token, head, last = x.stride()[1:]
     if last == 1 and head == x.shape[3] and x.stride(0) == token * x.shape[1] and token % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
-    return x.contiguous()
+    return _aligned(x)
 
 
 def _buffers(p: Plan, like: Tensor) -> Tensors:
-    """final, Phi, gates, norms, crosses, carried, entering."""
+    """final, Phi, A, gates, norms, crosses, carried, entering."""
     f32 = {"dtype": torch.float32, "device": like.device}
     segmented = [p.segments, p.HV] if p.S else [0, 0]
     return (
         torch.empty((p.documents, p.HV, p.K, p.V), **f32),
+        torch.empty((p.chunks, p.HV, CHUNK, CHUNK), dtype=like.dtype, device=like.device),
         torch.empty((p.chunks, p.HV, CHUNK, CHUNK), dtype=like.dtype, device=like.device),
         torch.empty((p.chunks, p.HV, GATES, CHUNK), **f32),
         torch.empty((p.chunks if p.S else 0, p.HV), **f32),
@@ -351,6 +396,14 @@ def gated_delta_rule(
     packing: Packing | None,
 ) -> tuple[Tensor, Tensor]:
     """See `gdn.ops.gated_delta_rule`."""
+    K, V = q.shape[3], v.shape[3]
+    more_k, more_v = -K % 8, -V % 8  # loads take eight elements at a time
+    if more_k:
+        q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
+    if more_v:
+        v = F.pad(v, (0, more_v))
+    if initial_state is not None and (more_k or more_v):
+        initial_state = F.pad(initial_state, (0, more_v, 0, more_k))
     bounds: tuple[Any, ...] = (None, None, None) if packing is None else (packing.cu_seqlens, packing.chunk_table, packing.chunk_offsets)
     o, final = _OPAQUE(q, k, v, g, beta, initial_state, *bounds, scale)
-    return o, final
+    return (o[..., :V], final[..., :K, :V]) if more_k or more_v else (o, final)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gdn.core.portable_math import int64
 from gdn.ops.delta_rule.portable_prepare import (
     SMALLEST_LOG_DECAY,
     C,
     chunk_rows,
-    int64,
     load_gate,
     load_last,
     load_rows,
     log_decay,
 )
-from gdn.ops.delta_rule.portable_scan import add_dot, load_square, load_tile, store_rows
+from gdn.ops.delta_rule.portable_scan import add_dot, load_square, load_tile, program_place, store_rows
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def pairs_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What one chunk and value head needs no state for. Grid [HV, chunks].
+    """What one chunk and value head needs no state for. Grid [chunks * HV].
 
     With R = U / beta the errors and dU the gradient of U:
 
@@ -48,8 +48,8 @@ def pairs_kernel(
         dM_ij = -exp(G_i - G_j) beta_i beta_j dU_i.R_j (i > j)         gradient of k_i.k_j, pairs [chunks, HV, 64, 64]
         dv    = beta dU                     dbeta = R.dU
     """
-    hv = tl.program_id(0)
-    chunk = tl.program_id(1)
+    hv = tl.program_id(0) % HV
+    chunk = tl.program_id(0) // HV
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
     tile = int64(chunk) * HV + hv
@@ -110,7 +110,7 @@ def gradient_kernel(
     STAGES: tl.constexpr,
 ):
     """dq and dk of one chunk and query/key head, BK of its key columns, summed over the value heads of the group in fp32, and dg.
-    Grid [2 * key blocks, H, chunks]: even programs find dq, odd ones dk.
+    Grid [chunks * H * 2 * key blocks]: even programs find dq, odd ones dk.
 
     With S the state before and dS the gradient of the state after the chunk, dP and dM of `pairs_kernel`:
 
@@ -124,9 +124,7 @@ def gradient_kernel(
     No product is transposed to be the first operand of another: Triton 3.4 to 3.7.0 gets that wrong on Hopper. Nor is BK 32: that read
     beyond shared memory there.
     """
-    block = tl.program_id(0)
-    h = tl.program_id(1)
-    chunk = tl.program_id(2)
+    block, h, chunk = program_place(2 * ((K + BK - 1) // BK), H)
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     first_key = block // 2 * BK
     i = tl.arange(0, C)

@@ -13,15 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gdn.core.portable_math import int64
+
 C = tl.constexpr(64)
 GATES = tl.constexpr(5)
 SMALLEST_LOG_DECAY = tl.constexpr(-64.0)
-
-
-@triton.jit
-def int64(x):
-    """A scalar as int64: offsets into whole tensors pass 2^31."""
-    return x + tl.full((), 0, tl.int64)
 
 
 @triton.jit
@@ -43,9 +39,14 @@ def chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED: tl.constexpr)
 
 @triton.jit
 def load_rows(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns first .. first + BLOCK of the [64, WIDTH] rows of a chunk; zero beyond the last token and beyond WIDTH."""
+    """Columns first .. first + BLOCK of the [64, WIDTH] rows of a chunk; zero beyond the last token and beyond WIDTH.
+
+    Strides are multiples of 8 elements, and said to be: a stride of 1800 alone would not be known to keep 16-byte alignment, and the
+    loads would go element by element, four times slower.
+    """
     i = tl.arange(0, C)
     c = tl.arange(0, BLOCK)
+    stride = stride // 8 * 8
     at = base + start * stride + first + (i[:, None] * stride + c[None, :])
     mask = (i < rows)[:, None]
     if WIDTH % BLOCK != 0:
@@ -58,6 +59,7 @@ def load_rows_again(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK
     """The same, but rows beyond the last token repeat it: one comparison less for each load. For products in which such rows meet a zero."""
     i = tl.minimum(tl.arange(0, C), rows - 1)
     c = tl.arange(0, BLOCK)
+    stride = stride // 8 * 8
     at = base + start * stride + first + (i[:, None] * stride + c[None, :])
     if WIDTH % BLOCK != 0:
         return tl.load(at, mask=(c + first < WIDTH)[None, :], other=0.0)
@@ -78,15 +80,16 @@ def gates_kernel(
     BH: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """gates [chunks, HV, 5, 64] fp32 from g and beta. Grid [head blocks, chunks].
+    """gates [chunks, HV, 5, 64] fp32 from g and beta. Grid [chunks * head blocks].
 
     Rows: G, gamma = exp(G), beta, D = exp(G_last - G), the low part of G. Beyond the last token of a document g, beta and gamma are 0, so
     that whatever stands there is neither written nor read.
     """
-    chunk = tl.program_id(1)
+    blocks = (HV + BH - 1) // BH
+    chunk = tl.program_id(0) // blocks
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)[:, None]
-    hv = tl.program_id(0) * BH + tl.arange(0, BH)[None, :]
+    hv = tl.program_id(0) % blocks * BH + tl.arange(0, BH)[None, :]
     valid = (i < rows) & (hv < HV)
     at = start * HV + (i * HV + hv)
     decay = tl.maximum(tl.load(g + at, mask=valid, other=0.0).to(tl.float32), SMALLEST_LOG_DECAY)
@@ -117,11 +120,13 @@ def load_last(gates, tile):
 
 
 @triton.jit
-def scores_kernel(
+def pair_kernel(
     q,
     k,
+    phi,
     scores,
     gates,
+    norms,
     cu_seqlens,
     chunk_table,
     T,
@@ -134,46 +139,10 @@ def scores_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,
     PACKED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """A of one chunk and query/key head, for the value heads of its group. Grid [H, chunks]."""
-    h = tl.program_id(0)
-    chunk = tl.program_id(1)
-    start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
-    i = tl.arange(0, C)
-    qk = tl.zeros((C, C), tl.float32)
-    for first in tl.static_range(0, K, BK):
-        q_rows = load_rows(q + h * K, start, rows, q_stride, first, K, BK)
-        k_rows = load_rows(k + h * K, start, rows, k_stride, first, K, BK)
-        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="tf32x3" if WIDE else "tf32")
-    qk *= scale
-    for member in range(GROUP):
-        tile = int64(chunk) * HV + h * GROUP + member
-        decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-        a = qk * tl.exp(tl.where(i[:, None] >= i[None, :], decay, float("-inf")))
-        tl.store(scores + tile * (C * C) + (i[:, None] * C + i[None, :]), a.to(scores.dtype.element_ty))
-
-
-@triton.jit
-def solve_kernel(
-    k,
-    phi,
-    gates,
-    norms,
-    cu_seqlens,
-    chunk_table,
-    T,
-    per_row,
-    k_stride,
-    HV,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    PACKED: tl.constexpr,
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Phi = (I + M diag(beta))^-1 M of one chunk and value head. Grid [HV, chunks].
+    """Phi = (I + M diag(beta))^-1 M and A of one chunk value head. Grid [chunks * HV].
 
     With L = M diag(beta), E = (I + L)^-1 is found by joining solved diagonal blocks, 2 to 4 to 8 ... to 64: the block under two solved ones
     becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums (fp32 for fp32 inputs): on 64 unit keys the error is
@@ -183,36 +152,43 @@ def solve_kernel(
     norms [chunks, HV] (if NORMS) bounds the logarithm of the spectral norm of the chunk's map from state to state, for keys of any length:
     the sum of g + log max(1, |1 - beta |k|^2|).
     """
-    hv = tl.program_id(0)
-    chunk = tl.program_id(1)
+    hv = tl.program_id(0) % HV
+    chunk = tl.program_id(0) // HV
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
-    tile = int64(chunk) * HV + hv
+    q += hv // GROUP * K
     k += hv // GROUP * K
     k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
-    beta = load_gate(gates, tile, 2)
-    decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-    decay = tl.exp(tl.where(i[:, None] > i[None, :], decay, float("-inf")))
     kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="tf32x3" if WIDE else "tf32")
+    qk = tl.dot(load_rows(q, start, rows, q_stride, 0, K, BK), tl.trans(k_rows), input_precision="tf32x3" if WIDE else "tf32")
     for first in tl.static_range(BK, K, BK):
         k_rows = load_rows(k, start, rows, k_stride, first, K, BK)
         kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="tf32x3" if WIDE else "tf32")
+        q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
+        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="tf32x3" if WIDE else "tf32")
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
+    length = tl.sqrt(tl.maximum(square, 1e-30))
+    kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
+    tile = int64(chunk) * HV + hv
+    at = tile * (C * C) + (i[:, None] * C + i[None, :])
+    decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+    decay = tl.exp(tl.where(i[:, None] >= i[None, :], decay, float("-inf")))
+    tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
+    beta = load_gate(gates, tile, 2)
     if NORMS:
         growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
         last = gates + tile * (GATES * C) + (C - 1)
         tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
-    length = tl.sqrt(tl.maximum(square, 1e-30))
-    m = kk * decay * (1.0 / length)[:, None] * (1.0 / length)[None, :]
+    m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
     negative = _narrow(m * (-beta * square)[None, :], WIDE)
     m = _narrow(m, WIDE)
-    e = tl.where(i[:, None] == i[None, :], 1.0, tl.where(_under(i, 0), negative.to(tl.float32), 0.0))
-    for level in tl.static_range(1, 6):
+    e = _diagonal(k, gates, start, rows, k_stride, tile, K, BK, WIDE)
+    for level in tl.static_range(4, 6):
         narrow = _narrow(e, WIDE)
         below = tl.where(_under(i, level), tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
-        e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
+        e = tl.dot(_narrow(below, WIDE), narrow, e.to(tl.float32), input_precision="tf32x3")
     solved = tl.dot(_narrow(e, WIDE), m, input_precision="tf32x3") * length[:, None] * length[None, :]
-    tl.store(phi + tile * (C * C) + (i[:, None] * C + i[None, :]), solved.to(phi.dtype.element_ty))
+    tl.store(phi + at, solved.to(phi.dtype.element_ty))
 
 
 @triton.jit
@@ -231,6 +207,41 @@ def _under(i, level: tl.constexpr):
     block = i >> level
     left = tl.where(block % 2 == 1, block - 1, -1)
     return left[:, None] == block[None, :]
+
+
+@triton.jit
+def _diagonal(k, gates, start, rows, k_stride, tile, K: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
+    """(I + L)^-1 of the four 16 x 16 blocks on the diagonal, 0 elsewhere, [64, 64], as small products of four at a time."""
+    b = tl.arange(0, 4)
+    i = tl.arange(0, 16)
+    row = b[:, None] * 16 + i[None, :]
+    gate = gates + tile * (GATES * C) + row
+    G = tl.load(gate)
+    G_low = tl.load(gate + 4 * C)
+    c = tl.arange(0, BK)[None, None, :]
+    k_stride = k_stride // 8 * 8
+    at = k + start * k_stride + row[:, :, None] * k_stride + c
+    kk = tl.zeros((4, 16, 16), tl.float32)
+    for first in tl.static_range(0, K, BK):
+        x = tl.load(at + first, mask=(row[:, :, None] < rows) & (c + first < K), other=0.0)
+        kk = tl.dot(x, tl.permute(x, (0, 2, 1)), kk, input_precision="tf32x3" if WIDE else "tf32")
+    square = tl.sum(tl.where(i[None, :, None] == i[None, None, :], kk, 0.0), 2)
+    length = 1.0 / tl.sqrt(tl.maximum(square, 1e-30))
+    if WIDE:
+        decay = (G[:, :, None] - G[:, None, :]) + (G_low[:, :, None] - G_low[:, None, :])
+    else:
+        decay = (G + G_low)[:, :, None] - (G + G_low)[:, None, :]
+    decay = tl.exp(tl.where(i[None, :, None] > i[None, None, :], decay, float("-inf")))
+    m = kk * decay * length[:, :, None] * length[:, None, :]
+    negative = _narrow(m * (-tl.load(gate + 2 * C) * square)[:, None, :], WIDE)
+    e = tl.where((i[:, None] == i[None, :])[None, :, :], 1.0, tl.where(_under(i, 0)[None, :, :], negative.to(tl.float32), 0.0))
+    for level in tl.static_range(1, 4):
+        narrow = _narrow(e, WIDE)
+        below = tl.where(_under(i, level)[None, :, :], tl.dot(narrow, negative, input_precision="tf32x3"), 0.0)
+        e = tl.dot(_narrow(below, WIDE), narrow, e, input_precision="tf32x3")
+    same = (b[:, None] == b[None, :])[:, None, :, None]
+    e = tl.where(same, tl.reshape(_narrow(e, WIDE), (4, 16, 1, 16)), 0.0)
+    return tl.reshape(e, (C, C))
 
 
 @triton.jit

@@ -23,9 +23,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn.ops.delta_rule.portable_prepare import C, int64, load_gate, load_last, load_rows_again
+from gdn.core.portable_math import int64
+from gdn.ops.delta_rule.portable_prepare import C, load_gate, load_last, load_rows_again
 
 FORGOTTEN = tl.constexpr(-20.0)
+
+
+@triton.jit
+def program_place(blocks, HV):
+    """Block of columns, value head and run of a program: blocks vary fastest, then heads. One axis, since the others end at 65535."""
+    program = tl.program_id(0)
+    head = program // blocks
+    return program % blocks, head % HV, head // HV
 
 
 @triton.jit
@@ -159,13 +168,12 @@ def output_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """o and the final states. Grid [value blocks, HV, runs].
+    """o and the final states. Grid [runs * HV * value blocks].
 
     O = gamma scale Q S + A (beta V');  S <- gamma_last S + K^T (D beta V').
     """
-    first = tl.program_id(0) * BV
-    hv = tl.program_id(1)
-    index = tl.program_id(2)
+    block, hv, index = program_place((V + BV - 1) // BV, HV)
+    first = block * BV
     h = hv // (HV // H)
     begin, end, d0, d1 = run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
     for document in range(d0, d1 + 1):
@@ -235,10 +243,9 @@ def states_kernel(
     STAGES: tl.constexpr,
 ):
     """For the backward: the state before each chunk, states [chunks, HV, V, K], and the errors U / beta, [chunks, HV, V, 64].
-    Grid [value blocks, HV, runs]."""
-    first = tl.program_id(0) * BV
-    hv = tl.program_id(1)
-    index = tl.program_id(2)
+    Grid [runs * HV * value blocks]."""
+    block, hv, index = program_place((V + BV - 1) // BV, HV)
+    first = block * BV
     h = hv // (HV // H)
     begin, end, d0, d1 = run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
     for document in range(d0, d1 + 1):
@@ -300,16 +307,14 @@ def summary_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What a segment hands to the next: the state R S + N at its end. Grid [value blocks + key blocks, HV, segments - 1].
+    """What a segment hands to the next: the state R S + N at its end. Grid [(segments - 1) * HV * (value blocks + key blocks)].
 
     added [segments, HV, K, V] is N, carried [segments, HV, K, K] is R, crosses [segments, HV] whether R is needed: the whole segment lies
     inside one document and does not forget what came before. R is the state that grows from the identity with values 0.
     Segments at whose end a document ends write crosses alone.
     """
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    block = tl.program_id(0)
-    hv = tl.program_id(1)
-    index = tl.program_id(2)
+    block, hv, index = program_place(VALUE_BLOCKS + (K + BV - 1) // BV, HV)
     h = hv // (HV // H)
     begin = index * S
     end = begin + S
@@ -369,13 +374,13 @@ def handover_kernel(
     BACKWARD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Chain the maps of the segments. Grid [value blocks, HV].
+    """Chain the maps of the segments. Grid [HV * value blocks].
 
     Forward, out[s + 1] = R_s out[s] + N_s; backward, out[s - 1] = R_s^T out[s] + N_s. R_s is 0 where crosses[s] is.
     Keys beyond 128 go in two halves, so that R fits shared memory. Where nothing crosses, N may be unwritten memory: it goes no further.
     """
-    first = tl.program_id(0) * BV
-    hv = tl.program_id(1)
+    block, hv, _ = program_place((V + BV - 1) // BV, HV)
+    first = block * BV
     HALVES: tl.constexpr = 2 if BK > 128 else 1
     B: tl.constexpr = BK // HALVES
     x = tl.zeros((B, BV), tl.float32)
@@ -462,10 +467,9 @@ def backward_kernel(
     STAGES: tl.constexpr,
 ):
     """The gradient of the state after each chunk, d_states [chunks, HV, V, K], dU [chunks, HV, V, 64] as d_errors, and d_initial.
-    Grid [value blocks, HV, runs]."""
-    first = tl.program_id(0) * BV
-    hv = tl.program_id(1)
-    index = tl.program_id(2)
+    Grid [runs * HV * value blocks]."""
+    block, hv, index = program_place((V + BV - 1) // BV, HV)
+    first = block * BV
     h = hv // (HV // H)
     begin, end, d0, d1 = run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
     for document in range(d0, d1 + 1):
@@ -538,11 +542,11 @@ def backward_summary_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The part N of the state gradient R^T dS + N that a segment hands to the one before it. Grid [value blocks, HV, segments - 1].
+    """The part N of the state gradient R^T dS + N that a segment hands to the one before it. Grid [(segments - 1) * HV * value blocks].
     Segments at whose beginning a document begins write nothing."""
-    first = tl.program_id(0) * BV
-    hv = tl.program_id(1)
-    index = tl.program_id(2) + 1
+    block, hv, index = program_place((V + BV - 1) // BV, HV)
+    first = block * BV
+    index += 1
     h = hv // (HV // H)
     begin = index * S
     end = tl.minimum(begin + S, chunks)
