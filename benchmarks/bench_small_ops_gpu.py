@@ -206,7 +206,7 @@ def error(actual: list[Tensor], truth: list[Tensor]) -> float:
     for a, b in zip(actual, truth, strict=True):
         if not bool(a.isfinite().all()):
             return float("inf")
-        worst = max(worst, float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)))
+        worst = max(worst, float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp(min=1e-30)))
     return worst
 
 

@@ -5,12 +5,18 @@ Fresh memory is poisoned with NaN and so is what surrounds each argument: a row 
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gdn import ops
 from gdn.core.dispatch import use
 from gdn.ops import (
     causal_conv1d,
@@ -55,6 +61,17 @@ def build(problem: Any, dtype: torch.dtype, make: str = "build") -> dict[str, An
 def test_fresh_memory_is_poisoned() -> None:
     assert torch.empty(5, device=DEVICE).isnan().all()
     assert torch.empty_like(torch.zeros(5, device=DEVICE)).isnan().all()
+
+
+def test_the_compiler_takes_every_kernel() -> None:
+    script = Path(__file__).with_name("translate_portable.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    packages = ("delta_fused", "delta_step", "gates", "loss", "norm", "short_conv")
+    files = {f"gdn.ops.{package}.portable": Path(ops.__path__[0]) / package / "portable.py" for package in packages}
+    kernels = {f"{module}.{name}" for module, file in files.items() for name in re.findall(r"def (\w+_kernel)\(", file.read_text())}
+    assert set(done.stdout.split()) == kernels
 
 
 # --- the step

@@ -74,11 +74,11 @@ def step_kernel(
         memory = tl.load(at, mask=valid, other=0.0).to(tl.float32)
         gate = b * T * HV + hv
         for t in range(T):
-            query = tl.load(q + t * q_token + i, mask=i < K, other=0.0).to(tl.float32)
-            key = tl.load(k + t * k_token + i, mask=i < K, other=0.0).to(tl.float32)
-            value = tl.load(v + t * v_token, mask=inside, other=0.0).to(tl.float32)
-            decay = exp(tl.load(g + gate + t * HV).to(tl.float32))
-            strength = tl.load(beta + gate + t * HV).to(tl.float32)
+            query = tl.load(q + int64(t) * q_token + i, mask=i < K, other=0.0).to(tl.float32)
+            key = tl.load(k + int64(t) * k_token + i, mask=i < K, other=0.0).to(tl.float32)
+            value = tl.load(v + int64(t) * v_token, mask=inside, other=0.0).to(tl.float32)
+            decay = exp(tl.load(g + gate + int64(t) * HV).to(tl.float32))
+            strength = tl.load(beta + gate + int64(t) * HV).to(tl.float32)
             recalled = tl.sum(key[:, None] * memory, 0)
             read = tl.sum(query[:, None] * memory, 0)
             update = strength * (value - decay * recalled)

@@ -47,7 +47,8 @@ def linear_cross_entropy(
 
     Returns:
         float32 (float64 with float64 x): a scalar, or the shape of targets for "none". Logits and the sum over tokens in the gradient of
-        weight are float32 whatever the inputs. Differentiable with respect to x and weight.
+        weight are float32 whatever the inputs; on a GPU, under bfloat16 autocast, the factors of the products are bfloat16. Differentiable
+        with respect to x and weight.
 
     Raises:
         ArgumentError: a shape, dtype or device does not fit, reduction is unknown, or a target is out of range (values are looked at on

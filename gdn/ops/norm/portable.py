@@ -31,8 +31,8 @@ Grads = Sequence[Tensor | None]
 
 @triton.jit
 def vectors(r, group, outer, inner, c):
-    """Offsets of the numbers of the vectors r, see `gdn.core.portable_rows`."""
-    return ((r // group).to(tl.int64) * outer + (r % group) * inner)[:, None] + c[None, :]
+    """Offsets of the numbers of the vectors r (int64), see `gdn.core.portable_rows`."""
+    return (r // group * outer + r % group * inner)[:, None] + c[None, :]
 
 
 @triton.jit

@@ -303,7 +303,7 @@ def step_kernel(
         shift = load_bias(bias, d, inside)
         window = past_inputs(x, state, n, 0, x_token, state_row, d, inside, D, W)
         for t in range(T):
-            now = tl.load(x + t * x_token, mask=inside, other=0.0).to(tl.float32)
+            now = tl.load(x + int64(t) * x_token, mask=inside, other=0.0).to(tl.float32)
             z = filtered(now, window, filters, shift, W)
             if SILU:
                 z *= sigmoid(z)

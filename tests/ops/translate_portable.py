@@ -1,0 +1,104 @@
+"""Run in a process of its own by test_portable.py: translate every kernel that the rows launch to Triton's intermediate code, for sm_80.
+
+The interpreter accepts Python that the compiler refuses (a name of another type after a branch, say). The rows run on tensors without
+meaning on the CPU; where they would launch, the kernel is translated for exactly these arguments. Prints one line a kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+
+from gdn.ops import delta_fused, delta_step, gates, loss, norm, short_conv
+from gdn.ops.delta_fused.problems import Problem as Core
+from gdn.ops.delta_step.problems import Problem as Step
+from gdn.ops.gates.problems import Problem as Gate
+from gdn.ops.loss.problems import Problem as Loss
+from gdn.ops.norm.problems import Problem as Norm
+from gdn.ops.short_conv.problems import Problem as Conv
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+TARGET = GPUTarget("cuda", 80, 32)
+BACKEND = make_backend(TARGET)
+
+
+def translate(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1) -> None:
+    """In place of `gdn.core.portable_launch.launch`."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        if parameter.is_constexpr or value is None or value is 1:  # noqa: F632
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = f"*{TYPES[value.dtype]}"
+            value.fill_(0)
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    options = BACKEND.parse_options({"num_warps": warps, "num_stages": stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    BACKEND.load_dialects(context)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    source.make_ir(TARGET, options, BACKEND.get_codegen_implementation(options), BACKEND.get_module_map(), context)
+    print(f"{kernel.fn.__module__}.{kernel.fn.__name__}", flush=True)
+
+
+def train(outputs: Any, arguments: dict[str, Any]) -> None:
+    outputs = [outputs] if isinstance(outputs, Tensor) else [o for o in outputs if o.numel()]
+    leaves = [t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad]
+    torch.autograd.grad(outputs, leaves, [torch.zeros_like(o) for o in outputs], allow_unused=True)
+
+
+def arguments_of(built: dict[str, Any]) -> dict[str, Any]:
+    return {n: t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in built.items()}
+
+
+def main() -> None:
+    rows = {}
+    for package in (delta_fused, delta_step, gates, loss, norm, short_conv):
+        module = importlib.import_module(f"{package.__name__}.portable")
+        module.launch = translate
+        rows[package] = module
+    dtype = torch.bfloat16
+    for tokens in (1, 3):
+        x = Step(name="", B=2, T=tokens, H=1, HV=2, K=24, V=40, slots=(1, 0), pool=2).build(dtype=dtype)
+        rows[delta_step].gated_delta_step(**x, scale=0.5)
+        rows[delta_step].gated_delta_step(**{**x, "slots": None}, scale=0.5)
+    for conv in (
+        Conv(name="", B=2, T=9, D=40, bias=True, state=True),
+        Conv(name="", T=9, D=40, state=True, lengths=(4, 5)),
+        Conv(name="", T=9, D=40, W=1, silu=False, lengths=(4, 5)),
+    ):
+        x = arguments_of(conv.build(dtype=dtype))
+        train(rows[short_conv].causal_conv1d(**x), x)
+    x = conv.build(dtype=dtype)
+    for slots in (None, torch.tensor([0])):
+        state = torch.zeros(1, 3, 40, dtype=dtype)
+        rows[short_conv].causal_conv1d_step(x["x"], torch.zeros(40, 4, dtype=dtype), state, None, "silu", slots)
+    x = arguments_of(Norm(name="", shape=(7, 24)).build(dtype=dtype))
+    train(rows[norm].l2norm(x["x"], 1e-6), x)
+    train(rows[norm].rms_norm(x["x"], x["weight"], 1e-6), x)
+    train(rows[norm].gated_rms_norm(**x, eps=1e-6), x)
+    x = arguments_of(Gate(name="", T=5, HV=3).build_decay(dtype=dtype))
+    train(rows[gates].decay_gate(**x), x)
+    x = arguments_of(Gate(name="", T=5, HV=3).build_write(dtype=dtype))
+    train(rows[gates].write_gate(**x), x)
+    for reduction in ("mean", "none"):
+        x = arguments_of(Loss(name="", tokens=(9,), D=8, vocab=30).build(dtype=dtype))
+        train(rows[loss].linear_cross_entropy(**x, ignore_index=-100, reduction=reduction), x)
+    x = arguments_of(Core(name="", T=5, H=1, HV=2, K=8, V=8).build(dtype=dtype))
+    parameters = x["gates"]
+    prepared = rows[delta_fused]._PREPARE(x["q"], x["k"], x["a"], x["b"], parameters.A_log, parameters.dt_bias, 1.0)
+    train(prepared, x)
+
+
+if __name__ == "__main__":
+    main()
