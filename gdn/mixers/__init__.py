@@ -7,7 +7,9 @@ from typing import Any
 
 _WHERE = {
     "DeltaNet": "deltanet",
+    "DeltaProduct": "deltaproduct",
     "GatedDeltaNet": "gated_deltanet",
+    "KimiDelta": "kimi_delta",
     "Mixer": "base",
     "MixerConfig": "base",
     "MixerState": "base",
