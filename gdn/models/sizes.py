@@ -6,7 +6,7 @@ unused scalar per head and Gated DeltaNet layer; it is left out here, so the cou
 paper's best order, Mamba2, Gated DeltaNet, attention; its size is not published, this one has the width and depth of `gdn_h1_1.3b`.
 `deltanet_340m` and `deltanet_1.3b` are DeltaNet's (arXiv 2406.06484; 32 000 tokens, untied), `deltanet_sliding_340m` and
 `deltanet_global_340m` its hybrids with attention through a window in every other layer, or to everything in the second layer and the one
-after the middle. `transformer_340m` and `transformer_1.3b` are Transformer++. `gdn_qwen_0.4b` has no published counterpart of its size:
+after the middle. `deltaproduct_392m` is DeltaProduct's with three writes a token (arXiv 2502.10297; tied). `transformer_340m` and `transformer_1.3b` are Transformer++. `gdn_qwen_0.4b` has no published counterpart of its size:
 three Gated DeltaNet layers and then a gated attention layer, as in Qwen3-Next.
 
 For comparisons on a small budget: `gdn_6m`, `gdn_32m`, `gdn_99m`, `gdn_269m` and `transformer_6m`, ... are matched within 3 % in parameters
@@ -23,10 +23,12 @@ import re
 from gdn.core.errors import ConfigError, nearest
 from gdn.mixers.attention import Attention
 from gdn.mixers.deltanet import DeltaNet
+from gdn.mixers.deltaproduct import DeltaProduct
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.mixers.mamba2 import Mamba2
 from gdn.models.lm import LM
 
+_PRODUCT = DeltaProduct.Config(heads=6, householders=3, gate=False, allow_neg_eigval=True, output_gate=False)
 _GATED_ATTENTION = Attention.Config(heads=8, kv_heads=2, head_dim=128, qk_norm=True, output_gate=True, rope_base=1e7, rope_fraction=0.25)
 
 
@@ -58,6 +60,7 @@ SIZES: dict[str, LM.Config] = {
     "gdn_1.3b": LM.Config(vocab=32000, width=2400, layers=16, mlp=5888, pattern=(GatedDeltaNet.Config(heads=9, head_dim=200),)),
     "deltanet_340m": LM.Config(vocab=32000, width=1024, layers=24, mlp=2816, pattern=(DeltaNet.Config(heads=8),), tie_embeddings=False),
     "deltanet_1.3b": LM.Config(vocab=32000, width=2048, layers=24, mlp=5632, pattern=(DeltaNet.Config(heads=16),), tie_embeddings=False),
+    "deltaproduct_392m": LM.Config(vocab=32000, width=1024, layers=24, mlp=2816, pattern=(_PRODUCT,)),
     "gdn_h1_0.4b": _h1(1536, 12, 128),
     "gdn_h1_1.3b": _h1(2304, 18, 192),
     "gdn_h2_1.3b": _h1(2304, 18, 192).with_(pattern=(Mamba2.Config(), *_h1(2304, 18, 192).pattern)),

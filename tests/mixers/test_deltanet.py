@@ -21,12 +21,8 @@ class TestPaper(MixerContract):
     config = Config(heads=2, head_dim=8)
 
 
-class TestReluWithoutConvolution(MixerContract):
-    config = Config(heads=2, head_dim=8, short_conv=False, qk_activation="relu", expand_v=1.5)
-
-
 class TestFullStrengthWithGate(MixerContract):
-    config = Config(heads=3, head_dim=6, beta=False, output_gate=True, qk_activation="elu+1", qk_norm="l1", conv_size=3)
+    config = Config(heads=3, head_dim=6, expand_v=1.5, short_conv=False, beta=False, output_gate=True, qk_activation="elu+1", qk_norm="l1")
 
 
 def literal_layer(mixer: DeltaNet, x: torch.Tensor) -> torch.Tensor:
@@ -128,6 +124,20 @@ def test_is_gated_deltanet_without_gates() -> None:
     other.load_state_dict(ours.state_dict())
     x = torch.randn(2, 40, 16, dtype=torch.float64)
     torch.testing.assert_close(ours(x)[0], other(x)[0])
+
+
+@pytest.mark.parametrize("beta", [True, False])
+def test_padding_does_not_touch_a_memory_that_is_not_empty(beta: bool) -> None:
+    """1 + ELU makes keys of one from the zeros at padding; only the strength keeps them from writing."""
+    torch.manual_seed(0)
+    mixer = Config(heads=2, head_dim=4, beta=beta, short_conv=False, qk_activation="elu+1").build(8).double()
+    for length in (3, 20):  # by the step and over the sequence
+        state = mixer.init_state(1)
+        state["memory"].normal_()
+        before = state.clone()
+        with torch.no_grad():
+            mixer(torch.randn(1, length, 8, dtype=torch.float64), state=state, mask=torch.zeros(1, length, dtype=torch.bool))
+        torch.testing.assert_close(state["memory"], before["memory"])
 
 
 def test_mistakes_are_named() -> None:
