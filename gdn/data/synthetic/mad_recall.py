@@ -1,7 +1,7 @@
 """MAD, in-context recall (arXiv 2403.17844): keys and values alternate, a key has the same value all through its sequence.
 
-Keys are the lower half of the vocabulary, values the upper half; noise tokens, if any, have the highest numbers. The last pair repeats a key
-that came before. Training predicts every next token; the test asks for the values whose key has come before.
+Keys are the lower half of the vocabulary, values the upper half; noise tokens, if any, have the highest numbers. The last pair repeats a
+key that came before. Training predicts every next token; the test asks for the values whose key has come before.
 """
 
 from __future__ import annotations
