@@ -1,7 +1,7 @@
 """Parity of a bit stream: a layer solves it if its transition can reflect (eigenvalue 1 - beta below 0), and not otherwise.
 
-The state of a head is multiplied at each token by alpha (I - beta k k'). With beta in (0, 1) all eigenvalues are positive and nothing can flip
-for ever; with beta up to 2 a one flips a sign and a zero keeps it, which is parity at any length (Grazzi et al., arXiv 2411.12537).
+The state of a head is multiplied at each token by alpha (I - beta k k'). With beta in (0, 1) all eigenvalues are positive and nothing can
+flip for ever; with beta up to 2 a one flips a sign and a zero keeps it, which is parity at any length (Grazzi et al., arXiv 2411.12537).
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ def models() -> dict[str, MixerConfig]:
 def runs(toy: bool) -> list[Run]:
     trained, longest = (8, 16) if toy else (TRAINED, LONGEST)
     training = Training(
-        steps=2 if toy else 500,
+        steps=2 if toy else 400,
         batch=2 if toy else 64,
         optim=AdamW(lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0),
         schedule=Schedule(warmup=20, final_fraction=0.0),
         check_every=25,
-        enough=1.0,
     )
     tests = tuple(
         Test(name=f"length {n}", task=Parity(length=n, shortest=n, running=True), examples=2 if toy else 256) for n in (trained, longest)
