@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEEDS = 3
-TRAINED = 64
-LONGEST = 512
+TRAINED = 32
+LONGEST = 256
 
 
 def models() -> dict[str, MixerConfig]:
     """One layer of each, with a long memory from the start: decay rates below 1 and time steps about 0.05."""
-    delta = GatedDeltaNet.Config(heads=4, head_dim=16, expand_v=1.0, decay_range=(0.01, 1.0), dt_range=(0.04, 0.06))
+    delta = GatedDeltaNet.Config(heads=2, head_dim=16, expand_v=1.0, decay_range=(0.01, 1.0), dt_range=(0.04, 0.06))
     return {
         "GDN, beta in (0, 2)": delta.with_(allow_neg_eigval=True),
         "GDN, beta in (0, 1)": delta,
@@ -38,7 +38,7 @@ def runs(toy: bool) -> list[Run]:
     trained, longest = (8, 16) if toy else (TRAINED, LONGEST)
     training = Training(
         steps=2 if toy else 400,
-        batch=2 if toy else 64,
+        batch=2 if toy else 32,
         optim=AdamW(lr=3e-3, betas=(0.9, 0.999), weight_decay=0.0),
         schedule=Schedule(warmup=20, final_fraction=0.0),
         check_every=25,
@@ -50,7 +50,7 @@ def runs(toy: bool) -> list[Run]:
         Run(
             series=series,
             seed=seed,
-            model=LM.Config(vocab=3, width=16 if toy else 64, layers=1, mlp=16 if toy else 128, pattern=(mixer,)),
+            model=LM.Config(vocab=3, width=16 if toy else 32, layers=1, mlp=16 if toy else 64, pattern=(mixer,)),
             task=Parity(length=trained, shortest=trained, running=True),
             training=training,
             tests=tests,
