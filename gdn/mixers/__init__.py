@@ -7,7 +7,9 @@ from typing import Any
 
 _WHERE = {
     "DeltaNet": "deltanet",
+    "Attention": "attention",
     "GatedDeltaNet": "gated_deltanet",
+    "GrowingState": "base",
     "Mixer": "base",
     "MixerConfig": "base",
     "MixerState": "base",
