@@ -6,8 +6,8 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "DeltaNet": "deltanet",
     "Attention": "attention",
+    "DeltaNet": "deltanet",
     "GatedDeltaNet": "gated_deltanet",
     "GrowingState": "base",
     "Mixer": "base",

@@ -20,8 +20,8 @@ from __future__ import annotations
 import re
 
 from gdn.core.errors import ConfigError, nearest
-from gdn.mixers.deltanet import DeltaNet
 from gdn.mixers.attention import Attention
+from gdn.mixers.deltanet import DeltaNet
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 

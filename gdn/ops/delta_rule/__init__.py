@@ -18,6 +18,7 @@ OP = Op(
     ),
 )
 
+
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

@@ -10,7 +10,9 @@ LARGE = 1 << 16
 """Elements of one sequence's memories from which each sequence is updated by itself, in cache and in its place in the pool."""
 
 
-def update_rows(update: Callable[[Sequence[Tensor], Tensor], Tensor], tokens: Sequence[Tensor], state: Tensor, slots: Tensor | None) -> Tensor:
+def update_rows(
+    update: Callable[[Sequence[Tensor], Tensor], Tensor], tokens: Sequence[Tensor], state: Tensor, slots: Tensor | None
+) -> Tensor:
     """The outputs of `update(tokens, state)`, which takes sequence b on row b of a state and changes it in place.
 
     Args:
