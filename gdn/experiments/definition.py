@@ -88,17 +88,17 @@ class Run(Config):
     """Of parameters and data."""
     model: LM.Config
     """The model; its vocabulary is that of the task."""
-    task: Task
-    """What is learned."""
+    tasks: tuple[Task, ...]
+    """What is learned: a batch of each in turn."""
     training: Training
     """How."""
     tests: tuple[Test, ...]
     """What is measured at the end, the first one on the way too."""
 
     def check(self) -> None:
-        if not self.tests:
-            raise ConfigError("tests: expected at least one")
-        for task in (self.task, *(test.task for test in self.tests)):
+        if not self.tests or not self.tasks:
+            raise ConfigError(f"{'tests' if self.tasks else 'tasks'}: expected at least one")
+        for task in (*self.tasks, *(test.task for test in self.tests)):
             if task.vocab != self.model.vocab:
                 raise ConfigError(f"model.vocab: expected {task.vocab} as in {type(task).__name__}, got {self.model.vocab}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,12 @@ def learn(run: Run, device: torch.device, watch: Watch = lambda step, loss, valu
     """Train and test; the row of results."""
     began, training = time.monotonic(), run.training
     random_state.seed(run.seed)
-    model = build(run.model, run.task).to(device)
+    model = build(run.model, run.tasks[0]).to(device)
     optimizer, world = training.optim.build(model), World(device=device)
     curve: list[tuple[int, float]] = []
     losses: list[float] = []
     step = 0
-    for step, sample in enumerate(stream(run.task, training, run.seed), start=1):
+    for step, sample in enumerate(stream(run.tasks, training, run.seed), start=1):
         for group in optimizer.param_groups:
             group["lr"] = training.optim.lr * training.schedule.factor(step - 1, training.steps)
         result = train_step(model, optimizer, [batch_of(sample)], world=world, precision=training.precision, clip=training.clip)
@@ -64,22 +64,28 @@ def learn(run: Run, device: torch.device, watch: Watch = lambda step, loss, valu
     }
 
 
-def stream(task: Task, training: Training, seed: int) -> Iterator[Sample]:
-    """A batch for each step: always new, or from a fixed set in a new order each epoch."""
+def stream(tasks: Sequence[Task], training: Training, seed: int) -> Iterator[Sample]:
+    """A batch for each step, from the tasks in turn: always new, or from a fixed set in a new order each epoch."""
     generator = torch.Generator().manual_seed(seed)
     if training.examples is None:
-        for _ in range(training.steps):
-            yield task.sample(training.batch, generator)
+        for step in range(training.steps):
+            yield tasks[step % len(tasks)].sample(training.batch, generator)
         return
-    parts = [task.sample(min(256, training.examples - i), generator) for i in range(0, training.examples, 256)]
-    tokens, targets = torch.cat([part.tokens for part in parts]), torch.cat([part.targets for part in parts])
-    order: list[torch.Tensor] = []
-    for _ in range(training.steps):
-        if not order:
+    sets = [fixed_set(task, training.examples, generator) for task in tasks]
+    left: list[list[torch.Tensor]] = [[] for _ in tasks]
+    for step in range(training.steps):
+        turn = step % len(tasks)
+        if not left[turn]:
             shuffled = torch.randperm(training.examples, generator=generator)
-            order = [piece for piece in shuffled.split(training.batch) if len(piece) == training.batch]
-        chosen = order.pop()
-        yield Sample(tokens[chosen], targets[chosen])
+            left[turn] = [piece for piece in shuffled.split(training.batch) if len(piece) == training.batch]
+        chosen = left[turn].pop()
+        yield Sample(sets[turn].tokens[chosen], sets[turn].targets[chosen])
+
+
+def fixed_set(task: Task, examples: int, generator: torch.Generator) -> Sample:
+    """Some examples of a task, drawn once."""
+    parts = [task.sample(min(256, examples - i), generator) for i in range(0, examples, 256)]
+    return Sample(torch.cat([part.tokens for part in parts]), torch.cat([part.targets for part in parts]))
 
 
 def batch_of(sample: Sample) -> Batch:

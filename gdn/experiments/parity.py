@@ -51,7 +51,7 @@ def runs(toy: bool) -> list[Run]:
             series=series,
             seed=seed,
             model=LM.Config(vocab=3, width=16 if toy else 32, layers=1, mlp=16 if toy else 64, pattern=(mixer,)),
-            task=Parity(length=trained, shortest=trained, running=True),
+            tasks=(Parity(length=trained, shortest=trained, running=True),),
             training=training,
             tests=tests,
         )
@@ -67,7 +67,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     plots.finish(left, x="training step", y="accuracy", title="while learning", chance=0.5, legend=True)
     plots.over_places(right, rows, longest)
     plots.finish(right, x="bits read", title=f"after training, up to {longest}", chance=0.5)
-    trained = rows[0]["run"]["task"]["length"]
+    trained = rows[0]["run"]["tasks"][0]["length"]
     right.axvline(trained, color="grey", linewidth=1)
     right.annotate(" trained up to here", (trained, 0.05), fontsize=8, color="grey")
     return drawn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gdn.experiments.definition import Row
@@ -39,6 +39,13 @@ def over_x(axes: Axes, rows: Sequence[Row], test: str) -> None:
             if name == series and all(test in row["scores"] for row in group)
         }
         lines(axes, sorted(points.items()), colour(series, rows), series, marker=MARKERS[i % len(MARKERS)])
+
+
+def over_tests(axes: Axes, rows: Sequence[Row], tests: Mapping[str, float]) -> None:
+    """A line for each series: its score against what the tests vary."""
+    for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
+        points = [(x, [row["scores"][test] for row in rows if row["series"] == series]) for test, x in tests.items()]
+        lines(axes, points, colour(series, rows), series, marker=MARKERS[i % len(MARKERS)])
 
 
 def over_steps(axes: Axes, rows: Sequence[Row]) -> None:

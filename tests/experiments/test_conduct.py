@@ -28,7 +28,7 @@ TASK = Parity(length=6, shortest=6, running=True)
 def run(series: str = "model", seed: int = 0, **changes: Any) -> Run:
     model = LM.Config(vocab=3, width=8, layers=1, mlp=8, pattern=(GatedDeltaNet.Config(heads=1, head_dim=4),))
     tests = (Test(name="short", task=TASK, examples=8), Test(name="long", task=TASK.with_(length=12, shortest=12), examples=8))
-    return Run(series=series, seed=seed, model=model, task=TASK, training=Training(steps=3, batch=4, check_every=2), tests=tests).with_(
+    return Run(series=series, seed=seed, model=model, tasks=(TASK,), training=Training(steps=3, batch=4, check_every=2), tests=tests).with_(
         **changes
     )
 
@@ -126,17 +126,24 @@ def test_a_small_model_learns() -> None:
     task = MQAR(vocab=8, length=8, pairs=1, random_fill=False)
     model = LM.Config(vocab=8, width=32, layers=1, mlp=0, pattern=(GatedDeltaNet.Config(heads=1, head_dim=16),))
     tests = (Test(name="recall", task=task, examples=64),)
-    row = learn(Run(series="", model=model, task=task, training=Training(steps=150, batch=32), tests=tests), CPU)
+    row = learn(Run(series="", model=model, tasks=(task,), training=Training(steps=150, batch=32), tests=tests), CPU)
     assert row["scores"]["recall"] > 0.95
 
 
 def test_a_fixed_training_set_is_gone_through_once_an_epoch() -> None:
     training = Training(steps=6, batch=4, examples=14)
-    batches = [sample.tokens for sample in stream(MQAR(vocab=64, length=16, pairs=3), training, seed=0)]
+    batches = [sample.tokens for sample in stream([MQAR(vocab=64, length=16, pairs=3)], training, seed=0)]
     rows = [[tuple(row.tolist()) for batch in epoch for row in batch] for epoch in (batches[:3], batches[3:])]
     assert len(set(rows[0])) == len(set(rows[1])) == 12  # of 14, the last two make no whole batch
     assert rows[0] != rows[1]
     assert len(set(rows[0]) | set(rows[1])) <= 14
+
+
+def test_tasks_are_learned_in_turn() -> None:
+    tasks = [MQAR(vocab=64, length=16, pairs=3), MQAR(vocab=64, length=24, pairs=3)]
+    for examples in (None, 8):
+        training = Training(steps=5, batch=4, examples=examples)
+        assert [sample.tokens.shape[1] for sample in stream(tasks, training, seed=0)] == [16, 24, 16, 24, 16]
 
 
 def test_the_table_has_means_ranges_and_published_figures(tmp_path: Path) -> None:
@@ -160,6 +167,8 @@ def test_mistakes_are_named() -> None:
         run(model=run().model.with_(vocab=5))
     with pytest.raises(ConfigError, match="tests: expected at least one"):
         run(tests=())
+    with pytest.raises(ConfigError, match="tasks: expected at least one"):
+        run(tasks=())
     with pytest.raises(ConfigError, match="steps: expected at least 1"):
         Training(steps=0, batch=1)
     with pytest.raises(ConfigError, match="examples: expected at least batch=8"):
