@@ -44,15 +44,15 @@ def over_x(axes: Axes, rows: Sequence[Row], test: str) -> None:
 def over_tests(axes: Axes, rows: Sequence[Row], tests: Mapping[str, float]) -> None:
     """A line for each series: its score against what the tests vary."""
     for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
-        points = [(x, [row["scores"][test] for row in rows if row["series"] == series]) for test, x in tests.items()]
-        lines(axes, points, colour(series, rows), series, marker=MARKERS[i % len(MARKERS)])
+        found = {x: [row["scores"][test] for row in rows if row["series"] == series and test in row["scores"]] for test, x in tests.items()}
+        lines(axes, [(x, values) for x, values in found.items() if values], colour(series, rows), series, marker=MARKERS[i % len(MARKERS)])
 
 
 def over_steps(axes: Axes, rows: Sequence[Row]) -> None:
     """A thin line for each run: the score of the first test while it learns. One that stopped early keeps its last score."""
     longest = max(row["curve"][-1][0] for row in rows)
     for series in dict.fromkeys(row["series"] for row in rows):
-        for i, row in enumerate(row for row in rows if row["series"] == series):
+        for i, row in enumerate([row for row in rows if row["series"] == series]):
             steps, values = zip(*[*row["curve"], (longest, row["curve"][-1][1])])
             axes.plot(steps, values, color=colour(series, rows), linewidth=1.1, alpha=0.8, label=series if i == 0 else None)
 
