@@ -30,7 +30,7 @@ SEEDS = 3
 def models() -> dict[str, MixerConfig]:
     """One head of 16 x 16 each; attention has two heads of the same width and a cache of all tokens.
 
-    Decay starts slow (rates below 1): with the default rates of up to 16 a single head forgets within a few pairs and does not begin to learn.
+    Decay starts slow (rates below 1): with the default of up to 16 a single head forgets within a few pairs and does not begin to learn.
     """
     return {
         "GDN": GatedDeltaNet.Config(heads=1, head_dim=HEAD, expand_v=1.0, decay_range=(0.01, 1.0)),

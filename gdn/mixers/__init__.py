@@ -13,6 +13,7 @@ _WHERE = {
     "Mixer": "base",
     "MixerConfig": "base",
     "MixerState": "base",
+    "Swat": "swat",
 }
 
 __all__ = sorted(_WHERE)
