@@ -8,11 +8,16 @@ from typing import Any
 _WHERE = {
     "Attention": "attention",
     "DeltaNet": "deltanet",
+    "GLA": "gla",
+    "GSA": "gsa",
     "GatedDeltaNet": "gated_deltanet",
     "GrowingState": "base",
+    "HGRN2": "hgrn2",
+    "Mamba2": "mamba2",
     "Mixer": "base",
     "MixerConfig": "base",
     "MixerState": "base",
+    "RetNet": "retnet",
     "Swat": "swat",
 }
 

@@ -15,7 +15,7 @@ requires one) is a new state returned and the given one left as it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -163,6 +163,9 @@ class Mixer(nn.Module):
             y `[B, T, width]` and the state after the last token (None when none was given).
         """
         raise NotImplementedError
+
+    def join(self, layers: Sequence[Mixer]) -> None:
+        """Called once by a model with the mixers of all its layers in order, for mixers that share something with others of their kind."""
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         """An empty state for `batch` sequences. `dtype` is that of the activations; recurrent memory is float32."""

@@ -121,6 +121,9 @@ class LM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.blocks = nn.ModuleList(Block(mixer, config.width, config.mlp, config.norm_eps) for mixer in config.mixers)
+        mixers = [block.mixer for block in self._blocks()]
+        for mixer in mixers:
+            mixer.join(mixers)
         self.norm = RMSNorm(config.width, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.width, config.vocab, bias=False)
