@@ -90,6 +90,14 @@ def slots(tensor: Tensor | None, batch: int, pool: int) -> None:
         raise ArgumentError("slots: expected each row at most once, got one twice")
 
 
+def memory(state: Tensor, dtype: torch.dtype) -> None:
+    """The state of a decoding step: the dtype of sums for activations of `dtype`, or stored in half of float32's width."""
+    floating(("state", state))
+    exact = accumulate_dtype(dtype)
+    if state.dtype != exact and state.element_size() != 2:
+        raise ArgumentError(f"state: expected {exact}, torch.bfloat16 or torch.float16, got {state.dtype}")
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and states: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,6 +14,7 @@ from gdn.experiments import plots
 from gdn.experiments.definition import Experiment, Row, Run, Test, Training
 from gdn.mixers.base import MixerConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.gla import GLA
 from gdn.models.lm import LM
 from gdn.train import AdamW, Schedule
 
@@ -31,6 +32,7 @@ def models() -> dict[str, MixerConfig]:
     return {
         "GDN, beta in (0, 2)": delta.with_(allow_neg_eigval=True),
         "GDN, beta in (0, 1)": delta,
+        "gated linear attention": GLA.Config(heads=2, expand_k=1.0, expand_v=1.0, short_conv=True),
     }
 
 
@@ -75,7 +77,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 EXPERIMENT = Experiment(
     name="parity",
-    claim="One layer learns parity if beta may reach 2, and stays at guessing if beta stays below 1.",
+    claim="One layer learns parity if beta may reach 2, and stays at guessing if beta stays below 1 or nothing is corrected.",
     runs=runs,
     figure=figure,
     published={"GDN, beta in (0, 2)": "1.000 (DeltaNet)", "GDN, beta in (0, 1)": "0.017 (DeltaNet)"},

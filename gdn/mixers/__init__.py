@@ -8,11 +8,13 @@ from typing import Any
 _WHERE = {
     "Attention": "attention",
     "DeltaNet": "deltanet",
+    "DeltaProduct": "deltaproduct",
     "GLA": "gla",
     "GSA": "gsa",
     "GatedDeltaNet": "gated_deltanet",
     "GrowingState": "base",
     "HGRN2": "hgrn2",
+    "KimiDelta": "kimi_delta",
     "Mamba2": "mamba2",
     "Mixer": "base",
     "MixerConfig": "base",

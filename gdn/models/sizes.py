@@ -5,8 +5,9 @@ Published: `gdn_0.4b` and `gdn_1.3b` are the official Gated DeltaNet models (NVl
 unused scalar per head and Gated DeltaNet layer; it is left out here, so the counts are smaller by 9 x layers.
 `deltanet_340m` and `deltanet_1.3b` are DeltaNet's (arXiv 2406.06484; 32 000 tokens, untied), `deltanet_sliding_340m` and
 `deltanet_global_340m` its hybrids with attention through a window in every other layer, or to everything in the second layer and the one
-after the middle. `transformer_340m` and `transformer_1.3b` are Transformer++. `gdn_qwen_0.4b` has no published counterpart of its size:
-three Gated DeltaNet layers and then a gated attention layer, as in Qwen3-Next.
+after the middle. `deltaproduct_392m` is DeltaProduct's with three writes a token (arXiv 2502.10297; 32 000 tokens, tied).
+`transformer_340m` and `transformer_1.3b` are Transformer++. `gdn_qwen_0.4b` has no published counterpart of its size: three Gated DeltaNet
+layers and then a gated attention layer, as in Qwen3-Next.
 
 For comparisons on a small budget: `gdn_6m`, `gdn_32m`, `gdn_99m`, `gdn_269m` and `transformer_6m`, ... are matched within 3 % in parameters
 without the embedding, which their names count.
@@ -22,9 +23,11 @@ import re
 from gdn.core.errors import ConfigError, nearest
 from gdn.mixers.attention import Attention
 from gdn.mixers.deltanet import DeltaNet
+from gdn.mixers.deltaproduct import DeltaProduct
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 
+_PRODUCT = DeltaProduct.Config(heads=6, householders=3, gate=False, allow_neg_eigval=True, output_gate=False)
 _GATED_ATTENTION = Attention.Config(heads=8, kv_heads=2, head_dim=128, qk_norm=True, output_gate=True, rope_base=1e7, rope_fraction=0.25)
 
 
@@ -71,6 +74,7 @@ SIZES: dict[str, LM.Config] = {
     "transformer_1.3b": _transformer(2048, 5632, 24),
     "deltanet_sliding_340m": _deltanet(Attention.Config(heads=16, head_dim=64, window=2048), *range(1, 24, 2)),
     "deltanet_global_340m": _deltanet(Attention.Config(heads=16, head_dim=64), 1, 13),
+    "deltaproduct_392m": LM.Config(vocab=32000, width=1024, layers=24, mlp=2816, pattern=(_PRODUCT,)),
 }
 
 

@@ -8,6 +8,10 @@ from typing import Any
 _WHERE = {
     "gated_delta_rule": "delta_rule",
     "gated_delta_step": "delta_step",
+    "gated_delta_product": "delta_product",
+    "gated_delta_product_step": "delta_product",
+    "channel_delta_rule": "delta_channel",
+    "channel_delta_step": "delta_channel",
     "delta_core": "delta_fused",
     "GateParameters": "delta_fused",
     "causal_conv1d": "short_conv",

@@ -83,10 +83,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tens
     if sizes["HV"] % sizes["H"]:
         raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
     checks.same_dtype(("q", q), ("k", k), ("v", v))
-    checks.floating(("g", g), ("beta", beta), ("state", state))
-    exact = checks.accumulate_dtype(q.dtype)
-    if state.dtype != exact and state.element_size() != 2:
-        raise ArgumentError(f"state: expected {exact}, torch.bfloat16 or torch.float16, got {state.dtype}")
+    checks.floating(("g", g), ("beta", beta))
+    checks.memory(state, q.dtype)
     checks.same_device(("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta), ("state", state), ("slots", slots))
     checks.not_positive("g", g, "a log decay")
     checks.slots(slots, sizes["B"], sizes["N"])

@@ -28,34 +28,64 @@ def gated_delta_step(
     scale: float,
     slots: Tensor | None,
 ) -> Tensor:
-    """See `gdn.ops.gated_delta_step`."""
-    return _STEP(q, k, v, g, beta, state, scale, slots)
+    """See `gdn.ops.gated_delta_step`: one write a token."""
+    return gated_delta_product_step(q, k.unsqueeze(2), v.unsqueeze(2), g, beta.unsqueeze(2), state, scale, slots)
+
+
+def gated_delta_product_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    scale: float,
+    slots: Tensor | None,
+) -> Tensor:
+    """See `gdn.ops.gated_delta_product_step`."""
+    return _STEP(q, k, v, g.unsqueeze(-1), beta, state, scale, slots)
+
+
+def channel_delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    scale: float,
+    slots: Tensor | None,
+) -> Tensor:
+    """See `gdn.ops.channel_delta_step`: one write a token, a decay for each channel of the keys."""
+    return _STEP(q, k.unsqueeze(2), v.unsqueeze(2), g, beta.unsqueeze(2), state, scale, slots)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, slots: Tensor | None) -> Tensor:
-    return update_rows(lambda tokens, memory: _update(tokens, memory, scale), (q, k, v, g, beta), state, slots)
+    tokens = (q, k, v[:, :, 0], v, g, beta)  # the third looks like the outputs
+    return update_rows(lambda tokens, memory: _update(tokens, memory, scale), tokens, state, slots)
 
 
 def _update(tokens: Sequence[Tensor], state: Tensor, scale: float) -> Tensor:
-    """All sequences, sequence b on row b of `state`, in place."""
-    q, k, v, g, beta = tokens
-    wide = accumulate_dtype(v.dtype)
-    memory = state.to(wide).reshape(-1, k.shape[3], v.shape[3])  # the state itself, where it has this dtype and is contiguous
-    tokens = (q.to(wide) * scale, k.to(wide), v.to(wide), g.to(wide).exp()[..., None], beta.to(wide)[..., None])
-    queries, keys, values, decays, strengths = (vectors(x, v.shape[2]) for x in tokens)
+    """All sequences, sequence b on row b of `state`, in place. g is `[B, T, HV, 1 or K]`; k, v and beta have n writes a token."""
+    q, k, like, v, g, beta = tokens
+    wide, writes, heads = accumulate_dtype(v.dtype), k.shape[2], v.shape[3]
+    memory = state.to(wide).reshape(-1, k.shape[4], v.shape[4])  # the state itself, where it has this dtype and is contiguous
+    queries, decays = vectors(q.to(wide) * scale, heads), vectors(g.to(wide).exp(), heads)
+    keys, values, strengths = (vectors(x.to(wide).flatten(1, 2), heads) for x in (k, v, beta.unsqueeze(-1)))
     outputs = []
-    for query, key, value, decay, strength in zip(queries, keys, values, decays, strengths):
-        memory.mul_(decay)
-        error = torch.baddbmm(value, key, memory, alpha=-1).mul_(strength)
-        memory.addcmul_(key.mT, error)
-        outputs.append(torch.bmm(query, memory).view(v.shape[0], *v.shape[2:]))
+    for t, (query, decay) in enumerate(zip(queries, decays)):
+        memory.mul_(decay.mT)
+        for j in range(t * writes, (t + 1) * writes):
+            error = torch.baddbmm(values[j], keys[j], memory, alpha=-1).mul_(strengths[j])
+            memory.addcmul_(keys[j].mT, error)
+        outputs.append(torch.bmm(query, memory).view(like.shape[0], *like.shape[2:]))
     if memory.data_ptr() != state.data_ptr():
         state.copy_(memory.view(state.shape))
-    return torch.stack(outputs, dim=1).to(v.dtype) if outputs else v.new_empty(v.shape)
+    return torch.stack(outputs, dim=1).to(v.dtype) if outputs else v.new_empty(like.shape)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, slots: Tensor | None) -> Tensor:
-    return v.new_empty(v.shape)
+    return v.new_empty(*v.shape[:2], *v.shape[3:])
 
 
-_STEP = InPlace("gdn::gated_delta_step", _run, mutates=("state",), fake=_fake)
+_STEP = InPlace("gdn::delta_step", _run, mutates=("state",), fake=_fake)
