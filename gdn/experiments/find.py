@@ -7,7 +7,7 @@ import importlib
 from gdn.core.errors import ConfigError, nearest
 from gdn.experiments.definition import Experiment
 
-NAMES = ("parity", "mqar", "mqar_grid", "mad", "niah", "selective_copying", "regbench")
+NAMES = ("parity", "s3", "mqar", "mqar_grid", "state_tracking", "mad", "niah", "selective_copying", "regbench")
 """The files of this folder that define one: first those that a laptop runs in minutes, then those for a GPU."""
 
 

@@ -9,7 +9,11 @@ from gdn.core.errors import ConfigError, nearest
 from gdn.mixers.attention import Attention
 from gdn.mixers.base import MixerConfig
 from gdn.mixers.deltanet import DeltaNet
+from gdn.mixers.deltaproduct import DeltaProduct
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.gsa import GSA
+from gdn.mixers.mamba2 import Mamba2
+from gdn.mixers.swat import Swat
 
 Pattern = tuple[MixerConfig, ...]
 T = TypeVar("T")
@@ -33,12 +37,26 @@ def _attention(width: int, heads: int, window: int | None = None) -> Attention.C
     return Attention.Config(heads=heads, head_dim=width // heads, window=window)
 
 
+def _product(width: int, heads: int) -> DeltaProduct.Config:
+    return DeltaProduct.Config(householders=2, gate=True, allow_neg_eigval=True, heads=heads, head_dim=width // heads)
+
+
+def _mamba2(width: int) -> Mamba2.Config:
+    """The published expansion of 2; heads and states as wide as fit."""
+    return Mamba2.Config(head_dim=min(64, width), state_dim=min(64, width))
+
+
 MODELS: dict[str, Callable[[int, int, int], Pattern]] = {
     "Gated DeltaNet": lambda width, heads, window: (_gdn(width, heads),),
     "Gated DeltaNet, beta < 2": lambda width, heads, window: (_gdn(width, heads).with_(allow_neg_eigval=True),),
     "DeltaNet": lambda width, heads, window: (DeltaNet.Config(heads=heads, head_dim=width // heads),),
+    "DeltaProduct, 2 writes": lambda width, heads, window: (_product(width, heads),),
+    "Mamba2": lambda width, heads, window: (_mamba2(width),),
+    "GSA": lambda width, heads, window: (GSA.Config(heads=heads, slots=width // heads),),
+    "SWAT": lambda width, heads, window: (Swat.Config(heads=heads, head_dim=width // heads, window=window),),
     "Transformer": lambda width, heads, window: (_attention(width, heads),),
     "Gated DeltaNet-H1": lambda width, heads, window: (_gdn(width, heads), _attention(width, heads, window)),
+    "Gated DeltaNet-H2": lambda width, heads, window: (_mamba2(width), _gdn(width, heads), _attention(width, heads, window)),
 }
 
 
