@@ -1,8 +1,8 @@
 """Group word problems of S3, S4, A5 and S5 with one layer and one to four writes a token (DeltaProduct, arXiv 2502.10297).
 
-The authors' settings: width 128, 8 heads of 32, no convolution, decay or output gate; words of 128 elements, tested on 512; batches of 2048,
-4900 steps (100 epochs of their 100 000 words; here every word is new), AdamW 1e-3; stopped when 99 % of all words are right. A word is right
-up to an element if every product up to there is.
+The authors' settings: width 128, 8 heads of 32, no convolution, decay or output gate; words of 128 elements, tested on 512; batches of
+2048, 4900 steps (100 epochs of their 100 000 words; here every word is new), AdamW 1e-3; stopped when 99 % of all words are right. A word
+is right up to an element if every product up to there is.
 """
 
 from __future__ import annotations
