@@ -20,17 +20,17 @@ from gdn.train import AdamW, Schedule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEADS, TRAINED, LONGEST, SEEDS = 64, 4, 16, 64, 3
+WIDTH, HEADS, HEAD_DIM, TRAINED, LONGEST, SEEDS = 64, 8, 16, 12, 48, 3
 
 
 def runs(toy: bool) -> list[Run]:
-    width, trained, longest = (16, 5, 8) if toy else (WIDTH, TRAINED, LONGEST)
+    width, heads, trained, longest = (16, 2, 5, 8) if toy else (WIDTH, HEADS, TRAINED, LONGEST)
     tests = tuple(
         Test(name=f"length {n}", task=GroupWords(group="S3", elements=n), measure="sequences", examples=2 if toy else 256)
         for n in (trained, longest)
     )
     training = Training(
-        steps=2 if toy else 400,
+        steps=2 if toy else 300,
         batch=2 if toy else 64,
         optim=AdamW(lr=5e-3, betas=(0.9, 0.999), weight_decay=0.0),
         schedule=Schedule(warmup=50, final_fraction=0.0),
@@ -40,7 +40,7 @@ def runs(toy: bool) -> list[Run]:
         Run(
             series=f"{writes} write{'s' if writes > 1 else ''} a token",
             seed=seed,
-            model=LM.Config(vocab=tests[0].task.vocab, width=width, layers=1, mlp=2 * width, pattern=(mixer(writes, width),)),
+            model=LM.Config(vocab=tests[0].task.vocab, width=width, layers=1, mlp=2 * width, pattern=(mixer(writes, heads),)),
             tasks=(tests[0].task,),
             training=training,
             tests=tests,
@@ -50,10 +50,10 @@ def runs(toy: bool) -> list[Run]:
     ]
 
 
-def mixer(writes: int, width: int) -> DeltaProduct.Config:
+def mixer(writes: int, heads: int) -> DeltaProduct.Config:
     """DeltaProduct with beta up to 2."""
     return DeltaProduct.Config(
-        householders=writes, gate=False, allow_neg_eigval=True, heads=HEADS, head_dim=width // HEADS, short_conv=False, output_gate=False
+        householders=writes, gate=False, allow_neg_eigval=True, heads=heads, head_dim=HEAD_DIM, short_conv=False, output_gate=False
     )
 
 
