@@ -21,6 +21,7 @@ _WHERE = {
     "MixerState": "base",
     "RetNet": "retnet",
     "Swat": "swat",
+    "TransMamba": "transmamba",
 }
 
 __all__ = sorted(_WHERE)

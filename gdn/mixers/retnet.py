@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gdn.core.checks import accumulate_dtype
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
+from gdn.mixers.attention import token_positions
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, Rotary
 from gdn.nn.memory import PER_HEAD
@@ -101,7 +102,7 @@ class RetNet(Mixer):
             hidden = ~mask.unsqueeze(-1)
             qkv, g = qkv.masked_fill(hidden, 0), g.masked_fill(hidden, 0)
         q, k, v = (t.unflatten(-1, (self.config.heads, -1)) for t in qkv.split((self.keys, self.keys, self.values), dim=-1))
-        q, k = self.rotary(_positions(x, None if state is None else state["seen"], packing, mask), q, k)
+        q, k = self.rotary(token_positions(x, None if state is None else state["seen"], packing, mask), q, k)
         o, memory = PER_HEAD(q, k, v, g, state=None if state is None else state["memory"], packing=packing)
         if state is not None and memory is not None:
             state = state.update(memory=memory, seen=state["seen"] + (x.shape[1] if mask is None else mask.sum(1)))
@@ -112,13 +113,3 @@ class RetNet(Mixer):
         """log gamma for each token and head, `[B, T, heads]`."""
         heads = torch.arange(self.config.heads, device=x.device, dtype=accumulate_dtype(x.dtype))
         return torch.log1p(-torch.exp2(-5 - heads)).expand(*x.shape[:2], -1)
-
-
-def _positions(x: Tensor, seen: Tensor | None, packing: Packing | None, mask: Tensor | None) -> Tensor:
-    """The place of each token in its document or sequence, `[T]` or `[B, T]`; padding is not counted."""
-    batch, length = x.shape[:2]
-    if packing is not None:
-        packing.check(batch, length, x.device)
-        return packing.positions.view(batch, length)
-    positions = torch.arange(length, device=x.device) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-    return positions if seen is None else seen.unsqueeze(1) + positions

@@ -2,7 +2,8 @@
 
 Published: `gdn_0.4b` and `gdn_1.3b` are the official Gated DeltaNet models (NVlabs/GatedDeltaNet; 32 000 tokens, tied embeddings),
 `gdn_h1_0.4b` and `gdn_h1_1.3b` its hybrids, every other layer attention through a window of 2048. The official code also creates one
-unused scalar per head and Gated DeltaNet layer; it is left out here, so the counts are smaller by 9 x layers.
+unused scalar per head and Gated DeltaNet layer; it is left out here, so the counts are smaller by 9 x layers. `gdn_h2_1.3b` repeats the
+paper's best order, Mamba2, Gated DeltaNet, attention; its size is not published, this one has the width and depth of `gdn_h1_1.3b`.
 `deltanet_340m` and `deltanet_1.3b` are DeltaNet's (arXiv 2406.06484; 32 000 tokens, untied), `deltanet_sliding_340m` and
 `deltanet_global_340m` its hybrids with attention through a window in every other layer, or to everything in the second layer and the one
 after the middle. `deltaproduct_392m` is DeltaProduct's with three writes a token (arXiv 2502.10297; 32 000 tokens, tied).
@@ -25,6 +26,7 @@ from gdn.mixers.attention import Attention
 from gdn.mixers.deltanet import DeltaNet
 from gdn.mixers.deltaproduct import DeltaProduct
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.mamba2 import Mamba2
 from gdn.models.lm import LM
 
 _PRODUCT = DeltaProduct.Config(heads=6, householders=3, gate=False, allow_neg_eigval=True, output_gate=False)
@@ -61,6 +63,7 @@ SIZES: dict[str, LM.Config] = {
     "deltanet_1.3b": LM.Config(vocab=32000, width=2048, layers=24, mlp=5632, pattern=(DeltaNet.Config(heads=16),), tie_embeddings=False),
     "gdn_h1_0.4b": _h1(1536, 12, 128),
     "gdn_h1_1.3b": _h1(2304, 18, 192),
+    "gdn_h2_1.3b": _h1(2304, 18, 192).with_(pattern=(Mamba2.Config(), *_h1(2304, 18, 192).pattern)),
     "gdn_qwen_0.4b": _gdn(1024, 2816, 24, 6).with_(pattern=(*3 * (GatedDeltaNet.Config(heads=6, head_dim=128),), _GATED_ATTENTION)),
     "gdn_6m": _gdn(256, 768, 6, 3),
     "gdn_32m": _gdn(512, 1536, 8, 3),

@@ -49,6 +49,12 @@ def test_the_ladder_is_matched_in_parameters(budget: str, width: int, gdn: int, 
     assert parameters(size(f"transformer_{budget}")) - EMBEDDING * width == transformer
 
 
+def test_the_unit_of_h2_is_mamba2_gated_deltanet_attention() -> None:
+    config = size("gdn_h2_1.3b")
+    assert [mixer.tag() for mixer in config.mixers] == 6 * ["mamba2", "gated_deltanet", "attention"]
+    assert parameters(config) == 1_352_959_410
+
+
 def parameters(config: LM.Config) -> int:
     """Of the model as built, which must be as declared."""
     with torch.device("meta"):

@@ -26,7 +26,7 @@ from gdn.core.checks import accumulate_dtype
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
 from gdn.ops.linear_recurrence.intervals import Intervals
-from gdn.ops.linear_recurrence.memory import Layout, carry, start, unfold
+from gdn.ops.linear_recurrence.memory import CHUNK, Layout, carry, start, unfold
 from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY
 from gdn.ops.sequences.scratch import Scratch
 from gdn.ops.sequences.walk import Segment
@@ -56,7 +56,7 @@ def _wide(x: Tensor, heads: int) -> Tensor:
 def _layout(k: Tensor, v: Tensor, bounds: Tensor | None, on_values: bool) -> Layout:
     keys, values = k.shape[2] * k.shape[3], v.shape[2] * v.shape[3]
     gated, plain = (values, keys) if on_values else (keys, values)
-    return Layout.of(v, bounds, memory=k.shape[3] * values, token=16 * gated + 5 * plain + 3 * 32 * k.shape[2])
+    return Layout.of(v, bounds, memory=k.shape[3] * values, token=16 * gated + 5 * plain + 3 * CHUNK * k.shape[2])
 
 
 @dataclass

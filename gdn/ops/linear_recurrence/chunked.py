@@ -14,7 +14,7 @@ from torch import Tensor
 from gdn.core.checks import accumulate_dtype
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
-from gdn.ops.linear_recurrence.memory import Layout, carry, start, unfold
+from gdn.ops.linear_recurrence.memory import CHUNK, Layout, carry, start, unfold
 from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY, log_decay_gradient, pair_decay
 from gdn.ops.sequences.scratch import Scratch
 from gdn.ops.sequences.walk import Segment
@@ -30,7 +30,7 @@ def linear_attention(
 
 def _layout(k: Tensor, v: Tensor, bounds: Tensor | None) -> Layout:
     heads, width, value_heads, value_width = k.shape[2], k.shape[3], v.shape[2], v.shape[3]
-    token = 4 * heads * width + 6 * value_heads * value_width + 4 * 32 * value_heads
+    token = 4 * heads * width + 6 * value_heads * value_width + 4 * CHUNK * value_heads
     return Layout.of(v, bounds, memory=value_heads * width * value_width, token=token)
 
 

@@ -4,7 +4,7 @@ Halve a chunk again and again. Every pair of tokens j < i is first apart at exac
 
     exp(g_{j+1} + ... + g_i) = exp(sum of g after j up to m) exp(sum of g after m up to i)
 
-so all pairs that a border parts are one matrix product of tokens times factors, and no factor is above one. A chunk of 32 has five kinds
+so all pairs that a border parts are one matrix product of tokens times factors, and no factor is above one. A chunk of 64 has six kinds
 of borders, one for each width of the halves.
 """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gdn.ops.sequences.walk import Segment, Walk
 
-CHUNK = 32
+CHUNK = 64
 """Tokens per chunk at most; a power of two. Measured in README.md."""
 BLOCK_ELEMENTS = 1 << 19
 """Elements of the memories of the sequences that advance together: 2 MiB in float32, the second-level caches of two cores."""
@@ -35,7 +35,7 @@ class Layout:
     def of(cls, v: Tensor, bounds: Tensor | None, *, memory: int, token: int) -> Layout:
         """For values v `[B, T, ...]`, with `memory` elements per sequence and buffers of `token` elements per token."""
         batch, length = v.shape[:2]
-        chunk = next((c for c in (1, 2, 4, 8, 16) if length <= c), CHUNK)
+        chunk = next((c for c in (1, 2, 4, 8, 16, 32) if length <= c), CHUNK)
         block = max(1, BLOCK_ELEMENTS // max(1, memory))
         together = block if bounds is not None else min(block, max(1, batch))
         stretch = min(16, max(2, SEGMENT_ELEMENTS // max(1, together * (chunk * token + 3 * memory))))
