@@ -71,7 +71,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     axes.set_xticks(PAIRS, [str(pairs) for pairs in PAIRS])
     plots.finish(axes, x="pairs of a key and a value in the context", y="fraction of values recalled", legend=True)
     axes.axvline(HEAD, color="grey", linewidth=1)
-    axes.annotate(" as many pairs as\n keys are wide", (HEAD, 0.9), fontsize=8, color="grey")
+    axes.annotate(" as many pairs as\n keys are wide", (HEAD, 0.0), fontsize=8, color="grey")
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""Parts of pictures. One colour is one model in every experiment; a band reaches from the worst seed to the best."""
+"""Parts of pictures. One colour is one model; a band reaches from the worst seed to the best, a small dot is a seed."""
 
 from __future__ import annotations
 
@@ -69,12 +69,15 @@ def over_places(axes: Axes, rows: Sequence[Row], test: str) -> None:
 
 
 def lines(axes: Axes, points: Sequence[tuple[float, list[float]]], colour: str, label: str, **style: Any) -> None:
-    """The mean of the values at each x, and a band from the least to the most."""
+    """The mean of the values at each x, and a band from the least to the most; with a marker, a dot for each value instead."""
     if not points:
         return
     xs = [x for x, _ in points]
-    axes.plot(xs, [sum(v) / len(v) for _, v in points], color=colour, label=label, linewidth=1.6, markersize=5, **style)
-    axes.fill_between(xs, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15, linewidth=0)
+    axes.plot(xs, [sum(v) / len(v) for _, v in points], color=colour, label=label, linewidth=1.8, markersize=6, **style)
+    if "marker" in style:
+        axes.scatter([x for x, v in points for _ in v], [y for _, v in points for y in v], s=9, color=colour, alpha=0.6)
+    else:
+        axes.fill_between(xs, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15, linewidth=0)
 
 
 def bars(axes: Axes, rows: Sequence[Row], tests: Sequence[str]) -> None:

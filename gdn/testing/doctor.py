@@ -172,10 +172,35 @@ def _linear_step(gates: Gates) -> Callable[[torch.device, torch.dtype, torch.dty
 
 
 def _delta_step(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
-    arguments = {name: v.detach() for name, v in _delta_rule(device, dtype, wide).items() if isinstance(v, Tensor)}
+    return _stepping(_delta_rule(device, dtype, wide))
+
+
+def _stepping(arguments: Arguments) -> Arguments:
+    """From arguments of a rule over one packed row of two documents to those of its step: two sequences of three tokens."""
+    arguments = {name: v.detach() for name, v in arguments.items() if isinstance(v, Tensor)}
     state = arguments.pop("initial_state").clone()
     arguments = {name: v[:, :6].reshape(2, 3, *v.shape[2:]) for name, v in arguments.items()}
     return {**arguments, "state": state}
+
+
+def _delta_product(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    arguments, random = _delta_rule(device, dtype, wide), _random(device, dtype, wide)
+    unit = torch.nn.functional.normalize(random(1, 150, 2, 2, 64).detach().double(), dim=-1).bfloat16().to(dtype).requires_grad_()
+    beta = random(1, 150, 2, 4, precise=True).detach().sigmoid().mul(2).bfloat16().to(wide).requires_grad_()
+    return {**arguments, "k": unit, "v": random(1, 150, 2, 4, 64), "beta": beta}
+
+
+def _delta_product_step(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    return _stepping(_delta_product(device, dtype, wide))
+
+
+def _delta_channel(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    g = (-_random(device, dtype, wide)(1, 150, 4, 64, precise=True).detach().abs() / 8).requires_grad_()
+    return {**_delta_rule(device, dtype, wide), "g": g}
+
+
+def _delta_channel_step(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    return _stepping(_delta_channel(device, dtype, wide))
 
 
 def _conv(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
@@ -226,6 +251,10 @@ def _loss(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Argume
 EXAMPLES: dict[str, Callable[[torch.device, torch.dtype, torch.dtype], Arguments]] = {
     "gated_delta_rule": _delta_rule,
     "gated_delta_step": _delta_step,
+    "gated_delta_product": _delta_product,
+    "gated_delta_product_step": _delta_product_step,
+    "channel_delta_rule": _delta_channel,
+    "channel_delta_step": _delta_channel_step,
     "delta_core": _delta_core,
     "causal_conv1d": _conv,
     "causal_conv1d_step": _conv_step,

@@ -21,12 +21,8 @@ class TestPaper(MixerContract):
     config = Config(heads=2, head_dim=8)
 
 
-class TestReluWithoutConvolution(MixerContract):
-    config = Config(heads=2, head_dim=8, short_conv=False, qk_activation="relu", expand_v=1.5)
-
-
 class TestFullStrengthWithGate(MixerContract):
-    config = Config(heads=3, head_dim=6, beta=False, output_gate=True, qk_activation="elu+1", qk_norm="l1", conv_size=3)
+    config = Config(heads=3, head_dim=6, expand_v=1.5, short_conv=False, beta=False, output_gate=True, qk_activation="elu+1", qk_norm="l1")
 
 
 def literal_layer(mixer: DeltaNet, x: torch.Tensor) -> torch.Tensor:

@@ -21,17 +21,11 @@ Config = DeltaProduct.Config
 
 
 class TestGated(MixerContract):
-    config = Config(heads=2, head_dim=8, householders=2, gate=True, allow_neg_eigval=True)
+    config = Config(heads=2, head_dim=6, value_heads=4, expand_v=1.5, householders=2, gate=True, allow_neg_eigval=True, conv_size=3)
 
 
-class TestUngatedOfThreeWrites(MixerContract):
+class TestUngated(MixerContract):
     config = Config(heads=2, head_dim=6, householders=3, gate=False, allow_neg_eigval=False, output_gate=False, short_conv=False)
-
-
-class TestGroupedValues(MixerContract):
-    config = Config(
-        heads=2, head_dim=6, value_heads=4, expand_v=1.5, householders=2, gate=True, allow_neg_eigval=False, output_gate=False, conv_size=3
-    )
 
 
 def literal_layer(mixer: DeltaProduct, x: torch.Tensor) -> torch.Tensor:

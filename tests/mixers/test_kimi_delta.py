@@ -21,11 +21,7 @@ class TestPaper(MixerContract):
 
 
 class TestGroupedValues(MixerContract):
-    config = Config(heads=2, head_dim=6, value_heads=4, expand_v=1.5, allow_neg_eigval=True, output_gate_bias=False, conv_size=3)
-
-
-class TestWithoutConvolution(MixerContract):
-    config = Config(heads=3, head_dim=5, short_conv=False)
+    config = Config(heads=2, head_dim=6, value_heads=4, expand_v=1.5, allow_neg_eigval=True, output_gate_bias=False, short_conv=False)
 
 
 def literal_layer(mixer: KimiDelta, x: torch.Tensor) -> torch.Tensor:

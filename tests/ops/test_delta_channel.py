@@ -1,0 +1,257 @@
+"""The delta rule with channel decays: against the float64 recurrence, however strong the decay, and the promises of the contract."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn.core.dispatch import use
+from gdn.core.errors import ArgumentError
+from gdn.core.packing import Packing
+from gdn.ops import channel_delta_rule, channel_delta_step, gated_delta_rule
+from gdn.ops.delta_channel import OP
+from gdn.ops.delta_channel.problems import SMALL, Problem
+from gdn.ops.delta_rule import problems as rule
+from gdn.testing import compare
+
+PROBLEMS = {problem.name: problem for problem in SMALL}
+
+
+@functools.cache
+def reference(name: str, dtype: torch.dtype) -> compare.Results:
+    return compare.run(OP, "reference", PROBLEMS[name].build(dtype=dtype))
+
+
+def call(impl: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    with use(channel_delta_rule=impl):
+        return channel_delta_rule(**arguments)
+
+
+def leaves(arguments: dict[str, Any]) -> list[Tensor]:
+    return [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad]
+
+
+def gradients(outputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(outputs, leaves(arguments), compare.weights(outputs))
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def small(gradient: bool = True, dtype: torch.dtype = torch.float64, **sizes: Any) -> dict[str, Any]:
+    return Problem(rule=rule.Problem(**{"name": "", "T": 6, "K": 4, "V": 3, **sizes})).build(dtype=dtype, gradient=gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_agrees_with_the_recurrence(name: str, dtype: torch.dtype) -> None:
+    """At most twice as wrong as plain torch at this dtype."""
+    rounding, truth = reference(name, torch.float32 if dtype == torch.float64 else dtype), reference(name, torch.float64)
+    scale = compare.SCALED if dtype == torch.float64 else 1.0
+    assert compare.complaints(compare.run(OP, "chunked", PROBLEMS[name].build(dtype=dtype)), rounding, truth, dtype, scale=scale) == []
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_dtypes_of_the_results_and_no_tokens(impl: str) -> None:
+    o, state = call(impl, small(T=3, HV=2, V=5, dtype=torch.bfloat16))
+    assert (o.dtype, list(o.shape), state.dtype, list(state.shape)) == (torch.bfloat16, [1, 3, 2, 5], torch.float32, [1, 2, 4, 5])
+    arguments = small(T=0, B=2, initial=True)
+    o, state = call(impl, arguments)
+    assert list(o.shape) == [2, 0, 1, 3]
+    close(state, arguments["initial_state"])
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_one_decay_for_all_channels_is_the_gated_delta_rule(impl: str) -> None:
+    plain = rule.Problem(name="", T=70, H=2, HV=4, K=4, V=3, decay=0.5, initial=True).build()
+    with use(gated_delta_rule="reference"):
+        expected = gated_delta_rule(**plain)
+    close(call(impl, {**plain, "g": plain["g"].unsqueeze(-1).expand(-1, -1, -1, 4)}), expected)
+
+
+def test_decays_far_apart_keep_their_precision() -> None:
+    """One channel keeps everything, one forgets e^60 a token, one is cleared now and then: in float32 a ratio of two running products of
+    decays would be infinite or nothing after two tokens."""
+    arguments = small(T=200, K=3, initial=True, dtype=torch.float32)
+    g = torch.zeros(1, 200, 1, 3)
+    g[..., 1], g[:, ::7, :, 2] = -60, -torch.inf
+    arguments["g"] = g.requires_grad_()
+    results = {}
+    for impl, dtype in (("chunked", torch.float32), ("reference", torch.float64)):
+        given = {name: x.detach().to(dtype).requires_grad_() for name, x in arguments.items()}
+        outputs = call(impl, given)
+        results[impl] = (*outputs, *gradients(outputs, given))
+    for ours, truth in zip(results["chunked"], results["reference"]):
+        assert compare.error(ours.detach().double(), truth.detach()) < 2e-6
+
+
+@pytest.mark.parametrize("decay", [1e2, 1e30, float("inf")])
+def test_memory_that_forgets_everything_is_finite(decay: float) -> None:
+    arguments = small(T=70, K=16, initial=True, dtype=torch.float32)
+    arguments["g"] = torch.full_like(arguments["g"], -decay).requires_grad_()
+    outputs = call("chunked", arguments)
+    q, k, v, beta = (arguments[name].double() for name in ("q", "k", "v", "beta"))
+    alone = 0.25 * (q * k).sum(-1, keepdim=True) * beta.unsqueeze(-1) * v  # each token reads only what it wrote itself
+    torch.testing.assert_close(outputs[0].double(), alone, rtol=1e-5, atol=1e-6)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(outputs, arguments))
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    arguments = small(T=20, B=2, HV=2, K=2, lengths=(2, 0, 18, 20), initial=True)
+    packing = arguments.pop("packing")
+    arguments["g"] = (arguments["g"].detach() - 0.05).requires_grad_()  # differences must not cross zero
+
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return call("chunked", {**dict(zip(arguments, tensors)), "packing": packing})
+
+    assert torch.autograd.gradcheck(function, tuple(arguments.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("use_o", [True, False])
+def test_one_result_alone_has_its_gradient(use_o: bool) -> None:
+    def result(impl: str) -> tuple[Tensor, ...]:
+        arguments = small(T=40, HV=2, initial=True)
+        loss = call(impl, arguments)[0 if use_o else 1].square().sum()
+        return torch.autograd.grad(loss, leaves(arguments), materialize_grads=True)
+
+    close(result("chunked"), result("reference"))
+
+
+def test_packed_equals_separate() -> None:
+    lengths = [1, 16, 0, 33, 65, 2]
+    arguments = small(T=sum(lengths), HV=2, lengths=tuple(lengths), initial=True, gradient=False)
+    together = call("chunked", arguments)
+    outputs, states, begin = [], [], 0
+    for i, length in enumerate(lengths):
+        piece = {name: arguments[name][:, begin : begin + length] for name in ("q", "k", "v", "g", "beta")}
+        o, state = call("chunked", {**piece, "initial_state": arguments["initial_state"][i : i + 1]})
+        outputs.append(o)
+        states.append(state)
+        begin += length
+    close(together, (torch.cat(outputs, dim=1), torch.cat(states)))
+
+
+def test_agrees_with_transformers() -> None:
+    from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
+
+    arguments = small(T=70, B=2, H=2, HV=2, K=16, V=16, dtype=torch.float32)
+    outputs = call("chunked", arguments)
+    q, k, v, g, beta = leaves(arguments)
+    peers = chunk_kimi_delta_attention(q, k, v, g=g, beta=beta, output_final_state=True)
+    for x, y in zip((*outputs, *gradients(outputs, arguments)), (*peers, *gradients(peers, arguments))):
+        assert compare.error(x.detach().double(), y.detach().double()) < 5e-6
+
+
+def test_compiled_equals_eager() -> None:
+    torch._dynamo.reset()
+    sizes = {"T": 40, "HV": 2, "initial": True, "lengths": (15, 0, 25)}
+    eager, compiled = small(**sizes), small(**sizes)
+    expected = channel_delta_rule(**eager)
+    actual = torch.compile(channel_delta_rule, fullgraph=True, backend="aot_eager")(**compiled)
+    close(actual, expected)
+    close(gradients(actual, compiled), gradients(expected, eager))
+
+
+@pytest.mark.parametrize("name", ["packed", "empty documents", "odd sizes", "one token"])
+def test_uninitialised_memory_is_not_read(name: str) -> None:
+    torch.use_deterministic_algorithms(True)  # fills the memory of torch.empty and its relatives with NaN
+    try:
+        actual = compare.run(OP, "chunked", PROBLEMS[name].build(dtype=torch.float32))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert compare.complaints(actual, reference(name, torch.float32), reference(name, torch.float64), torch.float32) == []
+
+
+def test_every_run_gives_the_same_bits_and_arguments_are_left_alone() -> None:
+    runs, before = [], PROBLEMS["packed"].build(dtype=torch.float32)
+    for _ in range(2):
+        arguments = PROBLEMS["packed"].build(dtype=torch.float32)
+        outputs = call("chunked", arguments)
+        runs.append((*outputs, *gradients(outputs, arguments)))
+        assert all(torch.equal(x, before[name]) for name, x in arguments.items() if isinstance(x, Tensor))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def saved_bytes(length: int) -> tuple[int, int]:
+    """Bytes of the arguments, and of all memory that autograd keeps for the backward pass."""
+    arguments = small(T=length, H=2, HV=2, K=64, V=64, dtype=torch.float32)
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = call("chunked", arguments)
+    assert outputs[0].requires_grad
+    return sum(x.nbytes for x in leaves(arguments)), sum(kept.values())
+
+
+def test_memory_grows_with_the_length_and_holds_no_state_per_token() -> None:
+    inputs, once = saved_bytes(512)
+    assert 1.8 * once < saved_bytes(1024)[1] < 2.2 * once
+    assert once < 2 * inputs  # a state for each token would be more than 15 times the inputs
+
+
+def step(impl: str, arguments: dict[str, Any], state: Tensor, **more: Any) -> Tensor:
+    tokens = {name: arguments[name] for name in ("q", "k", "v", "g", "beta")}
+    with use(channel_delta_step=impl):
+        return channel_delta_step(**tokens, state=state, **more)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_stepping_equals_the_sequence(impl: str, tokens: int) -> None:
+    arguments = small(T=8, B=2, H=2, HV=4, initial=True, gradient=False)
+    o, final = call("reference", arguments)
+    state, outputs = arguments.pop("initial_state").clone(), []
+    for at in range(0, 8, tokens):
+        outputs.append(step(impl, {name: x[:, at : at + tokens] for name, x in arguments.items()}, state))
+    close(torch.cat(outputs, dim=1), o)
+    close(state, final)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_a_step_touches_only_the_rows_of_its_slots(impl: str) -> None:
+    arguments = small(T=2, B=3, HV=2, gradient=False)
+    pool = torch.randn(5, 2, 4, 3, dtype=torch.float64)
+    before = pool.clone()
+    o = step(impl, arguments, pool, slots=torch.tensor([3, -1, 0]))
+    expected, final = call("reference", {**arguments, "initial_state": before[[3, 1, 0]]})
+    assert not o[1].any()
+    close(o[[0, 2]], expected[[0, 2]])
+    close(pool[[3, 0]], final[[0, 2]])
+    assert torch.equal(pool[[1, 2, 4]], before[[1, 2, 4]])
+
+
+WRONG: dict[str, tuple[dict[str, Tensor | Packing], str]] = {
+    "decay a head": ({"g": torch.zeros(2, 6, 4)}, r"g: expected 4 dimensions \[B, T, HV, K\], got \[2, 6, 4\]"),
+    "decay of values": ({"g": torch.zeros(2, 6, 4, 3)}, r"g: expected \[B=2, T=6, HV=4, K=4\], got \[2, 6, 4, 3\]"),
+    "positive decay": ({"g": torch.ones(2, 6, 4, 4)}, r"g: expected a log decay, so at most 0 everywhere, got 1"),
+    "strength": ({"beta": torch.zeros(2, 6, 2)}, r"beta: expected \[B=2, T=6, HV=4\], got \[2, 6, 2\]"),
+    "dtype": ({"k": torch.zeros(2, 6, 2, 4).double()}, r"k: expected torch.float32 like q, got torch.float64"),
+    "packing": ({"packing": Packing.from_lengths([6, 7])}, r"packing: describes 13 tokens"),
+    "state": ({"initial_state": torch.zeros(2, 4, 3, 4)}, r"initial_state: expected \[N=2, HV=4, K=4, V=3\], got \[2, 4, 3, 4\]"),
+    "narrow state": ({"initial_state": torch.zeros(2, 4, 4, 3).half()}, r"initial_state: expected torch.float32, got torch.float16"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_named(case: str) -> None:
+    changes, message = WRONG[case]
+    arguments = small(B=2, H=2, HV=4, dtype=torch.float32, gradient=False)
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        channel_delta_rule(**{**arguments, **changes})
+
+
+def test_wrong_arguments_of_the_step_are_named() -> None:
+    arguments = small(B=2, H=2, HV=4, dtype=torch.float32, gradient=False)
+    with pytest.raises(ArgumentError, match=r"state: expected torch.float32, torch.bfloat16 or torch.float16, got torch.float64"):
+        channel_delta_step(**arguments, state=torch.zeros(2, 4, 4, 3).double())
+    with pytest.raises(ArgumentError, match=r"v: expected a tensor without gradient"):
+        channel_delta_step(**{**arguments, "v": arguments["v"].clone().requires_grad_()}, state=torch.zeros(2, 4, 4, 3))
