@@ -54,6 +54,8 @@ def _is_even(permutation: tuple[int, ...]) -> bool:
 
 
 class GroupWords(Task):
+    """See the module\'s docstring."""
+
     group: str = "S3"
     """Z<n>, S<n> or A<n>."""
     elements: int = 128

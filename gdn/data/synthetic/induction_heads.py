@@ -13,6 +13,8 @@ from gdn.data.synthetic.base import Sample, Split, Task, integers, unasked
 
 
 class InductionHeads(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 16
     """Tokens with the special one."""
     length: int = 256

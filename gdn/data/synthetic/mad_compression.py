@@ -13,6 +13,8 @@ from gdn.data.synthetic.base import Sample, Split, Task, integers
 
 
 class Compression(Task):
+    """See the module\'s docstring."""
+
     from_last: ClassVar[bool] = True
     vocab: int = 16
     """Tokens; the last of them ends the sequence."""

@@ -17,6 +17,8 @@ Motif = tuple[int, ...]
 
 
 class FuzzyRecall(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 16
     """Tokens of keys and of values, and one for padding."""
     length: int = 128

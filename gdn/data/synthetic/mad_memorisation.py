@@ -19,6 +19,8 @@ from gdn.data.synthetic.mqar import interleave
 
 
 class Memorisation(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 256
     """Keys are the lower half, values the upper half; the last token is the question mark."""
     length: int = 32

@@ -6,6 +6,8 @@ from gdn.data.synthetic.mad_recall import InContextRecall
 
 
 class NoisyRecall(InContextRecall):
+    """See the module\'s docstring."""
+
     vocab: int = 32
     """Keys, values and noise tokens."""
     noise_vocab: int = 16

@@ -15,6 +15,8 @@ from gdn.data.synthetic.mqar import interleave
 
 
 class InContextRecall(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 16
     """Keys, values and noise tokens."""
     length: int = 128

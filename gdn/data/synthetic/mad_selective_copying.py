@@ -13,6 +13,8 @@ from gdn.data.synthetic.base import Sample, Split, Task, integers, unasked
 
 
 class MADSelectiveCopying(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 16
     """Tokens to copy, the blank and the sign."""
     length: int = 256

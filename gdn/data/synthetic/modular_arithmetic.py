@@ -16,6 +16,8 @@ OPERATORS = "+-*"
 
 
 class ModularArithmetic(Task):
+    """See the module\'s docstring."""
+
     length: int = 40
     """Most tokens of a sequence, with the "="."""
     shortest: int = 4

@@ -16,6 +16,8 @@ from gdn.data.synthetic.base import Sample, Split, Task, distinct, integers, una
 
 
 class MQAR(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 8192
     """Keys are from the lower half of the vocabulary without 0, values from the upper half."""
     length: int = 64

@@ -15,6 +15,8 @@ from gdn.data.synthetic.mqar import ask, interleave
 
 
 class CompositionalMQAR(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 8192
     """First tokens are from the lowest third of the vocabulary without 0, second ones from the middle, values from the highest."""
     length: int = 64

@@ -15,6 +15,8 @@ from gdn.data.synthetic.mqar import ask, interleave
 
 
 class ForgettingMQAR(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 8192
     """Keys are from the lower half of the vocabulary without 0, values from the upper half."""
     length: int = 64

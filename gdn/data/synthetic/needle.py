@@ -66,6 +66,8 @@ def magic_key(rng: np.random.Generator) -> str:
 
 
 class Needle(Task):
+    """See the module\'s docstring."""
+
     level: Level = 1
     """1, 2 or 3: see above."""
     length: int = 1024

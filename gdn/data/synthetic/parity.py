@@ -12,6 +12,8 @@ from gdn.data.synthetic.base import IGNORE, Sample, Split, Task, integers
 
 
 class Parity(Task):
+    """See the module\'s docstring."""
+
     length: int = 40
     """Most bits of a sequence."""
     shortest: int = 3

@@ -20,6 +20,8 @@ NAMES = 13
 
 
 class PhoneBook(Task):
+    """See the module\'s docstring."""
+
     entries: int = 20
     """Entries of a book."""
     digits: int = 7

@@ -20,6 +20,8 @@ Automaton = tuple[dict[int, int], ...]
 
 
 class RegBench(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 20
     """Symbols, the separator and padding."""
     length: int = 1024

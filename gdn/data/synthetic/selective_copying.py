@@ -14,6 +14,8 @@ from gdn.data.synthetic.base import Sample, Split, Task, distinct, integers, una
 
 
 class SelectiveCopying(Task):
+    """See the module\'s docstring."""
+
     vocab: int = 16
     """Noise, data and the marker."""
     context: int = 4096
