@@ -57,11 +57,12 @@ def _run(series: str, name: str, seed: int, toy: bool) -> Run:
         precision="fp32" if toy else "bf16",
         check_every=500,
     )
+    mixers = models.pattern(series, width, HEADS, WINDOW)
     return Run(
         series=series,
         x=name,
         seed=seed,
-        model=LM.Config(vocab=task.vocab, width=width, layers=2, mlp=2 * width, pattern=models.pattern(series, width, HEADS, WINDOW)),
+        model=LM.Config(vocab=task.vocab, width=width, layers=models.depth(mixers, 2), mlp=2 * width, pattern=mixers),
         tasks=(task,),
         training=training,
         tests=(Test(name="accuracy", task=task, measure="classes", examples=2 if toy else 1280, batch=128),),

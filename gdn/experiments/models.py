@@ -65,6 +65,11 @@ def names(*without: str) -> Sequence[str]:
     return [name for name in MODELS if name not in without]
 
 
+def depth(mixers: Pattern, least: int) -> int:
+    """Layers of a model of `least` layers, but at least one of each mixer: a hybrid of three has three."""
+    return max(least, len(mixers))
+
+
 def every(settings: Sequence[T], *, toy: bool) -> Iterator[tuple[str, T]]:
     """Every model at every setting; for a toy every model at the first and one model at the others."""
     for i, setting in enumerate(settings):

@@ -42,11 +42,12 @@ def _run(series: str, pairs: int, seed: int, toy: bool) -> Run:
         precision="fp32" if toy else "bf16",
         enough=0.995,
     )
+    mixers = models.pattern(series, width, HEADS, 4 * pairs)
     return Run(
         series=series,
         x=float(pairs),
         seed=seed,
-        model=LM.Config(vocab=vocab, width=width, layers=2, mlp=0, pattern=models.pattern(series, width, HEADS, 4 * pairs)),
+        model=LM.Config(vocab=vocab, width=width, layers=models.depth(mixers, 2), mlp=0, pattern=mixers),
         tasks=tuple(tasks.values()),
         training=training,
         tests=tuple(Test(name=name, task=task, examples=2 if toy else 1024) for name, task in reversed(tasks.items())),

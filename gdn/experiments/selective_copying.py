@@ -42,13 +42,14 @@ def runs(toy: bool) -> list[Run]:
         Run(
             series=series,
             seed=seed,
-            model=LM.Config(vocab=16, width=width, layers=2, mlp=2 * width, pattern=models.pattern(series, width, HEADS, length // 4)),
+            model=LM.Config(vocab=16, width=width, layers=models.depth(mixers, 2), mlp=2 * width, pattern=mixers),
             tasks=(task,),
             training=training,
             tests=tests,
         )
         for seed in range(1 if toy else 3)
         for series in models.names()
+        for mixers in (models.pattern(series, width, HEADS, length // 4),)
     ]
 
 

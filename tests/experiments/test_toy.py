@@ -41,6 +41,7 @@ def test_toy(name: str, tmp_path: Path) -> None:
 def test_full_runs_can_be_told_apart_and_survive_the_results_file(name: str) -> None:
     runs = experiments.load(name).runs(False)
     assert len({run.key for run in runs}) == len(runs)
+    assert all(set(run.model.pattern) == set(run.model.mixers) for run in runs)  # no hybrid is cut off
     for run in (runs[0], runs[-1]):
         again = Run.from_dict(json.loads(json.dumps(run.to_dict())))
         assert again == run

@@ -18,6 +18,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -42,14 +43,19 @@ ADJECTIVES, NOUNS, VERBS = (line.split() for line in Path(__file__).with_name("n
 
 def prompt(sentences: Sequence[str], place: int, *, kind: str, key: str, value: str, separator: str = " ") -> str:
     """RULER's prompt with the needle before sentence `place`, up to and without the answer. `kind` is "numbers" or "uuids"."""
-    needle = f"One of the special magic {kind} for {key} is: {value}."
+    before, needle, question = around(kind, key, value)
     haystack = separator.join([*sentences[:place], needle, *sentences[place:]])
+    return f"{before}\n{haystack}\n{question}"
+
+
+def around(kind: str, key: str, value: str) -> tuple[str, str, str]:
+    """What stands before the haystack, the needle, and the question after it."""
     one = kind.removesuffix("s")
     return (
-        f"A special magic {one} is hidden within the following text. Make sure to memorize it. "
-        f"I will quiz you about the {one} afterwards.\n"
-        f"{haystack}\nWhat is the special magic {one} for {key} mentioned in the provided text? "
-        f"The special magic {one} for {key} mentioned in the provided text is"
+        f"A special magic {one} is hidden within the following text. Make sure to memorize it. I will quiz you about the {one} afterwards.",
+        f"One of the special magic {kind} for {key} is: {value}.",
+        f"What is the special magic {one} for {key} mentioned in the provided text? "
+        f"The special magic {one} for {key} mentioned in the provided text is",
     )
 
 
@@ -92,24 +98,31 @@ class Needle(Task):
         rng = numpy_generator(generator)
         tokens, targets = torch.full((batch, self.length), PAD), unasked(batch, self.length)
         for row in range(batch):
-            text, value = self.text(rng, split)
-            ids, answer = self.encode(text), self.encode(value)
+            sentences, place, words = self._place(rng, split)
+            before, needle, question = (self.encode(part) for part in around(**words))
+            haystack = [self._sentence(sentence) for sentence in sentences]
+            haystack.insert(place, needle)
+            ids, answer = [*before, *chain(*haystack), *question], self.encode(words["value"])
             read = [*ids, *answer[:-1]]
             tokens[row, : len(read)] = torch.tensor(read)
             targets[row, len(ids) - 1 : len(read)] = torch.tensor(answer)
         return Sample(tokens, targets)
 
     def text(self, rng: np.random.Generator, split: Split) -> tuple[str, str]:
-        """A prompt whose tokens and the answer's are at most `length`, and the answer."""
+        """A prompt whose tokens and the answer's are at most `length`, and the answer: a row of a batch, to read."""
+        sentences, place, words = self._place(rng, split)
+        return prompt(sentences, place, **words, separator="\n" if self.level == 1 else " "), words["value"]
+
+    def _place(self, rng: np.random.Generator, split: Split) -> tuple[list[str], int, dict[str, str]]:
+        """Sentences that leave room for the rest, the place of the needle among them, and its words."""
         value, key = magic_value(self.level, rng), magic_key(rng)
         words = {"kind": "uuids" if self.level == 3 else "numbers", "key": key, "value": value}
-        room = self.length - len(self.encode(prompt([], 0, **words))) - len(self.encode(value))
+        room = self.length - len(self.encode(" ".join((*around(**words), value))))
         if self.level == 1:
-            sentences = [REPEATED] * (room // len(self.encode(REPEATED)))
-            return prompt(sentences, int(rng.integers(len(sentences) + 1)), **words, separator="\n"), value
+            sentences = [REPEATED] * (room // len(self._sentence(REPEATED)))
+            return sentences, int(rng.integers(len(sentences) + 1)), words
         sentences = self._cut(room, rng, split)
-        place = round(int(rng.integers(DEPTHS)) / (DEPTHS - 1) * len(sentences))
-        return prompt(sentences, place, **words), value
+        return sentences, round(int(rng.integers(DEPTHS)) / (DEPTHS - 1) * len(sentences)), words
 
     def _cut(self, room: int, rng: np.random.Generator, split: Split) -> list[str]:
         """Whole sentences of the haystack's text from a random place on, wrapped if need be, that fill the room."""
@@ -118,11 +131,18 @@ class Needle(Task):
         part = sentences[:border] if split == "train" else sentences[border:]
         chosen, at = [], int(rng.integers(len(part)))
         while True:
-            room -= len(self.encode(part[at]))
+            room -= len(self._sentence(part[at]))
             if room < 0:
                 return chosen
             chosen.append(part[at])
             at = (at + 1) % len(part)
+
+    def _sentence(self, sentence: str) -> list[int]:
+        """The tokens of a sentence of a haystack, which comes again and again."""
+        known = _encoded(self.source, self.vocab)
+        if sentence not in known:
+            known[sentence] = self.encode(sentence)
+        return known[sentence]
 
     def encode(self, text: str) -> list[int]:
         """Tokens of words, of single characters of values, and of marks."""
@@ -155,6 +175,12 @@ def _vocabulary(source: str, size: int) -> dict[str, int]:
     counts = Counter(piece for sentence in _sentences(source) for piece in pieces(sentence))
     frequent = sorted(counts.keys() - set(fixed), key=lambda piece: (-counts[piece], piece))
     return {piece: i for i, piece in enumerate((fixed + frequent)[: size - 2], start=2)}
+
+
+@functools.lru_cache(maxsize=8)
+def _encoded(source: str, size: int) -> dict[str, list[int]]:
+    """Sentences that have been cut into tokens already."""
+    return {}
 
 
 @functools.lru_cache(maxsize=8)

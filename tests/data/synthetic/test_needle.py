@@ -69,6 +69,19 @@ def test_targets_are_the_characters_of_the_answer(level: int) -> None:
         assert PAD not in row[: asked[-1]]
 
 
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_a_row_is_the_text_in_tokens(level: int) -> None:
+    task, generator = Needle(level=level, length=300), torch.Generator().manual_seed(0)  # type: ignore[arg-type]
+    tokens, targets, _ = task.sample(4, generator)
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(0))))
+    for row, wanted in zip(tokens.tolist(), targets.tolist()):
+        text, value = task.text(rng, "train")
+        ids = task.encode(text)
+        assert row[: len(ids)] == ids
+        assert [target for target in wanted if target != IGNORE] == task.encode(value)
+        assert wanted[len(ids) - 1] != IGNORE
+
+
 def test_values_are_spelled_and_words_are_not() -> None:
     assert pieces("is: 1234567.") == ["is", ":", "#1", "#2", "#3", "#4", "#5", "#6", "#7", "."]
     assert pieces("The 12 oaks") == ["The", "12", "oaks"]
