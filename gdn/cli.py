@@ -272,6 +272,39 @@ def _bench(arguments: list[str]) -> int:
     return tyro.cli(bench_ops, args=arguments[1:], prog="gdn bench ops")
 
 
+def experiment(
+    name: Annotated[str, tyro.conf.Positional] = "",
+    *,
+    toy: bool = False,
+    only: str = "",
+    directory: Path | None = None,
+    device: str = "auto",
+) -> int:
+    """Test a claim on generated tasks: train the models it compares, then a table and a picture. Without a name: list them.
+
+    Args:
+        name: One of those listed. The same command again goes on with the runs that are missing.
+        toy: A few steps of tiny models, to see that it works; results go to runs/experiments/NAME-toy.
+        only: Do only the models whose name contains this.
+        directory: Where results.jsonl, table.md and plot.png go. Default: experiments/NAME.
+        device: "auto", "cpu" or "cuda".
+    """
+    import torch
+
+    from gdn import experiments
+    from gdn.core.device import default_device
+
+    if not name:
+        print("\n".join(f"{each:<20}{experiments.load(each).claim}" for each in experiments.names()))
+        return 0
+    from gdn.experiments.conduct import conduct
+
+    chosen = experiments.load(name)
+    folder = directory or (Path("runs/experiments") / f"{name}-toy" if toy else Path("experiments") / name)
+    conduct(chosen, folder, default_device() if device == "auto" else torch.device(device), toy=toy, only=only)
+    return 0
+
+
 def _command(function: Callable[..., int], name: str) -> Callable[[list[str]], int]:
     def run(arguments: list[str]) -> int:
         return tyro.cli(function, args=arguments, prog=f"gdn {name}")
@@ -287,6 +320,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
     "info": _info,
     "doctor": _command(doctor, "doctor"),
+    "experiment": _command(experiment, "experiment"),
 }
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "gdn"
 LAYERS = [
     ["cli"],
     ["testing"],
-    ["recipes"],
+    ["recipes", "experiments"],
     ["train", "serve", "apps"],
     ["eval"],
     ["hf", "parallel"],

@@ -9,7 +9,18 @@ import pytest
 
 import gdn
 
-MODULES = ["gdn", "gdn.data", "gdn.eval", "gdn.mixers", "gdn.models", "gdn.nn", "gdn.ops", "gdn.train"]
+MODULES = [
+    "gdn",
+    "gdn.data",
+    "gdn.data.synthetic",
+    "gdn.eval",
+    "gdn.experiments",
+    "gdn.mixers",
+    "gdn.models",
+    "gdn.nn",
+    "gdn.ops",
+    "gdn.train",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

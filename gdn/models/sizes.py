@@ -6,8 +6,9 @@ unused scalar per head and Gated DeltaNet layer; it is left out here, so the cou
 paper's best order, Mamba2, Gated DeltaNet, attention; its size is not published, this one has the width and depth of `gdn_h1_1.3b`.
 `deltanet_340m` and `deltanet_1.3b` are DeltaNet's (arXiv 2406.06484; 32 000 tokens, untied), `deltanet_sliding_340m` and
 `deltanet_global_340m` its hybrids with attention through a window in every other layer, or to everything in the second layer and the one
-after the middle. `deltaproduct_392m` is DeltaProduct's with three writes a token (arXiv 2502.10297; tied). `transformer_340m` and `transformer_1.3b` are Transformer++. `gdn_qwen_0.4b` has no published counterpart of its size:
-three Gated DeltaNet layers and then a gated attention layer, as in Qwen3-Next.
+after the middle. `deltaproduct_392m` is DeltaProduct's with three writes a token (arXiv 2502.10297; 32 000 tokens, tied).
+`transformer_340m` and `transformer_1.3b` are Transformer++. `gdn_qwen_0.4b` has no published counterpart of its size: three Gated DeltaNet
+layers and then a gated attention layer, as in Qwen3-Next.
 
 For comparisons on a small budget: `gdn_6m`, `gdn_32m`, `gdn_99m`, `gdn_269m` and `transformer_6m`, ... are matched within 3 % in parameters
 without the embedding, which their names count.

@@ -1,0 +1,89 @@
+"""The six tasks of MAD: recall saturates for attention and the delta rule; memorisation and compression go the other way.
+
+The published protocol: two blocks of width 128, 12 800 training sequences, batches of 128, accuracy as the mean over classes, the best of
+six combinations of learning rate and weight decay after 200 epochs. Here one combination (5e-4, 0.1) and 40 epochs; memorisation has 256
+training sequences, as published, and as many updates as the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gdn.data.synthetic.base import Task
+from gdn.data.synthetic.mad_compression import Compression
+from gdn.data.synthetic.mad_fuzzy_recall import FuzzyRecall
+from gdn.data.synthetic.mad_memorisation import Memorisation
+from gdn.data.synthetic.mad_noisy_recall import NoisyRecall
+from gdn.data.synthetic.mad_recall import InContextRecall
+from gdn.data.synthetic.mad_selective_copying import MADSelectiveCopying
+from gdn.experiments import models, plots
+from gdn.experiments.definition import Experiment, Row, Run, Test, Training
+from gdn.models.lm import LM
+from gdn.train import AdamW, Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, HEADS, BATCH, EXAMPLES, EPOCHS = 128, 4, 128, 12_800, 40
+WINDOW = 32
+TASKS: dict[str, Task] = {
+    "compression": Compression(),
+    "fuzzy recall": FuzzyRecall(),
+    "in-context recall": InContextRecall(),
+    "memorisation": Memorisation(),
+    "noisy recall": NoisyRecall(),
+    "selective copying": MADSelectiveCopying(),
+}
+PUBLISHED = {
+    "Transformer": (51.6, 29.8, 94.1, 85.2, 86.8, 99.6),
+    "DeltaNet": (42.2, 35.7, 100.0, 52.8, 100.0, 100.0),
+}
+"""Per cent, in the order of the tasks."""
+
+
+def runs(toy: bool) -> list[Run]:
+    return [_run(series, task, seed, toy) for seed in range(1 if toy else 3) for series, task in models.every(list(TASKS), toy=toy)]
+
+
+def _run(series: str, name: str, seed: int, toy: bool) -> Run:
+    task, width = TASKS[name], 16 if toy else WIDTH
+    training = Training(
+        steps=2 if toy else EPOCHS * EXAMPLES // BATCH,
+        batch=2 if toy else BATCH,
+        optim=AdamW(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.1),
+        schedule=Schedule(warmup=0, final_fraction=1e-6 / 5e-4),
+        examples=4 if toy else 256 if name == "memorisation" else EXAMPLES,
+        precision="fp32" if toy else "bf16",
+        check_every=500,
+    )
+    mixers = models.pattern(series, width, HEADS, WINDOW)
+    return Run(
+        series=series,
+        x=name,
+        seed=seed,
+        model=LM.Config(vocab=task.vocab, width=width, layers=models.depth(mixers, 2), mlp=2 * width, pattern=mixers),
+        tasks=(task,),
+        training=training,
+        tests=(Test(name="accuracy", task=task, measure="classes", examples=2 if toy else 1280, batch=128),),
+    )
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    drawn, (axes,) = plots.panels(1, title="MAD: accuracy on six tasks, mean over classes")
+    drawn.set_size_inches(11, 4.2)
+    by_task = [row | {"scores": {row["x"]: row["scores"]["accuracy"]}} for row in rows]
+    plots.bars(axes, by_task, list(TASKS))
+    plots.finish(axes, x="", y="accuracy", legend=True)
+    return drawn
+
+
+EXPERIMENT = Experiment(
+    name="mad",
+    claim="The delta rule is best at recall and copying and worst at memorising; compression is weak as well.",
+    runs=runs,
+    figure=figure,
+    x_name="task",
+    published={f"{series}, {task}": f"{value:g} %" for series, values in PUBLISHED.items() for task, value in zip(TASKS, values)},
+    source="DeltaNet (arXiv 2406.06484), table of MAD; the Transformer from the MAD paper (arXiv 2403.17844).",
+)

@@ -1,0 +1,105 @@
+"""What a model says, and how good that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gdn.data.synthetic.base import IGNORE, Sample
+from gdn.experiments.definition import Test
+from gdn.experiments.readout import Model
+from gdn.train.step import Precision, autocast
+
+TEST_SEED = 20_000
+POINTS = 64
+"""A profile has at most this many places."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of a test."""
+
+    value: float
+    profile: list[tuple[int, float]]
+    """By place: the measure of the targets there (sequences: with all targets up to there hit). For hits only."""
+
+
+@torch.no_grad()
+def score(model: Model, test: Test, *, precision: Precision = "fp32", examples: int | None = None) -> Score:
+    """Put a model to a test. The sequences depend on the test only. Puts the model in evaluation mode and back."""
+    generator = torch.Generator().manual_seed(TEST_SEED)
+    tally, left = Tally(), examples or test.examples
+    training = model.training
+    model.eval()
+    while left > 0:
+        sample = test.task.sample(min(left, test.batch), generator, "test")
+        left -= len(sample.tokens)
+        asked = sample.targets != IGNORE
+        with autocast(model.device, precision):
+            logits = model.logits(sample.tokens.to(model.device), asked.to(model.device)).float().cpu()
+        tally.add(sample, asked, logits)
+    model.train(training)
+    return Score(MEASURES[test.measure](tally), tally.profile(whole=test.measure == "sequences"))
+
+
+@dataclass
+class Tally:
+    """What is remembered of a test."""
+
+    hits: list[Tensor] = field(default_factory=list)
+    asked: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    legal: list[Tensor] = field(default_factory=list)
+    distance: list[Tensor] = field(default_factory=list)
+
+    def add(self, sample: Sample, asked: Tensor, logits: Tensor) -> None:
+        """A batch, with `[n, vocab]` logits for the places that are asked."""
+        said = logits.argmax(dim=-1)
+        hits = torch.zeros_like(asked)
+        hits[asked] = said == sample.targets[asked]
+        self.hits.append(hits)
+        self.asked.append(asked)
+        self.targets.append(sample.targets)
+        if sample.next_token is not None:
+            truth = sample.next_token[asked]
+            self.legal.append(truth.gather(1, said[:, None])[:, 0] > 0)
+            self.distance.append((logits.softmax(-1) - truth).abs().sum(-1) / 2)
+
+    def profile(self, *, whole: bool) -> list[tuple[int, float]]:
+        """The fraction hit at each place that is asked; `whole`: the fraction of sequences without a miss so far."""
+        hits, asked = torch.cat(self.hits), torch.cat(self.asked)
+        good = (hits | ~asked).int().cummin(dim=1).values.bool() if whole else hits
+        counted = torch.ones_like(asked) if whole else asked
+        counts = counted.sum(0)
+        share = (good & counted).sum(0) / counts.clamp(min=1)
+        places = (asked.any(0) & (counts > 0)).nonzero().flatten().tolist()
+        if len(places) > POINTS:
+            places = [places[round(i * (len(places) - 1) / (POINTS - 1))] for i in range(POINTS)]
+        return [(place, round(float(share[place]), 4)) for place in places]
+
+
+def _tokens(tally: Tally) -> float:
+    return float(torch.cat(tally.hits)[torch.cat(tally.asked)].float().mean())
+
+
+def _sequences(tally: Tally) -> float:
+    return float((torch.cat(tally.hits) | ~torch.cat(tally.asked)).all(dim=1).float().mean())
+
+
+def _classes(tally: Tally) -> float:
+    asked, hits, targets = torch.cat(tally.asked), torch.cat(tally.hits), torch.cat(tally.targets)
+    counts = torch.bincount(targets[asked])
+    right = torch.bincount(targets[asked], weights=hits[asked].double(), minlength=len(counts))
+    return float((right[counts > 0] / counts[counts > 0]).mean())
+
+
+MEASURES: dict[str, Callable[[Tally], float]] = {
+    "tokens": _tokens,
+    "sequences": _sequences,
+    "classes": _classes,
+    "legal": lambda tally: float(torch.cat(tally.legal).float().mean()),
+    "distance": lambda tally: float(torch.cat(tally.distance).mean()),
+}

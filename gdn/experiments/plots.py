@@ -1,0 +1,105 @@
+"""Parts of pictures. One colour is one model; a band reaches from the worst seed to the best, a small dot is a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gdn.experiments.definition import Row
+from gdn.experiments.report import grouped, text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = "osD^vPX*<>"
+
+
+def panels(count: int, *, title: str, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+    """A figure with some axes side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2 if count == 1 else 4.6 * count, height), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def colour(series: str, rows: Sequence[Row]) -> str:
+    """By order of appearance."""
+    return f"C{list(dict.fromkeys(row['series'] for row in rows)).index(series) % 10}"
+
+
+def over_x(axes: Axes, rows: Sequence[Row], test: str) -> None:
+    """A line for each series: the score of a test against x."""
+    for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
+        points = {
+            float(x): [row["scores"][test] for row in group]
+            for (name, x), group in grouped(rows).items()
+            if name == series and all(test in row["scores"] for row in group)
+        }
+        lines(axes, sorted(points.items()), colour(series, rows), series, marker=MARKERS[i % len(MARKERS)])
+
+
+def over_tests(axes: Axes, rows: Sequence[Row], tests: Mapping[str, float]) -> None:
+    """A line for each series: its score against what the tests vary."""
+    for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
+        found = {x: [row["scores"][test] for row in rows if row["series"] == series and test in row["scores"]] for test, x in tests.items()}
+        lines(axes, [(x, values) for x, values in found.items() if values], colour(series, rows), series, marker=MARKERS[i % len(MARKERS)])
+
+
+def over_steps(axes: Axes, rows: Sequence[Row]) -> None:
+    """A thin line for each run: the score of the first test while it learns. One that stopped early keeps its last score."""
+    longest = max(row["curve"][-1][0] for row in rows)
+    for series in dict.fromkeys(row["series"] for row in rows):
+        for i, row in enumerate([row for row in rows if row["series"] == series]):
+            steps, values = zip(*[*row["curve"], (longest, row["curve"][-1][1])])
+            axes.plot(steps, values, color=colour(series, rows), linewidth=1.1, alpha=0.8, label=series if i == 0 else None)
+
+
+def over_places(axes: Axes, rows: Sequence[Row], test: str) -> None:
+    """A line for each series: a test's measure at each place of the sequence."""
+    for series in dict.fromkeys(row["series"] for row in rows):
+        points: dict[float, list[float]] = {}
+        for row in rows:
+            if row["series"] == series:
+                for place, value in row["profiles"][test]:
+                    points.setdefault(place + 1, []).append(value)
+        lines(axes, sorted(points.items()), colour(series, rows), series)
+
+
+def lines(axes: Axes, points: Sequence[tuple[float, list[float]]], colour: str, label: str, **style: Any) -> None:
+    """The mean of the values at each x, and a band from the least to the most; with a marker, a dot for each value instead."""
+    if not points:
+        return
+    xs = [x for x, _ in points]
+    axes.plot(xs, [sum(v) / len(v) for _, v in points], color=colour, label=label, linewidth=1.8, markersize=6, **style)
+    if "marker" in style:
+        axes.scatter([x for x, v in points for _ in v], [y for _, v in points for y in v], s=9, color=colour, alpha=0.6)
+    else:
+        axes.fill_between(xs, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.15, linewidth=0)
+
+
+def bars(axes: Axes, rows: Sequence[Row], tests: Sequence[str]) -> None:
+    """Groups of bars: the tests, and in each a bar for every series; dots are seeds."""
+    names = list(dict.fromkeys(row["series"] for row in rows))
+    wide = 0.8 / len(names)
+    for i, series in enumerate(names):
+        found = [[row["scores"][test] for row in rows if row["series"] == series and test in row["scores"]] for test in tests]
+        at = [group + (i - (len(names) - 1) / 2) * wide for group in range(len(tests))]
+        shown = [(x, values) for x, values in zip(at, found) if values]
+        axes.bar([x for x, _ in shown], [sum(v) / len(v) for _, v in shown], wide * 0.9, color=colour(series, rows), label=series)
+        axes.scatter([x for x, v in shown for _ in v], [y for _, v in shown for y in v], s=8, color="black", zorder=3)
+    axes.set_xticks(range(len(tests)), [text(test) for test in tests])
+
+
+def finish(axes: Axes, *, x: str, y: str = "", title: str = "", chance: float | None = None, legend: bool = False) -> None:
+    """Labels, a grid, the level of guessing, and accuracies from 0 to 1."""
+    axes.set(xlabel=x, ylabel=y, ylim=(-0.03, 1.05))
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    if chance is not None:
+        axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
+        axes.annotate("guessing", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="grey")
+    if legend:
+        axes.legend(frameon=False, fontsize=8)

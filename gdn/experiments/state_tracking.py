@@ -1,0 +1,106 @@
+"""Group word problems of S3, S4, A5 and S5 with one layer and one to four writes a token (DeltaProduct, arXiv 2502.10297).
+
+The authors' settings: width 128, 8 heads of 32, no convolution, decay or output gate; words of 128 elements, tested on 512; batches of
+2048, 4900 steps (100 epochs of their 100 000 words; here every word is new), AdamW 1e-3; stopped when 99 % of all words are right. A word
+is right up to an element if every product up to there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gdn.data.synthetic.group_words import GroupWords
+from gdn.experiments import plots
+from gdn.experiments.definition import Experiment, Row, Run, Test, Training
+from gdn.mixers.attention import Attention
+from gdn.mixers.base import MixerConfig
+from gdn.mixers.deltaproduct import DeltaProduct
+from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.mamba2 import Mamba2
+from gdn.models.lm import LM
+from gdn.train import AdamW, Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, HEADS, TRAINED, LONGEST = 128, 8, 128, 512
+GROUPS = ("S3", "S4", "A5", "S5")
+
+
+def models(width: int, heads: int) -> dict[str, MixerConfig]:
+    """DeltaProduct by writes, and what should not be able to follow."""
+    head_dim = width // 4  # as published: eight heads of 32 at width 128
+    product = DeltaProduct.Config(
+        householders=1, gate=False, allow_neg_eigval=True, heads=heads, head_dim=head_dim, short_conv=False, output_gate=False
+    )
+    return {
+        **{f"{n} write{'s' if n > 1 else ''} a token": product.with_(householders=n) for n in (1, 2, 3, 4)},
+        "2 writes, beta < 1": product.with_(householders=2, allow_neg_eigval=False),
+        "Gated DeltaNet": GatedDeltaNet.Config(heads=heads, head_dim=head_dim, expand_v=1.0),
+        "Gated DeltaNet, beta < 2": GatedDeltaNet.Config(heads=heads, head_dim=head_dim, expand_v=1.0, allow_neg_eigval=True),
+        "Mamba2": Mamba2.Config(head_dim=head_dim, state_dim=head_dim),
+        "Transformer": Attention.Config(heads=heads, head_dim=head_dim),
+    }
+
+
+def runs(toy: bool) -> list[Run]:
+    width, heads, trained, longest = (16, 2, 5, 8) if toy else (WIDTH, HEADS, TRAINED, LONGEST)
+    training = Training(
+        steps=2 if toy else 4900,
+        batch=2 if toy else 2048,
+        optim=AdamW(lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-6),
+        schedule=Schedule(warmup=0, final_fraction=0.0),
+        precision="fp32" if toy else "bf16",
+        check_every=100,
+        enough=0.99,
+    )
+    found = []
+    for seed in range(1 if toy else 3):
+        for group in ("S3",) if toy else GROUPS:
+            tests = tuple(
+                Test(name=f"length {n}", task=GroupWords(group=group, elements=n), measure="sequences", examples=2 if toy else 512)
+                for n in (trained, longest)
+            )
+            vocab = tests[0].task.vocab
+            found += [
+                Run(
+                    series=series,
+                    x=group,
+                    seed=seed,
+                    model=LM.Config(vocab=vocab, width=width, layers=1, mlp=4 * width * 2 // 3, pattern=(mixer,)),
+                    tasks=(tests[0].task,),
+                    training=training,
+                    tests=tests,
+                )
+                for series, mixer in models(width, heads).items()
+            ]
+    return found
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    longest = list(rows[0]["scores"])[-1]
+    groups = list(dict.fromkeys(row["x"] for row in rows))
+    drawn, panels = plots.panels(len(groups), title="Word problems with one layer: fraction of words without an error so far")
+    for axes, group in zip(panels, groups):
+        plots.over_places(axes, [row for row in rows if row["x"] == group], longest)
+        plots.finish(axes, x="elements read", title=group, legend=group == groups[-1])
+        axes.axvline(rows[0]["run"]["tasks"][0]["elements"], color="grey", linewidth=1)
+    return drawn
+
+
+SOLVED = {"S3": 2, "S4": 2, "A5": 2, "S5": 4}
+"""Writes a token with which one layer solves the group in the paper's figures."""
+EXPERIMENT = Experiment(
+    name="state_tracking",
+    claim="One layer follows S3, S4 and A5 with two writes a token and S5 with four, far beyond the length it was trained on.",
+    runs=runs,
+    figure=figure,
+    x_name="group",
+    published={
+        f"{n} write{'s' if n > 1 else ''} a token, {group}": "solved" if n >= least else "fails"
+        for group, least in SOLVED.items()
+        for n in (1, 2, 3, 4)
+    },
+    source="DeltaProduct (arXiv 2502.10297), figures.",
+)

@@ -1,0 +1,177 @@
+"""Stopping and going on, one results file for several starts, tables."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from gdn.core.errors import ConfigError, DataError
+from gdn.data.synthetic import MQAR, Parity
+from gdn.experiments import conduct as module
+from gdn.experiments.conduct import conduct, read
+from gdn.experiments.definition import Experiment, Run, Test, Training
+from gdn.experiments.learn import learn, stream
+from gdn.experiments.report import Table
+from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.models.lm import LM
+
+CPU = torch.device("cpu")
+TASK = Parity(length=6, shortest=6, running=True)
+
+
+def run(series: str = "model", seed: int = 0, **changes: Any) -> Run:
+    model = LM.Config(vocab=3, width=8, layers=1, mlp=8, pattern=(GatedDeltaNet.Config(heads=1, head_dim=4),))
+    tests = (Test(name="short", task=TASK, examples=8), Test(name="long", task=TASK.with_(length=12, shortest=12), examples=8))
+    return Run(series=series, seed=seed, model=model, tasks=(TASK,), training=Training(steps=3, batch=4, check_every=2), tests=tests).with_(
+        **changes
+    )
+
+
+def figure(rows: Any) -> Any:
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    return matplotlib.Figure()
+
+
+def experiment(*runs: Run, **changes: Any) -> Experiment:
+    return Experiment(name="example", claim="It works.", runs=lambda toy: runs, figure=figure, **changes)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def counted(run: Run, *rest: Any) -> Any:
+        done.append(run.title)
+        return learn(run, *rest)
+
+    monkeypatch.setattr(module, "learn", counted)
+    conduct(experiment(run(), run(seed=1)), tmp_path, CPU, console=quiet())
+    assert done == ["model, seed 0", "model, seed 1"]
+    rows = conduct(experiment(run(seed=1), run(seed=2), run(seed=0)), tmp_path, CPU, console=quiet())
+    assert done[2:] == ["model, seed 2"]
+    assert [row["seed"] for row in rows] == [1, 2, 0]
+    # Anything that could change the result makes another run of it.
+    conduct(experiment(run(training=Training(steps=4, batch=4))), tmp_path, CPU, console=quiet())
+    assert len(done) == 4
+
+
+def test_a_stopped_experiment_keeps_what_is_finished_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(run: Run, *rest: Any) -> Any:
+        if run.seed == 1:
+            raise KeyboardInterrupt
+        return learn(run, *rest)
+
+    runs = [run(seed=seed) for seed in range(3)]
+    monkeypatch.setattr(module, "learn", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        conduct(experiment(*runs), tmp_path, CPU, console=quiet())
+    assert [row["seed"] for row in read(tmp_path / "results.jsonl")] == [0]
+    assert "Not all runs are finished" in (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(module, "learn", learn)
+    assert len(conduct(experiment(*runs), tmp_path, CPU, console=quiet())) == 3
+    assert "Not all runs are finished" not in (tmp_path / "table.md").read_text()
+
+
+def test_a_line_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    conduct(experiment(run(), run(seed=1)), tmp_path, CPU, console=quiet())
+    file.write_text(file.read_text()[:-40])
+    assert len(conduct(experiment(run(), run(seed=1)), tmp_path, CPU, console=quiet())) == 2
+    assert [row["seed"] for row in read(file)] == [0, 1]
+    file.write_text("no json\n")
+    with pytest.raises(DataError, match=r"results\.jsonl:1: expected a row of results"):
+        read(file)
+
+
+def test_old_results_stay_good_when_a_field_is_added_and_not_when_one_is_gone(tmp_path: Path) -> None:
+    (row,) = conduct(experiment(run()), tmp_path, CPU, console=quiet())
+    before = json.loads(json.dumps(row))
+    del before["run"]["model"]["pattern"][0]["conv_size"]  # as if written before that option existed
+    assert module.run_of(before) == run()
+    before["run"]["model"]["pattern"][0]["no_such_option"] = 1
+    assert module.run_of(before) is None
+
+
+def test_only_some_series(tmp_path: Path) -> None:
+    both = experiment(run("one"), run("two"))
+    assert [row["series"] for row in conduct(both, tmp_path, CPU, only="two", console=quiet())] == ["two"]
+    with pytest.raises(ConfigError, match="one, two"):
+        conduct(both, tmp_path, CPU, only="three", console=quiet())
+
+
+def test_the_same_run_gives_the_same_numbers() -> None:
+    first, again, other = learn(run(), CPU), learn(run(), CPU), learn(run(seed=1), CPU)
+    assert first["loss"] == again["loss"]
+    assert first["scores"] == again["scores"]
+    assert first["loss"] != other["loss"]
+    assert first["steps"] == 3
+    assert [step for step, _ in first["curve"]] == [2, 3]
+
+
+def test_training_stops_when_it_is_good_enough() -> None:
+    row = learn(run(training=Training(steps=50, batch=4, check_every=2, enough=0.0)), CPU)
+    assert row["steps"] == 4  # two looks in a row
+
+
+def test_a_small_model_learns() -> None:
+    task = MQAR(vocab=8, length=8, pairs=1, random_fill=False)
+    model = LM.Config(vocab=8, width=32, layers=1, mlp=0, pattern=(GatedDeltaNet.Config(heads=1, head_dim=16),))
+    tests = (Test(name="recall", task=task, examples=64),)
+    row = learn(Run(series="", model=model, tasks=(task,), training=Training(steps=150, batch=32), tests=tests), CPU)
+    assert row["scores"]["recall"] > 0.95
+
+
+def test_a_fixed_training_set_is_gone_through_once_an_epoch() -> None:
+    training = Training(steps=6, batch=4, examples=14)
+    batches = [sample.tokens for sample in stream([MQAR(vocab=64, length=16, pairs=3)], training, seed=0)]
+    rows = [[tuple(row.tolist()) for batch in epoch for row in batch] for epoch in (batches[:3], batches[3:])]
+    assert len(set(rows[0])) == len(set(rows[1])) == 12  # of 14, the last two make no whole batch
+    assert rows[0] != rows[1]
+    assert len(set(rows[0]) | set(rows[1])) <= 14
+
+
+def test_tasks_are_learned_in_turn() -> None:
+    tasks = [MQAR(vocab=64, length=16, pairs=3), MQAR(vocab=64, length=24, pairs=3)]
+    for examples in (None, 8):
+        training = Training(steps=5, batch=4, examples=examples)
+        assert [sample.tokens.shape[1] for sample in stream(tasks, training, seed=0)] == [16, 24, 16, 24, 16]
+
+
+def test_the_table_has_means_ranges_and_published_figures(tmp_path: Path) -> None:
+    rows = [
+        {"series": "GDN", "x": x, "seed": seed, "scores": {"accuracy": score}, "steps": 5, "parameters": 1234, "seconds": 60.0}
+        | {"device": "cpu", "torch": "2.13"}
+        for x, seed, score in ((4.0, 0, 0.5), (4.0, 1, 0.7), (8.0, 0, 0.25))
+    ]
+    table = Table.of(experiment(x_name="pairs", published={"GDN, 4": "0.9"}, source="A paper"), rows)
+    assert table.columns == ["model", "pairs", "accuracy", "seeds", "steps", "parameters", "published"]
+    assert table.rows == [["GDN", "4", "0.600 (0.50-0.70)", "2", "5", "1,234", "0.9"], ["GDN", "8", "0.250", "1", "5", "1,234", ""]]
+    text = table.markdown(complete=False)
+    assert "| GDN | 4 | 0.600 (0.50-0.70) | 2 | 5 | 1,234 | 0.9 |" in text
+    assert "3.0 minutes" in text
+    assert "Published: A paper" in text
+    assert "Not all runs" in text
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab: expected 3 as in Parity, got 5"):
+        run(model=run().model.with_(vocab=5))
+    with pytest.raises(ConfigError, match="tests: expected at least one"):
+        run(tests=())
+    with pytest.raises(ConfigError, match="tasks: expected at least one"):
+        run(tasks=())
+    with pytest.raises(ConfigError, match="steps: expected at least 1"):
+        Training(steps=0, batch=1)
+    with pytest.raises(ConfigError, match="examples: expected at least batch=8"):
+        Training(steps=1, batch=8, examples=4)
+    with pytest.raises(ConfigError, match="examples: expected at least 1"):
+        Test(name="", task=TASK, examples=0)
