@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gdn.core.checks import accumulate_dtype
 from gdn.core.packing import Packing
@@ -39,7 +40,7 @@ Forward = Callable[..., Any]
 def norm_forward(family: Family) -> Forward:
     """For the norms of a block, of queries and keys, and the last one."""
     if family.centred:
-        return lambda self, x: rms_norm(x, self.weight.float() + 1, eps=self.eps)
+        return lambda self, x: rms_norm(x, self.weight.to(accumulate_dtype(self.weight.dtype)) + 1, eps=self.eps)
     return lambda self, hidden_states: rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
 
 
@@ -117,16 +118,21 @@ def _convolve(layer: Any, qkv: Tensor, cache: Any, packing: Packing | None) -> T
     taps, layer_idx = weight.shape[1], layer.layer_idx
     past, recording = cache.get_conv_state(layer_idx, state_idx=0), cache.is_recording_past(layer_idx)
     if past is not None and qkv.shape[1] == 1 and not recording and not torch.is_grad_enabled():
-        past[..., : 1 - taps or None] = past[..., 1 : 2 - taps or None]  # an input more than the filter reaches back
+        past[..., 0] = past[..., 1]  # the oldest of W inputs, one more than the filter reaches back to
         return causal_conv1d_step(qkv, weight, past.transpose(1, 2)[:, 1 - taps :], bias=bias, activation="silu")
-    start = None
-    if past is not None:
-        start = past[..., past.shape[-1] - taps + 1 :].transpose(1, 2)
-        start = start.clone() if torch.is_grad_enabled() else start
+    start = None if past is None else _last_inputs(past, taps - 1)
     y = causal_conv1d(qkv, weight, bias=bias, activation="silu", initial_state=start, packing=packing)[0]
     kept = qkv if recording else qkv[:, -taps:]
     cache.update_conv_state(kept.transpose(1, 2), layer_idx, conv_kernel_size=layer.conv_kernel_size)
     return y
+
+
+def _last_inputs(past: Tensor, count: int) -> Tensor:
+    """The last inputs `[B, count, D]` in `past [B, D, any]`, zeros where it begins later: a cache that records its past starts short."""
+    missing = max(0, count - past.shape[-1])
+    last = F.pad(past, (missing, 0)) if missing else past[..., past.shape[-1] - count :]
+    last = last.transpose(1, 2)
+    return last.clone() if torch.is_grad_enabled() else last  # the backward pass needs it as it is; the cache is written to
 
 
 def _recall(layer: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, cache: Any, packing: Packing | None) -> Tensor:
