@@ -16,7 +16,7 @@ LAYERS = [
     ["recipes"],
     ["train", "serve", "apps"],
     ["eval"],
-    ["hf", "parallel"],
+    ["hf", "parallel", "compat"],
     ["models"],
     ["data"],
     ["mixers"],

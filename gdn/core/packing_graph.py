@@ -9,7 +9,7 @@ from gdn.core.packing import Packing
 
 
 def packing_from_starts(starts: Tensor) -> Packing:
-    """A document begins at each True of `starts`, bool `[B, T]`, whose first column is True. One registered operator under torch.compile."""
+    """A document begins at each True of `starts`, bool `[B, T]`, whose first column is True."""
     build = _operator if torch.compiler.is_compiling() else _build
     cu_seqlens, documents, positions, chunk_table, chunk_offsets, host = build(starts)
     return Packing(

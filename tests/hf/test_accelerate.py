@@ -81,7 +81,9 @@ def test_caches_hold_what_those_of_stock_hold(models: Callable[..., Any], family
         for fast in (False, True):
             handle = gdn.accelerate(model) if fast else None
             cache = make()
-            outputs.append(torch.cat([model(p, past_key_values=cache, use_cache=True).logits for p in x.split([2, 9, 5, 3, 1, 1, 1, 2], 1)], 1))
+            outputs.append(
+                torch.cat([model(p, past_key_values=cache, use_cache=True).logits for p in x.split([2, 9, 5, 3, 1, 1, 1, 2], 1)], 1)
+            )
             caches.append(cache.layers[0])
             if handle:
                 handle.restore()

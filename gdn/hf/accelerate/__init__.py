@@ -162,6 +162,8 @@ def digest(kind: type | None) -> str:
 def _check_module(name: str, module: nn.Module, family: Family) -> None:
     if type(module).__name__ == family.mixer and getattr(module, "activation", "silu") not in ("silu", "swish"):
         raise ArgumentError(f'{name}: its convolution has the activation "{module.activation}", the operators have "silu" only')
+    if type(module).__name__ == family.mixer and getattr(module, "conv_kernel_size", 0) < 2:
+        raise ArgumentError(f"{name}: expected a convolution of at least 2 taps, got {module.conv_kernel_size}")
     now = vars(module).get(_place(module))
     own = now is None or getattr(now, "__func__", None) is type(module).forward
     if not own and not getattr(now, _MARK, False):
