@@ -7,9 +7,9 @@
     rollback                 after going back, tokens that were taken back might as well never have been read
     bf16                     differs from float32 by rounding, and not more with every token
 
-Each is one number: over all tokens the largest relative difference of the logits (for bf16 the mean). What rounding may do to it is measured on the same
-model: every linear map and embedding is disturbed by one rounding of its output, at random. Works on our models and on those of
-transformers, stock or accelerated.
+Each is one number: over all tokens the largest relative difference of the logits (for bf16 the mean). What rounding may do to it is
+measured on the same model: every linear map and embedding is disturbed by one rounding of its output, at random. Works on our models
+and on those of transformers, stock or accelerated.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Subject(ABC):
 
     @abstractmethod
     def read(self, tokens: Tensor, state: Any = None, mask: Tensor | None = None, keep: bool = False) -> tuple[Tensor, Any]:
-        """Logits of tokens `[B, T]` after a state, and with `keep` (or a state) the state after them. `mask [B, all tokens]`: 0 at padding."""
+        """Logits of tokens `[B, T]` after a state; the state after them, given one or `keep`. `mask [B, all tokens]`: 0 at padding."""
 
     @abstractmethod
     def packed(self) -> dict[str, Callable[[Tensor, list[int]], Tensor]]:
