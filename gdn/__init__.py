@@ -6,6 +6,7 @@
     gdn.data         text to packed rows
     gdn.train        Trainer
     gdn.Packing      boundaries of packed documents
+    gdn.accelerate   a loaded transformers model on our operators; gdn.restore undoes it
 
 Names load on first use: `import gdn` touches no device, no compiler and no network.
 """
@@ -17,17 +18,16 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+_NAMES = {"Packing": "gdn.core.packing", "accelerate": "gdn.hf.accelerate", "restore": "gdn.hf.accelerate"}
 _MODULES = ("data", "eval", "mixers", "models", "nn", "ops", "train")
 
-__all__ = ["Packing", "__version__", *_MODULES]
+__all__ = ["__version__", *_NAMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Packing":
-        from gdn.core.packing import Packing
-
-        globals()[name] = Packing
-        return Packing
+    if name in _NAMES:
+        globals()[name] = getattr(importlib.import_module(_NAMES[name]), name)
+        return globals()[name]
     if name in _MODULES:
         return importlib.import_module(f"gdn.{name}")
     raise AttributeError(f"module 'gdn' has no attribute {name!r}")

@@ -259,6 +259,39 @@ def doctor(*, device: str = "auto") -> int:
     return examine(device)
 
 
+def check(
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    *,
+    accelerate: bool = False,
+    length: int = 96,
+    seed: int = 0,
+    device: str = "auto",
+) -> int:
+    """Whether packing, padding, split prefill, stepping and rollback leak in a model, ours or of transformers.
+
+    Reads random tokens in ways that must give the same logits, and prints the largest relative difference beside what rounding explains.
+    The exit status is 1 when something leaks.
+
+    Args:
+        model: A training directory or model folder of gdn, or a folder or name that transformers loads.
+        accelerate: Run a transformers model on gdn's operators (gdn.accelerate).
+        length: Tokens of a row, at least 24.
+        seed: Seed of the tokens.
+        device: "auto", "cpu" or "cuda".
+    """
+    import torch
+
+    from gdn.core.device import default_device
+    from gdn.testing.model_checks import load_any, report
+
+    loaded = load_any(model, default_device() if device == "auto" else torch.device(device))
+    if accelerate:
+        import gdn
+
+        gdn.accelerate(loaded)
+    return report(loaded, title=f"{model}{', accelerated' if accelerate else ''}", length=length, seed=seed)
+
+
 def _bench(arguments: list[str]) -> int:
     """Time the operators beside their peers: gdn bench ops [options]."""
     targets = {"ops": "gdn.testing.bench:bench_ops"}
@@ -321,6 +354,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": _info,
     "doctor": _command(doctor, "doctor"),
     "experiment": _command(experiment, "experiment"),
+    "check": _command(check, "check"),
 }
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ LAYERS = [
     ["recipes", "experiments"],
     ["train", "serve", "apps"],
     ["eval"],
-    ["hf", "parallel"],
+    ["hf", "parallel", "compat"],
     ["models"],
     ["data"],
     ["mixers"],

@@ -11,6 +11,7 @@ import gdn
 
 MODULES = [
     "gdn",
+    "gdn.compat.fla",
     "gdn.data",
     "gdn.data.synthetic",
     "gdn.eval",
@@ -34,7 +35,7 @@ def test_listed_names_load_and_are_documented(name: str) -> None:
 
 
 def test_the_top_level_is_what_the_readme_says() -> None:
-    assert set(gdn.__all__) == {"Packing", "__version__", "data", "eval", "mixers", "models", "nn", "ops", "train"}
+    assert set(gdn.__all__) == {"Packing", "__version__", "accelerate", "restore", "data", "eval", "mixers", "models", "nn", "ops", "train"}
 
 
 def test_operators_take_at_most_eight_parameters() -> None:

@@ -1,0 +1,1 @@
+"""Other libraries' names and signatures on our operators."""

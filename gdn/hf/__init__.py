@@ -1,0 +1,1 @@
+"""Hugging Face transformers: their models on our operators."""

@@ -1,0 +1,154 @@
+"""The forwards that take the place of transformers' own: the mixer, its norms, and the stack that finds packed documents.
+
+They read the modules' own parameters and keep transformers' cache protocol, so state dictionaries, adapters, quantised projections,
+gradient checkpointing and every cache class go on working.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdn.core.checks import accumulate_dtype
+from gdn.core.packing import Packing
+from gdn.hf.accelerate.families import Family
+from gdn.hf.accelerate.packed import find_packing
+from gdn.ops import (
+    GateParameters,
+    causal_conv1d,
+    causal_conv1d_step,
+    decay_gate,
+    delta_core,
+    gated_delta_step,
+    gated_rms_norm,
+    l2norm,
+    rms_norm,
+    write_gate,
+)
+
+STEP_LENGTH = 8
+"""Up to this many tokens with a state and no gradients are served by `gated_delta_step`, which updates the cache in place."""
+
+Forward = Callable[..., Any]
+
+
+def norm_forward(family: Family) -> Forward:
+    """For the norms of a block, of queries and keys, and the last one."""
+    if family.centred:
+        return lambda self, x: rms_norm(x, self.weight.to(accumulate_dtype(self.weight.dtype)) + 1, eps=self.eps)
+    return lambda self, hidden_states: rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
+
+
+def gated_norm_forward(family: Family) -> Forward:
+    """For the mixer's output norm."""
+    return lambda self, hidden_states, gate: gated_rms_norm(hidden_states, gate, self.weight, eps=self.variance_epsilon)
+
+
+def model_forward(family: Family) -> Forward:
+    """For the stack of layers: find the packed documents once, tell every layer."""
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is not None:
+            packed = find_packing(tokens, attention_mask, position_ids, past_key_values, use_cache, kwargs)
+            if packed is not None:
+                kwargs["packing"], position_ids = packed
+                attention_mask, use_cache = None, False
+        return type(self).forward(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    return forward
+
+
+def mixer_forward(family: Family) -> Forward:
+    """For the gated delta rule layer."""
+    from transformers.integrations.accelerate import force_accelerate_hooks
+
+    @force_accelerate_hooks("conv1d")
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        packing: Packing | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        qkv, gate, a, b = family.project(self, hidden_states)
+        if attention_mask is not None:
+            # Padding writes nothing and forgets nothing: zero inputs to the convolution, beta = 0, g = 0.
+            hidden = (attention_mask == 0).unsqueeze(-1)
+            qkv, a, b = qkv.masked_fill(hidden, 0), a.masked_fill(hidden, -math.inf), b.masked_fill(hidden, -math.inf)
+        q, k, v = _convolve(self, qkv, cache_params, packing).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
+        q, k = q.unflatten(-1, (self.num_k_heads, -1)), k.unflatten(-1, (self.num_k_heads, -1))
+        o = _recall(self, q, k, v.unflatten(-1, (self.num_v_heads, -1)), a, b, cache_params, packing)
+        o = getattr(self, family.output_norm)(o, gate.unflatten(-1, o.shape[2:]))
+        return getattr(self, family.output)(o.flatten(2))
+
+    return forward
+
+
+def _convolve(layer: Any, qkv: Tensor, cache: Any, packing: Packing | None) -> Tensor:
+    """The short convolution from the cache's last inputs `[B, D, W]`, which are kept up to date."""
+    weight, bias = layer.conv1d.weight.squeeze(1), layer.conv1d.bias
+    if cache is None:
+        return causal_conv1d(qkv, weight, bias=bias, activation="silu", packing=packing)[0]
+    taps, layer_idx = weight.shape[1], layer.layer_idx
+    past, recording = cache.get_conv_state(layer_idx, state_idx=0), cache.is_recording_past(layer_idx)
+    if past is not None and qkv.shape[1] == 1 and not recording and not torch.is_grad_enabled():
+        past[..., 0] = past[..., 1]  # the oldest of W inputs, one more than the filter reaches back to
+        return causal_conv1d_step(qkv, weight, past.transpose(1, 2)[:, 1 - taps :], bias=bias, activation="silu")
+    start = None if past is None else _last_inputs(past, taps - 1)
+    y = causal_conv1d(qkv, weight, bias=bias, activation="silu", initial_state=start, packing=packing)[0]
+    kept = qkv if recording else qkv[:, -taps:]
+    cache.update_conv_state(kept.transpose(1, 2), layer_idx, conv_kernel_size=layer.conv_kernel_size)
+    return y
+
+
+def _last_inputs(past: Tensor, count: int) -> Tensor:
+    """The last inputs `[B, count, D]` in `past [B, D, any]`, zeros where it begins later: a cache that records its past starts short."""
+    missing = max(0, count - past.shape[-1])
+    last = F.pad(past, (missing, 0)) if missing else past[..., past.shape[-1] - count :]
+    last = last.transpose(1, 2)
+    return last.clone() if torch.is_grad_enabled() else last  # the backward pass needs it as it is; the cache is written to
+
+
+def _recall(layer: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, cache: Any, packing: Packing | None) -> Tensor:
+    """The gated delta rule from the cache's memory `[B, HV, K, V]`, which is kept up to date."""
+    wide = accumulate_dtype(q.dtype)
+    top = 2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0
+    A_log, dt_bias = layer.A_log.to(wide), layer.dt_bias.to(wide)
+    start = None if cache is None else cache.get_recurrent_state(layer.layer_idx, state_idx=0)
+    start = None if start is None else start.to(wide)
+    if start is not None and q.shape[1] <= STEP_LENGTH and not torch.is_grad_enabled():
+        o = gated_delta_step(l2norm(q), l2norm(k), v, decay_gate(a, A_log, dt_bias), write_gate(b, top=top), start)
+        end = start
+    else:
+        if start is not None and torch.is_grad_enabled():
+            start = start.clone()  # the backward pass needs it as it is; the cache is written to below
+        o, end = delta_core(q, k, v, a, b, GateParameters(A_log, dt_bias, top), initial_state=start, packing=packing)
+    if cache is not None:
+        cache.update_recurrent_state(end, layer.layer_idx)
+    return o
