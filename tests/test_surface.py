@@ -9,7 +9,7 @@ import pytest
 
 import gdn
 
-MODULES = ["gdn", "gdn.data", "gdn.eval", "gdn.mixers", "gdn.models", "gdn.nn", "gdn.ops", "gdn.train"]
+MODULES = ["gdn", "gdn.data", "gdn.eval", "gdn.hf", "gdn.mixers", "gdn.models", "gdn.nn", "gdn.ops", "gdn.train"]
 
 
 @pytest.mark.parametrize("name", MODULES)
