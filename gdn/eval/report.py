@@ -27,7 +27,7 @@ def print_config(config: LM.Config, *, title: str, length: int, itemsize: int) -
         "parameters": f"{c.parameters:,}  ({c.embedding_parameters:,} of them embeddings)",
         "forward FLOPs per token": f"{c.flops_per_token:.4g}",
         "training FLOPs per token": f"{c.train_flops_per_token:.4g}",
-        "decoding state per sequence": f"{_bytes(c.state_bytes)}, the same at any length",
+        "decoding state per sequence": f"{_bytes(c.state_bytes)}, {_growth(config)}",
         "weights in float32": _bytes(c.weight_bytes),
         "weights, gradients, AdamW": _bytes(c.optimizer_bytes),
         "training activations": f"about {_bytes(c.activation_bytes)} a sequence; recomputing blocks {_bytes(c.block_activation_bytes)}",
@@ -35,6 +35,11 @@ def print_config(config: LM.Config, *, title: str, length: int, itemsize: int) -
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _growth(config: LM.Config) -> str:
+    growing = sum(mixer.state_grows for mixer in config.mixers)
+    return f"growing with the length in {growing} of {config.layers} layers" if growing else "the same at any length"
 
 
 def print_evaluation(model: LM, tokenizer: Any, data: DataConfig, *, length: int, max_tokens: int) -> None:

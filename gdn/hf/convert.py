@@ -199,9 +199,9 @@ def _ours(files: Files, theirs: Family, config: LM.Config) -> Iterator[tuple[str
             if tensor.shape != shapes[name]:
                 raise CheckpointError(f"{files.folder}: {' '.join(rule.theirs)}: expected {list(shapes[name])}, got {list(tensor.shape)}")
             yield name, tensor
-            if name == "embedding.weight" and config.tie_embeddings and table.head in files.where:
-                if not torch.equal(files.take(table.head), tensor):
-                    raise CheckpointError(f"{files.folder}: {table.head} differs from the embedding that the configuration ties it to")
+            twice = name == "embedding.weight" and config.tie_embeddings and table.head in files.where
+            if twice and not torch.equal(files.take(table.head), tensor):
+                raise CheckpointError(f"{files.folder}: {table.head} differs from the embedding that the configuration ties it to")
 
 
 def _renamed(files: Files, theirs: Family, mine: Family, config: LM.Config) -> Iterator[tuple[str, Tensor]]:

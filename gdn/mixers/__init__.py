@@ -5,7 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_WHERE = {"GatedDeltaNet": "gated_deltanet", "Mixer": "base", "MixerConfig": "base", "MixerState": "base"}
+_WHERE = {
+    "Attention": "attention",
+    "GatedDeltaNet": "gated_deltanet",
+    "GrowingState": "base",
+    "Mixer": "base",
+    "MixerConfig": "base",
+    "MixerState": "base",
+}
 
 __all__ = sorted(_WHERE)
 

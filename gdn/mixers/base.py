@@ -5,6 +5,9 @@ A mixer maps `x [B, T, width]` to `y [B, T, width]`, causally. It runs in three 
     y, _ = mixer(x)                                     a whole sequence
     y, state = mixer(x, state=state)                    more tokens of sequences already begun (prefill), or a few (decoding)
 
+A state of fixed size is the rule. Attention to the whole past cannot keep it; its configuration says so (`state_grows`) and its state is a
+`GrowingState`, which declares its size at every length.
+
 The state given is updated in place and returned. Only when a gradient has to flow through it (gradients enabled and a tensor of the state
 requires one) is a new state returned and the given one left as it was.
 """
@@ -29,6 +32,11 @@ class MixerConfig(Config):
 
     variants: ClassVar[str | None] = "gdn.mixers"
 
+    @property
+    def state_grows(self) -> bool:
+        """Whether the state takes more memory the more tokens it has seen."""
+        return False
+
     def build(self, width: int) -> Mixer:
         """The module, for residual streams of `width` channels."""
         raise NotImplementedError
@@ -38,7 +46,7 @@ class MixerConfig(Config):
         raise NotImplementedError
 
     def flops_per_token(self, width: int, length: int) -> int:
-        """Floating-point operations of the forward pass per token, at context length `length`: two per multiply-add."""
+        """Floating-point operations of the forward pass per token, two per multiply-add: the mean over a sequence of `length`."""
         raise NotImplementedError
 
     def state_bytes(self, width: int, length: int, itemsize: int = 4) -> int:
@@ -56,7 +64,8 @@ FLOAT32 = ("A_log", "dt_bias")
 
 @dataclass(eq=False)
 class MixerState:
-    """Named tensors, each with the sequences of a batch as its first dimension. Its size does not depend on the tokens seen."""
+    """Named tensors, each with the sequences of a batch as its first dimension. Its size does not depend on the tokens seen, unless it is a
+    `GrowingState`."""
 
     tensors: dict[str, Tensor]
     past: Past | None = None
@@ -78,8 +87,8 @@ class MixerState:
 
     def copy_(self, other: MixerState) -> None:
         """Return to a snapshot, in place."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(other.tensors[name])
+        for name in self.tensors:
+            self._put(name, other.tensors[name])
 
     def select(self, sequences: Tensor) -> MixerState:
         """A state for the given sequences `[n]` of the batch, in that order: reorder, drop or repeat them."""
@@ -90,7 +99,7 @@ class MixerState:
         if torch.is_grad_enabled() and any(t.requires_grad for t in [*tensors.values(), *self.tensors.values()]):
             return dataclasses.replace(self, tensors={**self.tensors, **tensors})
         for name, tensor in tensors.items():
-            self.tensors[name].copy_(tensor)
+            self._put(name, tensor)
         return self
 
     def full(self) -> MixerState:
@@ -100,6 +109,13 @@ class MixerState:
     def keep(self, after: MixerState) -> MixerState:
         """Store what `full` gave and some tokens changed."""
         return after
+
+    def mark(self) -> MixerState:
+        """A snapshot to go back to, as `copy_` does; it may share what later tokens do not overwrite."""
+        return self._map(Tensor.clone)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        self.tensors[name].copy_(tensor)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Any:
         past = None if self.past is None else self.past.map(function)
@@ -135,8 +151,56 @@ class Past:
         return Past(self.start._map(function), self.window, inputs)
 
 
+LEAST_ROOM = 64
+"""Tokens that an empty growing state has room for."""
+
+
+def room(tokens: int) -> int:
+    """Tokens that a growing state has room for when it holds `tokens`: `LEAST_ROOM`, doubled as often as needed, so that copying what it
+    holds into a larger one costs less than two writes per token in all."""
+    return LEAST_ROOM << max(0, (tokens - 1) // LEAST_ROOM).bit_length()
+
+
+@dataclass(eq=False)
+class GrowingState(MixerState):
+    """A state whose second dimension is room for tokens. When they fill it, tensors of twice the room take the place of the full ones in
+    the same object: between doublings its addresses stay, and its size is that of `room(tokens)` tokens at every length."""
+
+    tokens: int = 0
+    """Tokens of the longest sequence; the host knows them without asking the device."""
+
+    def with_room(self, name: str, tokens: int) -> Tensor:
+        """The tensor of that name with room for `tokens`: itself, or a larger copy with zeros behind."""
+        tensor = self.tensors[name]
+        missing = room(tokens) - tensor.shape[1]
+        if missing <= 0:
+            return tensor
+        return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1)
+
+    def mark(self) -> GrowingState:
+        """Tokens are only ever added behind those that are held: their tensors are shared, and what counts them is copied."""
+        return dataclasses.replace(self, tensors={name: t.clone() if t.ndim == 1 else t for name, t in self.tensors.items()})
+
+    def copy_(self, other: MixerState) -> None:
+        super().copy_(other)
+        assert isinstance(other, GrowingState)
+        self.tokens = other.tokens
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        if self.tensors[name] is tensor:
+            return
+        if self.tensors[name].shape == tensor.shape:
+            super()._put(name, tensor)
+        else:
+            self.tensors[name] = tensor.detach().clone()
+
+
 class Mixer(nn.Module):
     """Base of every token mixer."""
+
+    def scaled_by_depth(self) -> tuple[Tensor, ...]:
+        """Matrices into the residual stream that the official initialisation redraws and divides by `sqrt(2 layers)`."""
+        return ()
 
     def forward(
         self,

@@ -105,16 +105,17 @@ class LM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The official initialisation on top of each module's own: embeddings and an untied head N(0, 0.02^2), the MLP's output matrix
-        divided by sqrt(2 layers)."""
+        """The official initialisation on top of each module's own: embeddings and an untied head N(0, 0.02^2), the output matrices of MLPs
+        and of attention divided by sqrt(2 layers)."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=0.02)
         for block in self._blocks():
-            if block.has_mlp:
-                nn.init.kaiming_uniform_(block.mlp.down.weight, a=math.sqrt(5))
+            outputs = (block.mlp.down.weight,) if block.has_mlp else ()
+            for weight in (*outputs, *block.mixer.scaled_by_depth()):
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
                 with torch.no_grad():
-                    block.mlp.down.weight.div_(math.sqrt(2 * self.config.layers))
+                    weight.div_(math.sqrt(2 * self.config.layers))
 
     @property
     def head_weight(self) -> Tensor:

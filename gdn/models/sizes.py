@@ -1,7 +1,14 @@
 """Configurations by name.
 
-Published: `gdn_0.4b` and `gdn_1.3b` are the official Gated DeltaNet models (NVlabs/GatedDeltaNet; 32 000 tokens, tied embeddings).
-The official code also creates one unused scalar per head and layer; it is left out here, so the counts are smaller by 9 x layers.
+Published: `gdn_0.4b` and `gdn_1.3b` are the official Gated DeltaNet models (NVlabs/GatedDeltaNet; 32 000 tokens, tied embeddings),
+`gdn_h1_0.4b` and `gdn_h1_1.3b` its hybrids, every other layer attention through a window of 2048. The official code also creates one
+unused scalar per head and Gated DeltaNet layer; it is left out here, so the counts are smaller by 9 x layers.
+`transformer_340m` and `transformer_1.3b` are Transformer++; `deltanet_sliding_340m` and `deltanet_global_340m` the hybrids of
+arXiv 2406.06484 with attention through a window in every other layer, or to everything in the second layer and the one after the middle.
+`gdn_qwen_0.4b` has no published counterpart of its size: three Gated DeltaNet layers and then a gated attention layer, as Qwen3-Next.
+
+For comparisons on a small budget: `gdn_6m`, `gdn_32m`, `gdn_99m`, `gdn_269m` and `transformer_6m`, ... are matched within 3 % in parameters
+without the embedding, which their names count.
 
 One dial: `gdn_d<depth>` has `depth` blocks of width `64 * depth`, key heads of 0.75 width in all, values twice as wide, and a SwiGLU of
 8/3 width, rounded up to a multiple of 64. Depth 4 is for a laptop, 12 has 0.1 B parameters, 24 has 0.8 B.
@@ -12,12 +19,55 @@ from __future__ import annotations
 import re
 
 from gdn.core.errors import ConfigError, nearest
+from gdn.mixers.attention import Attention
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
+
+_DELTANET = GatedDeltaNet.Config(heads=8, head_dim=128, expand_v=1.0, gate=False, output_gate=False, beta_bias=False)
+_GATED_ATTENTION = Attention.Config(heads=8, kv_heads=2, head_dim=128, qk_norm=True, output_gate=True, rope_base=1e7, rope_fraction=0.25)
+
+
+def _h1(width: int, layers: int, head_dim: int) -> LM.Config:
+    """Gated DeltaNet and sliding-window attention in turn."""
+    pattern = GatedDeltaNet.Config(heads=9, head_dim=head_dim), Attention.Config(heads=width // 128, head_dim=128, window=2048)
+    return LM.Config(vocab=32000, width=width, layers=layers, mlp=6144, pattern=pattern)
+
+
+def _gdn(width: int, mlp: int, layers: int, heads: int) -> LM.Config:
+    """Keys of 0.75 width in all, values twice as wide."""
+    mixer = GatedDeltaNet.Config(heads=heads, head_dim=3 * width // 4 // heads)
+    return LM.Config(vocab=32000, width=width, layers=layers, mlp=mlp, pattern=(mixer,))
+
+
+def _transformer(width: int, mlp: int, layers: int) -> LM.Config:
+    """Transformer++ with heads of 64 channels."""
+    return LM.Config(vocab=32000, width=width, layers=layers, mlp=mlp, pattern=(Attention.Config(heads=width // 64, head_dim=64),))
+
+
+def _deltanet(attention: Attention.Config, *places: int) -> LM.Config:
+    """24 DeltaNet layers, those at the given places replaced by attention."""
+    pattern = tuple(attention if i in places else _DELTANET for i in range(24))
+    return LM.Config(vocab=32000, width=1024, layers=24, mlp=2816, tie_embeddings=False, pattern=pattern)
+
 
 SIZES: dict[str, LM.Config] = {
     "gdn_0.4b": LM.Config(vocab=32000, width=1536, layers=11, mlp=6144, pattern=(GatedDeltaNet.Config(heads=9, head_dim=128),)),
     "gdn_1.3b": LM.Config(vocab=32000, width=2400, layers=16, mlp=5888, pattern=(GatedDeltaNet.Config(heads=9, head_dim=200),)),
+    "gdn_h1_0.4b": _h1(1536, 12, 128),
+    "gdn_h1_1.3b": _h1(2304, 18, 192),
+    "gdn_qwen_0.4b": _gdn(1024, 2816, 24, 6).with_(pattern=(*3 * (GatedDeltaNet.Config(heads=6, head_dim=128),), _GATED_ATTENTION)),
+    "gdn_6m": _gdn(256, 768, 6, 3),
+    "gdn_32m": _gdn(512, 1536, 8, 3),
+    "gdn_99m": _gdn(768, 2048, 12, 3),
+    "gdn_269m": _gdn(1024, 2816, 18, 6),
+    "transformer_6m": _transformer(256, 768, 7),
+    "transformer_32m": _transformer(512, 1536, 9),
+    "transformer_99m": _transformer(768, 2048, 14),
+    "transformer_269m": _transformer(1024, 2816, 21),
+    "transformer_340m": _transformer(1024, 2816, 24),
+    "transformer_1.3b": _transformer(2048, 5632, 24),
+    "deltanet_sliding_340m": _deltanet(Attention.Config(heads=16, head_dim=64, window=2048), *range(1, 24, 2)),
+    "deltanet_global_340m": _deltanet(Attention.Config(heads=16, head_dim=64), 1, 13),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn.core.errors import ArgumentError, CheckpointError
-from gdn.mixers.base import MixerState, Past
+from gdn.mixers.base import GrowingState, MixerState, Past
 from gdn.models.precision import PRECISIONS, Precision, precision_of, stored
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ SAMPLES = 1024
 
 @dataclass(eq=False)
 class LMState:
-    """The state of every layer for a batch of sequences. Its size does not grow with the text.
+    """The state of every layer for a batch of sequences. Its size does not grow with the text unless a layer attends to all of it.
 
     Example:
         >>> from gdn.mixers import GatedDeltaNet
@@ -82,7 +82,7 @@ class LMState:
             raise ArgumentError(f"window: expected at least 1 token, got {window}")
         for layer in self.layers:
             layer.past = None
-            layer.past = Past(layer.clone(), window)
+            layer.past = Past(layer.mark(), window)
         return self
 
     def forget(self) -> LMState:
@@ -126,6 +126,7 @@ class LMState:
             "model": fingerprint(self._model()),
             "length": str(self.length),
             "precisions": json.dumps(precisions),
+            "tokens": json.dumps([layer.tokens if isinstance(layer, GrowingState) else 0 for layer in self.layers]),
         }
         partial = path.with_name(f".{path.name}.partial")
         try:
@@ -160,6 +161,8 @@ class LMState:
         for i, precision in enumerate(json.loads(metadata["precisions"])):
             layer = stored(state.layers[i], precision)
             layer.tensors = {name: tensors[f"{i}.{name}"].to(device) for name in layer.tensors}
+            if isinstance(layer, GrowingState):
+                layer.tokens = json.loads(metadata["tokens"])[i]
             state.layers[i] = layer
         return state
 

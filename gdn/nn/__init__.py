@@ -3,5 +3,6 @@
 from gdn.nn.conv import ShortConv
 from gdn.nn.mlp import SwiGLU
 from gdn.nn.norm import GatedRMSNorm, RMSNorm
+from gdn.nn.rotary import Rotary
 
-__all__ = ["GatedRMSNorm", "RMSNorm", "ShortConv", "SwiGLU"]
+__all__ = ["GatedRMSNorm", "RMSNorm", "Rotary", "ShortConv", "SwiGLU"]

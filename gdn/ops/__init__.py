@@ -18,6 +18,7 @@ _WHERE = {
     "decay_gate": "gates",
     "write_gate": "gates",
     "linear_cross_entropy": "loss",
+    "causal_attention": "attention",
 }
 
 __all__ = [*sorted(_WHERE), "ops", "use"]

@@ -13,7 +13,7 @@ dtype's last place. The arguments must be the same numbers in every dtype: round
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,4 +116,19 @@ def complaints(actual: Results, rounding: Results, truth: Results, dtype: torch.
         is_wrong, may_be = error(actual[name], truth[name]), allowed(scale * error(rounding[name], truth[name]), dtype)
         if not is_wrong <= may_be:
             found.append(f"{name}: error {is_wrong:.3g}, at most {may_be:.3g} allowed")
+    return found
+
+
+def in_three_dtypes(op: Op, impl: str, build: Callable[[torch.dtype], Mapping[str, Any]]) -> list[str]:
+    """The complaints about a row in float64, float32 and bfloat16, each naming its dtype.
+
+    Args:
+        build: makes the arguments of the contract at a dtype, the same numbers in each.
+    """
+    truth, narrow = (run(op, "reference", build(dtype)) for dtype in (torch.float64, torch.float32))
+    found = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        rounding = run(op, "reference", build(dtype)) if dtype == torch.bfloat16 else narrow
+        scale = SCALED if dtype == torch.float64 else 1.0
+        found += [f"{dtype}: {line}" for line in complaints(run(op, impl, build(dtype)), rounding, truth, dtype, scale=scale)]
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn.core.packing import Packing
-from gdn.mixers.base import Mixer, MixerConfig, MixerState
+from gdn.mixers.base import GrowingState, Mixer, MixerConfig, MixerState
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -96,13 +96,25 @@ class MixerContract:
             torch.testing.assert_close(y[:, pads:], expected, **EXACT)
             self.same_state(state, end)
 
-    def test_state_has_a_fixed_size_as_declared(self) -> None:
-        mixer = self.build(torch.float32)
+    def test_state_has_the_declared_size_which_is_fixed_unless_it_says_that_it_grows(self) -> None:
+        mixer, x = self.build(torch.float32), self.input(3, 3 * self.length, torch.float32)
         state = mixer.init_state(3)
-        assert state.nbytes == 3 * self.config.state_bytes(self.width, self.length)
-        after = mixer(self.input(3, dtype=torch.float32), state=state)[1]
-        assert after is not None
-        assert after.nbytes == 3 * self.config.state_bytes(self.width, self.length)
+        addresses = [t.data_ptr() for t in state.tensors.values()]
+        seen, sizes = 0, {state.nbytes}
+        assert state.nbytes == 3 * self.config.state_bytes(self.width, 0)
+        with torch.no_grad():
+            for piece in x.split([1, 1, self.length, 1, 2 * self.length - 3], dim=1):
+                seen += piece.shape[1]
+                assert mixer(piece, state=state)[1] is state, "a state without gradient is updated in place"
+                assert state.nbytes == 3 * self.config.state_bytes(self.width, seen), f"after {seen} tokens"
+                sizes.add(state.nbytes)
+        if self.config.state_grows:
+            assert isinstance(state, GrowingState)
+            assert len(sizes) > 1, "the config says that the state grows, and it does not"
+            assert state.tokens == seen
+        else:
+            assert len(sizes) == 1, "the state grows, and the config does not say so (state_grows)"
+            assert addresses == [t.data_ptr() for t in state.tensors.values()], "a tensor of the state moved"
 
     def test_snapshots_roll_back_and_sequences_reorder_exactly(self) -> None:
         mixer, x = self.build(), self.input(3)

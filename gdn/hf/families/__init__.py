@@ -21,7 +21,7 @@ FAMILIES = {
     "gated_deltanet": "gdn.hf.families.fla:GATED_DELTANET",
     "nvlabs": "gdn.hf.families.nvlabs:NVLABS",
 }
-"""gdn: this package's Hugging Face folder. run: its training folder. gated_deltanet: flash-linear-attention's. nvlabs: the official code's."""
+"""gdn: this package's Hugging Face folder. run: its training folder. gated_deltanet: flash-linear-attention. nvlabs: the official code."""
 
 
 def family(name: str) -> Family:

@@ -1,0 +1,102 @@
+"""Softmax attention through torch's `scaled_dot_product_attention`, on any device.
+
+Without a window, padding or packing it is one call that needs no mask. A window is cut into blocks of queries, each with the keys that its
+window reaches, so that neither time nor memory grows with the square of the length. Packed documents without a window are attended one
+after another; where the graph may not depend on their lengths (torch.compile), by blocks of queries under a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdn.core.packing import Packing
+from gdn.ops.attention.visible import first_keys, visible, without_padding
+
+MASK_ELEMENTS = 1 << 25
+"""Largest mask of one call: 32 MiB of booleans, which the CPU kernel turns into 128 MiB."""
+SMALLEST_BLOCK = 64
+"""Queries of a block of a windowed call, at least."""
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, start: Tensor | None, packing: Packing | None
+) -> Tensor:
+    """See `gdn.ops.causal_attention`."""
+    if q.shape[0] * q.shape[1] == 0:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    if window is not None and window >= k.shape[1]:
+        window = None
+    if packing is not None and window is None and not torch.compiler.is_compiling():
+        return _documents(q, k, v, scale, packing)
+    first = first_keys(q, k, start, packing)
+    o = _full(q, k, v, scale, first) if window is None else _windowed(q, k, v, window, scale, first)
+    return without_padding(o, k.shape[1] - q.shape[1], start)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """`[B, T, H, V]`, with a mask `[B or 1, 1, T, S]`, or causal with as many keys as queries."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    return o.transpose(1, 2)
+
+
+def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None) -> Tensor:
+    """All keys up to the query's own, in as many calls as the size of the masks asks for."""
+    batch, length, total = q.shape[0], q.shape[1], k.shape[1]
+    past = total - length
+    if first is None and past == 0:
+        return _attend(q, k, v, scale, None)
+    places = torch.arange(total, device=q.device)
+    step = max(1, MASK_ELEMENTS // (total * (1 if first is None else batch)))
+    outputs = []
+    for begin in range(0, length, step):
+        end = min(begin + step, length)
+        reach = past + end
+        mask = visible(places[past + begin : reach], places[:reach], None if first is None else first[:, None, begin:end], None)
+        outputs.append(_attend(q[:, begin:end], k[:, :reach], v[:, :reach], scale, mask))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _documents(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+    """One call for each document."""
+    lengths = [n for n in packing.host.diff().tolist() if n]
+    q_pieces, k_pieces, v_pieces = (x.reshape(1, -1, *x.shape[2:]).split(lengths, dim=1) for x in (q, k, v))
+    outputs = [_attend(*piece, scale, None) for piece in zip(q_pieces, k_pieces, v_pieces)]
+    return torch.cat(outputs, dim=1).view(*q.shape[:3], v.shape[3])
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, first: Tensor | None) -> Tensor:
+    """Blocks of half a window of queries. The rows of the batch share one mask; where they cannot, each gets a call of its own."""
+    if first is not None and q.shape[0] > 1:
+        rows = zip(q.split(1), k.split(1), v.split(1), first.split(1))
+        return torch.cat([_windowed(one_q, one_k, one_v, window, scale, one) for one_q, one_k, one_v, one in rows])
+    batch, length, past = q.shape[0], q.shape[1], k.shape[1] - q.shape[1]
+    size = min(max(SMALLEST_BLOCK, window // 2), length)
+    blocks, back = -(-length // size), -(-(window - 1) // size) * size
+    short = blocks * size - length
+    queries = F.pad(q, (0, 0, 0, 0, 0, short)).unflatten(1, (blocks, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    keys, values = (_reaches(x, back - past, short, size, back + size) for x in (k, v))
+    mask = _block_masks(window, size, back, blocks, past, None if first is None else F.pad(first[0], (0, short)), q.device)
+    o = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask.unsqueeze(1), scale=scale, enable_gqa=queries.shape[1] != keys.shape[1]
+    )
+    return o.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+
+
+def _reaches(x: Tensor, before: int, after: int, size: int, reach: int) -> Tensor:
+    """The keys (or values) of each block, `[blocks, B * G, reach, K]`; the batch is folded into the heads."""
+    padded = F.pad(x, (0, 0, 0, 0, before, after))  # a negative `before` drops keys that no window reaches
+    return padded.unfold(1, reach, size).permute(1, 0, 2, 4, 3).flatten(1, 2)
+
+
+def _block_masks(window: int, size: int, back: int, blocks: int, past: int, first: Tensor | None, device: torch.device) -> Tensor:
+    """`[blocks, size, back + size]`. Key r of block n is key `n * size + r - back + past` of the row, which is negative before the row."""
+    shift = size * torch.arange(blocks, device=device).unsqueeze(1) + past
+    own = shift + torch.arange(size, device=device)
+    keys = shift + torch.arange(-back, size, device=device)
+    distance = own.unsqueeze(2) - keys.unsqueeze(1)
+    least = own.new_zeros(1, 1, 1) if first is None else first.view(blocks, size, 1)
+    return (distance >= 0) & (distance < window) & (keys.unsqueeze(1) >= least)

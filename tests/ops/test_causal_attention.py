@@ -1,0 +1,122 @@
+"""Causal attention: every row against the definition, the definition against the textbook; a window needs no square of the length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn.core.dispatch import use
+from gdn.core.errors import ArgumentError
+from gdn.core.packing import Packing
+from gdn.ops import causal_attention
+from gdn.ops.attention import CAUSAL
+from gdn.ops.attention.problems import FULL, WINDOWED, Problem
+from gdn.testing import compare
+
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+@pytest.mark.parametrize("problem", [*WINDOWED, *FULL], ids=lambda p: p.name)
+def test_sdpa_matches_the_reference(problem: Problem) -> None:
+    wrong = compare.in_three_dtypes(CAUSAL, "sdpa", lambda dtype: problem.build(dtype=dtype))
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+def test_no_queries_give_no_outputs(impl: str) -> None:
+    arguments = Problem(name="", B=2, T=0, H=4, G=2, V=6, past=3, window=5).build()
+    with use(causal_attention=impl):
+        assert causal_attention(**arguments).shape == (2, 0, 4, 6)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_is_the_textbooks_masked_softmax(impl: str, window: int | None) -> None:
+    q, k, v = (torch.randn(2, 9, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
+    expected = torch.zeros(2, 9, 4, 6, dtype=torch.float64)
+    for head in range(4):
+        scores = q[:, :, head] @ k[:, :, head // 2].mT / 6**0.5
+        past = torch.ones(9, 9, dtype=torch.bool).tril()
+        if window:
+            past &= torch.ones(9, 9, dtype=torch.bool).triu(1 - window)
+        expected[:, :, head] = scores.masked_fill(~past, -torch.inf).softmax(-1) @ v[:, :, head // 2]
+    with use(causal_attention=impl):
+        torch.testing.assert_close(causal_attention(q, k, v, window=window), expected, **EXACT)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "reference"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_keys_from_before_packing_and_padding_equal_the_plain_call(impl: str, window: int | None) -> None:
+    q, k, v = (torch.randn(1, 20, 2, 4, dtype=torch.float64) for _ in range(3))
+    with use(causal_attention=impl):
+        plain = causal_attention(q, k, v, window=window)
+        torch.testing.assert_close(causal_attention(q[:, 13:], k, v, window=window), plain[:, 13:], **EXACT)
+        junk = [torch.cat([torch.full_like(x[:, :6], 9.0), x], dim=1) for x in (q, k, v)]
+        padded = causal_attention(*junk, window=window, start=torch.tensor([6]))
+        torch.testing.assert_close(padded[:, 6:], plain, **EXACT)
+        assert not padded[:, :6].any()
+        packed = causal_attention(*(torch.cat([x, x], 1) for x in (q, k, v)), window=window, packing=Packing.from_lengths([20, 20]))
+        torch.testing.assert_close(packed, torch.cat([plain, plain], 1), **EXACT)
+
+
+def test_masks_that_are_too_large_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(name="", B=2, T=40, H=2, past=7, start=(0, 12))
+    whole = compare.run(CAUSAL, "sdpa", problem.build())
+    monkeypatch.setattr("gdn.ops.attention.sdpa.MASK_ELEMENTS", 300)
+    cut = compare.run(CAUSAL, "sdpa", problem.build())
+    assert compare.distance(cut, whole) < 1e-14
+
+
+@pytest.mark.parametrize("lengths", [None, (100, 0, 28)])
+def test_a_window_needs_no_square_of_the_length(lengths: tuple[int, ...] | None) -> None:
+    """Nothing saved for the backward pass has as many elements as the square of the length."""
+    arguments = Problem(name="", T=2048, window=16, lengths=None if lengths is None else (2000, 0, 48)).build(dtype=torch.float32)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        causal_attention(**arguments)
+    assert sizes
+    assert max(sizes) <= 2048 * 2 * 64
+
+
+@pytest.mark.parametrize("problem", [p for p in (*WINDOWED, *FULL) if p.name in ("packed", "no window: packed rows")], ids=lambda p: p.name)
+def test_compiles_as_one_graph(problem: Problem) -> None:
+    arguments = problem.build(dtype=torch.float32)
+    leaves = [arguments[n] for n in ("q", "k", "v")]
+
+    def loss(**arguments: Any) -> Tensor:
+        return (causal_attention(**arguments) ** 2).sum()
+
+    eager = torch.autograd.grad(loss(**arguments), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(**arguments), leaves)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+X = torch.zeros(2, 5, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": X[0]}, r"q: expected 4 dimensions \[B, T, H, K\], got \[5, 4, 3\]"),
+        ({"k": torch.zeros(2, 5, 4, 2)}, r"k: expected \[B=2, S=5, G=4, K=3\], got \[2, 5, 4, 2\]"),
+        ({"k": torch.zeros(2, 5, 3, 3), "v": torch.zeros(2, 5, 3, 3)}, "q: expected a multiple of 3 heads"),
+        ({"k": torch.zeros(2, 4, 4, 3), "v": torch.zeros(2, 4, 4, 3)}, "k: expected at least 5 keys, one for each query, got 4"),
+        ({"v": X.double()}, "v: expected torch.float32 like q, got torch.float64"),
+        ({"window": 0}, "window: expected at least 1, got 0"),
+        ({"start": torch.zeros(3, dtype=torch.int64)}, r"start: expected \[B=2\], got \[3\]"),
+        ({"start": torch.zeros(2)}, "start: expected int32 or int64, got torch.float32"),
+        ({"start": torch.zeros(2, dtype=torch.int64), "packing": Packing.from_lengths([5, 5])}, "start: cannot be given together"),
+        ({"packing": Packing.from_lengths([5, 4])}, "packing: describes 9 tokens, but the input has 2 x 5"),
+        (
+            {"k": X.repeat(1, 2, 1, 1), "v": X.repeat(1, 2, 1, 1), "packing": Packing.from_lengths([5, 5])},
+            "k: expected 5 keys with packing",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        causal_attention(**{"q": X, "k": X, "v": X, **arguments})
