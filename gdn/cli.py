@@ -97,6 +97,8 @@ def generate(
     top_p: float = 0.95,
     top_k: int = 0,
     seed: int = 0,
+    save_state: Path | None = None,
+    load_state: Path | None = None,
     device: str = "auto",
 ) -> int:
     """Continue a text with a trained model; memory stays constant however long the text.
@@ -109,22 +111,32 @@ def generate(
         top_p: Draw from the smallest set of tokens with at least this probability in all.
         top_k: Draw from this many of the likeliest tokens; 0 is no limit.
         seed: Seed of the draws.
+        save_state: Write what the model remembers after the prompt to this file.
+        load_state: Go on from such a file: the prompt continues what was read there.
         device: "auto", "cpu" or "cuda".
     """
     import torch
 
-    from gdn.models.sampling import Sampling
+    from gdn.models.sampling import Sampling, resume
     from gdn.models.sampling import generate as tokens_of
+    from gdn.models.state import LMState
 
     if tokens < 0:
         raise ArgumentError(f"tokens: expected 0 or more, got {tokens}")
     model, tokenizer = _open(run, device)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids = list(tokenizer.encode(text)) or [tokenizer.end_id]
+    ids = list(tokenizer.encode(text))
+    if not ids and load_state is None:
+        ids = [tokenizer.end_id]
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     sys.stdout.write(text)
     decoder = tokenizer.stream()
-    stream = tokens_of(model.eval(), torch.tensor([ids], device=model.embedding.weight.device), sampling)
+    state = None if load_state is None else LMState.load(load_state, model)
+    tokens_in = torch.tensor([ids], dtype=torch.int64, device=model.embedding.weight.device)
+    prompt_ids, state = resume(model.eval(), tokens_in, state)
+    if save_state is not None:
+        state.save(save_state)
+    stream = tokens_of(model, prompt_ids, sampling, state=state)
     for count, token in enumerate(stream, start=1):
         if int(token) == tokenizer.end_id:
             break
@@ -212,6 +224,30 @@ def _config_of(name: str) -> Any:
     raise ConfigError(f'"{name}" is no size, recipe or training directory.{nearest(name, [*SIZES, "gdn_d8", *recipes.names()])}')
 
 
+def convert(
+    source: RunPath,
+    target: RunPath,
+    *,
+    to: str,
+) -> int:
+    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, gated_deltanet (fla), nvlabs or run.
+
+    Args:
+        source: A training directory, or a folder of any of those families.
+        target: A new folder.
+        to: The family to write. What it cannot express is an error that names it.
+    """
+    from gdn.core.errors import require
+
+    require("transformers", "hf", "gdn convert")
+    from gdn.hf.convert import convert as converted
+
+    done = converted(source, target, to)
+    left_out = f"; left out {len(done.unused)} that belong to no language model" if done.unused else ""
+    print(f"{done.source} -> {done.target}: {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB{left_out}")
+    return 0
+
+
 def doctor(*, device: str = "auto") -> int:
     """Which implementations can run here, why others cannot, and the error of each against float64.
 
@@ -249,6 +285,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _command(generate, "generate"),
     "eval": _command(evaluate, "eval"),
     "bench": _bench,
+    "convert": _command(convert, "convert"),
     "info": _command(info, "info"),
     "doctor": _command(doctor, "doctor"),
 }

@@ -7,15 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from gdn.models.lm import LM
-
-NAMES = {
-    "vocab": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "mlp": "intermediate_size",
-    "tie_embeddings": "tie_word_embeddings",
-}
-"""Fields of `LM.Config` that have a name at Hugging Face; the others stand in `lm`."""
+from gdn.models.store import HF_NAMES, read_config
 
 
 class GdnConfig(PreTrainedConfig):
@@ -47,15 +39,16 @@ class GdnConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.lm = {"pattern": [{"type": "gated_deltanet"}]} if self.lm is None else self.lm
         super().__post_init__(**kwargs)
-        self.lm = {k: v for k, v in self.lm_config().to_dict().items() if k not in NAMES}  # checked, defaults filled in
+        self.lm = {k: v for k, v in self.lm_config().to_dict().items() if k not in HF_NAMES}  # checked, defaults filled in
 
     def lm_config(self) -> LM.Config:
         """The configuration of the model inside. Impossible values raise `ConfigError`."""
-        return LM.Config.from_dict({**(self.lm or {}), **{ours: getattr(self, theirs) for ours, theirs in NAMES.items()}})
+        named = {theirs: getattr(self, theirs) for theirs in HF_NAMES.values()}
+        return read_config({"model_type": self.model_type, "lm": self.lm or {}, **named})
 
     @classmethod
     def from_lm(cls, config: LM.Config, **rest: Any) -> GdnConfig:
         """From a model's configuration; `rest` are the other fields."""
         values = config.to_dict()
-        named = {theirs: values.pop(ours) for ours, theirs in NAMES.items()}
+        named = {theirs: values.pop(ours) for ours, theirs in HF_NAMES.items()}
         return cls(**named, lm=values, **rest)

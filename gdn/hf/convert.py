@@ -19,12 +19,10 @@ from gdn.hf.families import family, find
 from gdn.hf.families.base import Family
 from gdn.hf.remote_code import add_remote_code
 from gdn.models.lm import LM
-from gdn.models.store import model_folder
+from gdn.models.store import CONFIG, INDEX, model_folder
 
 SHARD_BYTES = 4 << 30
 """Largest weights file; one tensor that is larger has a file of its own."""
-
-INDEX = "model.safetensors.index.json"
 
 COMPANIONS = (
     "tokenizer.json",
@@ -69,9 +67,9 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
         CheckpointError: a tensor is missing, of another shape, or has no place in the family.
     """
     source, target = _folder(source), Path(target)
-    given = json.loads((source / "config.json").read_text())
+    given = json.loads((source / CONFIG).read_text())
     theirs, mine = find(given), family(to)
-    if (target / "config.json").exists():
+    if (target / CONFIG).exists():
         raise CheckpointError(f"{target} already holds a checkpoint; expected a new folder")
     config = theirs.read_config(given)
     values = _configuration(given, theirs, mine, config)
@@ -83,7 +81,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
             writer.add(name, tensor)
         unused = files.finish(theirs)
         writer.finish()
-    (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -95,7 +93,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
 def load(folder: str | Path) -> LM:
     """The model of a folder of any known family, in memory. Gates are float32."""
     folder = _folder(folder)
-    given = json.loads((folder / "config.json").read_text())
+    given = json.loads((folder / CONFIG).read_text())
     theirs = find(given)
     config = theirs.read_config(given)
     with torch.device("meta"):
@@ -215,7 +213,7 @@ def _renamed(files: Files, theirs: Family, mine: Family, config: LM.Config) -> I
         if all(n in waiting for n in rule.ours):
             yield from zip(rule.theirs, rule.write([waiting.pop(n) for n in rule.ours]))
         if name == "embedding.weight" and config.tie_embeddings and mine.writes_tied_head:
-            yield head, tensor
+            yield head, tensor.clone()  # safetensors refuses one memory under two names
     yield from mine.constant(config).items()
 
 
@@ -245,6 +243,6 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def _folder(path: str | Path) -> Path:
     """The folder with the weights: itself, in pieces or whole, or that of a training run."""
     path = Path(path)
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+    if (path / CONFIG).is_file() and any(path.glob("*.safetensors")):
         return path
     return model_folder(path)

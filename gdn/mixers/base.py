@@ -185,6 +185,12 @@ class GrowingState(MixerState):
         super().copy_(other)
         assert isinstance(other, GrowingState)
         self.tokens = other.tokens
+        counts = next(t for t in self.tensors.values() if t.ndim == 1)
+        first = int(counts.min())
+        for tensor in self.tensors.values():
+            if tensor.ndim > 1:  # what stood behind may be of tokens taken back
+                behind = torch.arange(first, tensor.shape[1], device=tensor.device) >= counts.unsqueeze(1)
+                tensor[:, first:].masked_fill_(behind.reshape(*behind.shape, *[1] * (tensor.ndim - 2)), 0)
 
     def _put(self, name: str, tensor: Tensor) -> None:
         if self.tensors[name] is tensor:

@@ -10,9 +10,10 @@ from gdn.hf import GdnConfig, GdnForCausalLM
 
 MIXERS: dict[str, list[dict[str, Any]]] = {
     "gated_deltanet": [{"type": "gated_deltanet", "heads": 2, "head_dim": 8}],
-    "two kinds": [
+    "hybrid": [
         {"type": "gated_deltanet", "heads": 2, "head_dim": 8, "value_heads": 4, "expand_v": 1.0, "allow_neg_eigval": True},
-        {"type": "gated_deltanet", "heads": 3, "head_dim": 4, "short_conv": False, "gate": False},
+        {"type": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8, "rope_fraction": 0.5, "qk_norm": True, "output_gate": True},
+        {"type": "attention", "heads": 2, "head_dim": 4, "window": 7},
     ],
 }
 

@@ -18,7 +18,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def test_the_configuration_is_that_of_the_model_and_is_checked() -> None:
-    c = config("two kinds")
+    c = config("hybrid")
     assert GdnConfig.from_lm(c.lm_config()).to_dict() == c.to_dict()
     assert GdnConfig.from_dict(json.loads(c.to_json_string())).lm_config() == c.lm_config()
     assert LM(c.lm_config()).config.width == 24

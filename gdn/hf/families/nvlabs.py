@@ -129,7 +129,7 @@ def _write_attention(config: LM.Config, attention: Any, wishes: Wishes) -> dict[
         wishes.refuse(f"attention.head_dim={attention.head_dim}, window={attention.window}", "head_dim = width / heads, and a window")
     return {
         "n_head": attention.heads,
-        "n_query_groups": attention.num_kv_heads,
+        "n_query_groups": attention.kv_heads,
         "local_window": attention.window,
         "rotary_percentage": attention.rope_fraction,
     }

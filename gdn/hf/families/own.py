@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from gdn.hf.configuration import NAMES, GdnConfig
+from gdn.hf.configuration import GdnConfig
 from gdn.hf.families.base import Family, Line, Table
 from gdn.models.lm import LM
+from gdn.models.store import HF_PREFIX, read_config
 
 
 def _table(config: LM.Config, prefix: str) -> Table:
@@ -20,11 +20,6 @@ def _table(config: LM.Config, prefix: str) -> Table:
     )
 
 
-def _read(config: Mapping[str, Any]) -> LM.Config:
-    values = dict(config["lm"])
-    return LM.Config.from_dict({**values, **{ours: config[theirs] for ours, theirs in NAMES.items()}})
-
-
 def _write(config: LM.Config) -> dict[str, Any]:
     return {**GdnConfig.from_lm(config).to_dict(), "architectures": ["GdnForCausalLM"]}
 
@@ -32,9 +27,9 @@ def _write(config: LM.Config) -> dict[str, Any]:
 GDN = Family(
     name="gdn",
     owns=lambda config: config.get("model_type") == "gdn",
-    read_config=_read,
+    read_config=read_config,
     write_config=_write,
-    table=lambda config: _table(config, "lm."),
+    table=lambda config: _table(config, HF_PREFIX),
 )
 
 RUN = Family(
