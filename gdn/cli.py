@@ -176,6 +176,45 @@ def evaluate(
     return 0
 
 
+def drift(
+    run: RunPath,
+    *,
+    source: str | None = None,
+    tokens: int = 1024,
+    device: str = "auto",
+) -> int:
+    """How far memories stored in bf16, fp16, int8 or fp8 drift from float32 as a text goes on.
+
+    Args:
+        run: A training directory or a folder with model.safetensors.
+        source: A text file to read; default: the text that the model itself writes.
+        tokens: Length of the text.
+        device: "auto", "cpu" or "cuda".
+    """
+    import itertools
+
+    import torch
+
+    from gdn.eval.drift import drift as measured
+    from gdn.models.sampling import Sampling
+    from gdn.models.sampling import generate as tokens_of
+
+    if tokens < 1:
+        raise ArgumentError(f"tokens: expected at least 1, got {tokens}")
+    model, tokenizer = _open(run, device)
+    if source is None:
+        begin = torch.tensor([[tokenizer.end_id]], device=model.embedding.weight.device)
+        ids = [int(token) for token in itertools.islice(tokens_of(model.eval(), begin, Sampling()), tokens)]
+    else:
+        ids = list(tokenizer.encode(Path(source).read_text()))[:tokens]
+    rows = measured(model.eval(), torch.tensor([ids], device=model.embedding.weight.device))
+    print(f"{'precision':<10}{'tokens':>8}{'memory error':>14}{'KL, nats':>12}{'same token':>12}{'bytes':>12}")
+    for row in sorted(rows, key=lambda r: (r.precision, r.tokens)):
+        values = f"{row.memory_error:>14.2e}{row.divergence:>12.2e}{row.agreement:>12.1%}{row.bytes_per_sequence:>12,}"
+        print(f"{row.precision:<10}{row.tokens:>8}{values}")
+    return 0
+
+
 def _open(run: Path, device: str) -> tuple[Any, Any]:
     """The model and tokenizer of a training directory or an exported folder."""
     from gdn.core.device import default_device
@@ -284,6 +323,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "generate": _command(generate, "generate"),
     "eval": _command(evaluate, "eval"),
+    "drift": _command(drift, "drift"),
     "bench": _bench,
     "convert": _command(convert, "convert"),
     "info": _command(info, "info"),

@@ -35,10 +35,12 @@ class StoredState(MixerState):
     """A state whose memory is stored at `precision`. Gradients do not pass through it."""
 
     precision: Precision = "fp32"
+    wide: torch.dtype = torch.float32
+    """The dtype of the arithmetic."""
 
     def full(self) -> MixerState:
         rest = {name: t for name, t in self.tensors.items() if not name.startswith(MEMORY)}
-        return MixerState({MEMORY: _expand(self.tensors, self.precision), **rest})
+        return MixerState({MEMORY: _expand(self.tensors, self.precision).to(self.wide), **rest})
 
     def keep(self, after: MixerState) -> MixerState:
         with torch.no_grad():
@@ -58,7 +60,7 @@ def stored(state: MixerState, precision: Precision) -> MixerState:
     if precision == "fp32":
         return MixerState(full.clone().tensors, past)
     rest = {name: t.clone() for name, t in full.tensors.items() if name != MEMORY}
-    return StoredState({**_shrink(full[MEMORY], precision), **rest}, past, precision)
+    return StoredState({**_shrink(full[MEMORY], precision), **rest}, past, precision, full[MEMORY].dtype)
 
 
 def precision_of(state: MixerState) -> Precision:
