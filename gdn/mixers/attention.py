@@ -100,6 +100,11 @@ class Attention(Mixer):
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.norm_offset)
         self.rotary = Rotary(config.head_dim, config.rope_base, config.rope_fraction)
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        keys = self.config.num_kv_heads * self.config.head_dim
+        return {"qkv_proj": (self.config.heads * self.config.head_dim, keys, keys)}
+
     def scaled_by_depth(self) -> tuple[Tensor, ...]:
         return (self.o_proj.weight,)
 

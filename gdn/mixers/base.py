@@ -204,6 +204,11 @@ class GrowingState(MixerState):
 class Mixer(nn.Module):
     """Base of every token mixer."""
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        """Rows of each of the matrices that are stored in one, by the name of the module that holds them."""
+        return {}
+
     def scaled_by_depth(self) -> tuple[Tensor, ...]:
         """Matrices into the residual stream that the official initialisation redraws and divides by `sqrt(2 layers)`."""
         return ()

@@ -18,6 +18,7 @@ from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.block import Block
+from gdn.models.start import Start
 from gdn.models.state import LMState
 from gdn.nn import RMSNorm
 from gdn.ops import linear_cross_entropy
@@ -102,6 +103,8 @@ class LM(nn.Module):
             self.head = nn.Linear(config.width, config.vocab, bias=False)
         self.recompute: Literal["none", "block"] = "none"
         """"block" keeps only each block's input for the backward pass and computes the rest again."""
+        self.start: Start | None = None
+        """The memories that every text begins with, where they were tuned (`gdn.models.start`)."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,7 +127,8 @@ class LM(nn.Module):
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LMState:
         """An empty decoding state for `batch` sequences."""
-        return LMState([mixer.init_state(batch, device=device, dtype=dtype) for mixer in self.mixers()], model=self)
+        state = LMState([mixer.init_state(batch, device=device, dtype=dtype) for mixer in self.mixers()], model=self)
+        return state if self.start is None else self.start.fill(state)
 
     def hidden(
         self,
@@ -138,6 +142,11 @@ class LM(nn.Module):
         if tokens.ndim != 2 and not (tokens.ndim == 3 and tokens.is_floating_point()):
             raise ArgumentError(f"tokens: expected [B, T], got {list(tokens.shape)}")
         x = self.embedding(tokens) if tokens.ndim == 2 else tokens
+        wanted = state is not None
+        if self.start is not None and state is None:
+            if packing is not None:
+                raise ArgumentError("packing: documents of a packed batch begin empty, but this model has a first memory (start)")
+            state = self.init_state(x.shape[0], device=x.device)
         layers = []
         for i, block in enumerate(self._blocks()):
             layer = None if state is None else state.layers[i]
@@ -146,7 +155,7 @@ class LM(nn.Module):
             else:
                 x, layer = block(x, layer, packing, mask)
             layers.append(layer)
-        after = None if state is None else LMState(layers, state.length + tokens.shape[1], self)
+        after = None if state is None or not wanted else LMState(layers, state.length + tokens.shape[1], self)
         return self.norm(x), after
 
     def forward(

@@ -146,7 +146,7 @@ class LMState:
             model: the model that goes on from here: the same configuration, weights and dtype.
             device: where to; that of the model by default.
         """
-        tensors, metadata = _read(Path(path))
+        tensors, metadata = read_file(Path(path), FORMAT)
         expected = fingerprint(model)
         if metadata["model"] != expected:
             raise CheckpointError(
@@ -179,13 +179,16 @@ class LMState:
 
 
 @torch.no_grad()
-def fingerprint(model: LM) -> str:
+def fingerprint(model: LM, *, start: bool = True) -> str:
     """What tells one model from another: configuration, dtypes, and up to 1024 evenly spaced values of every weight, hashed.
 
     A step of training moves nearly every weight, so it changes the fingerprint; reading every weight of a large model would take seconds.
+    `start` says whether a first memory (`gdn.models.start`) is part of the model.
     """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("start.") and not start:
+            continue
         flat = tensor.detach().reshape(-1)
         values = flat[:: max(1, flat.numel() // SAMPLES)].to("cpu", torch.float64)
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
@@ -193,7 +196,8 @@ def fingerprint(model: LM) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_file(path: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file of ours."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -201,8 +205,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: expected a state ({FORMAT}), found the format {metadata.get('format')!r}")
+            if metadata.get("format") != expected:
+                raise CheckpointError(f"{path}: expected a file of the format {expected}, found the format {metadata.get('format')!r}")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a state file: {error}") from error

@@ -126,7 +126,7 @@ def test_wrong_files_and_targets_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a state file"):
         LMState.load(tmp_path / "text", model)
     save_model(model, tmp_path)
-    with pytest.raises(CheckpointError, match="expected a state"):
+    with pytest.raises(CheckpointError, match=r"expected a file of the format gdn.state"):
         LMState.load(tmp_path / "model.safetensors", model)
     with pytest.raises(ArgumentError, match="expected a device, fp32, bf16, fp16, int8 or fp8, got 'int4'"):
         model.init_state(1).to("int4")
