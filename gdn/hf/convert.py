@@ -121,9 +121,12 @@ class Files:
             file = stack.enter_context(safe_open(path, "pt"))
             for name in file.keys():  # noqa: SIM118
                 self.where[family.canonical(name)] = (file, name)
-        self.folder = folder
+        self.folder, self.aliases = folder, family.aliases
 
     def take(self, name: str) -> Tensor:
+        for ending, other in self.aliases:
+            if name not in self.where and name.endswith(ending):
+                name = name.removesuffix(ending) + other
         if name not in self.where:
             raise CheckpointError(f"{self.folder}: missing {name}")
         file, stored = self.where.pop(name)

@@ -61,6 +61,8 @@ class LM(nn.Module):
         """Epsilon of the block norms."""
         norm_offset: float = 0.0
         """Added to the weights of the block norms: 1 for checkpoints that store them around zero, as Qwen3-Next and Qwen3.5 do."""
+        norm_after: tuple[str, ...] = ()
+        """Types of mixers whose blocks norm what mixer and MLP give instead of what they get, as OLMo's attention blocks do."""
         tie_embeddings: bool = True
         """Use the embedding matrix as the head."""
 
@@ -72,6 +74,9 @@ class LM(nn.Module):
                 raise ConfigError(f"mlp: expected 0 or more, got {self.mlp}")
             if not self.pattern:
                 raise ConfigError("pattern: expected at least one mixer")
+            absent = set(self.norm_after) - {m.tag() for m in self.pattern}
+            if absent:
+                raise ConfigError(f"norm_after: expected mixers of the pattern, got {', '.join(sorted(absent))}")
 
         @property
         def mixers(self) -> list[MixerConfig]:
@@ -97,7 +102,10 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(Block(mixer, config.width, config.mlp, config.norm_eps, config.norm_offset) for mixer in config.mixers)
+        self.blocks = nn.ModuleList(
+            Block(m, config.width, config.mlp, config.norm_eps, norm_offset=config.norm_offset, norm_after=m.tag() in config.norm_after)
+            for m in config.mixers
+        )
         self.norm = RMSNorm(config.width, config.norm_eps, config.norm_offset)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.width, config.vocab, bias=False)

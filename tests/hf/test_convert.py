@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from gdn.core.errors import CheckpointError, ConfigError
 from gdn.hf.convert import convert, load
@@ -28,6 +36,8 @@ STOCK = {
     "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, {**LINEAR, **GATED}),
     "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM, {**LINEAR, **GATED, "num_experts": 0, "mlp_only_layers": [0, 1, 2, 3]}),
 }
+OLMO = {**LINEAR, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+STOCK["olmo_hybrid"] = (OlmoHybridConfig, OlmoHybridForCausalLM, OLMO)
 
 
 def stock(name: str, **changes: Any) -> Any:
@@ -54,11 +64,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_bytes(one: Path, other: Path) -> None:
-    a, b = weights(one), weights(other)
+    a, b = as_meant(weights(one)), as_meant(weights(other))
     assert sorted(a) == sorted(b)
     for name in a:
         assert a[name].dtype == b[name].dtype, name
         assert torch.equal(a[name], b[name]), name
+
+
+def as_meant(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What transformers 5.23 writes differently from what it reads, for OLMo Hybrid: filters cut at thirds, one norm misnamed."""
+    for name in [n for n in found if n.endswith("linear_attn.q_conv1d.weight")]:
+        parts = [found.pop(name.replace("q_conv1d", f"{part}_conv1d")) for part in "qkv"]
+        found[name] = torch.cat(parts)
+    for name in [n for n in found if n.endswith("q_norm.weight")]:
+        layer = name.partition("self_attn")[0]
+        if f"{layer}feedforward_layer_norm.weight" in found:
+            found[f"{layer}post_attention_layernorm.weight"] = found.pop(f"{layer}feedforward_layer_norm.weight")
+    return found
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -67,10 +89,12 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", STOCK)
-@pytest.mark.parametrize("change", [{}, {"layer_types": ["linear_attention"] * 4}, {"tie_word_embeddings": True}], ids=["", "pure", "tied"])
+@pytest.mark.parametrize("kind", ["hybrid", "other", "tied"])
 @torch.no_grad()
-def test_stock_models_load_with_equal_logits_and_go_back_byte_for_byte(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
-    model = stock(name, **change)
+def test_stock_models_load_with_equal_logits_and_go_back_byte_for_byte(tmp_path: Path, name: str, kind: str) -> None:
+    pure, no_rope = {"layer_types": ["linear_attention"] * 4}, {"rope_parameters": {"rope_type": "default", "rope_theta": None}}
+    other = {**no_rope, "linear_allow_neg_eigval": False} if name == "olmo_hybrid" else pure
+    model = stock(name, **{"hybrid": {}, "other": other, "tied": {"tie_word_embeddings": True}}[kind])
     expected = model(ids(), use_cache=False).logits
     model.save_pretrained(tmp_path / "theirs")
     close(load(tmp_path / "theirs")(ids()).logits, expected)
@@ -103,10 +127,10 @@ def test_a_model_trained_here_opens_in_stock_transformers_and_generates_the_same
         model = perturbed(LM(LM.Config(vocab=33, width=24, layers=4, mlp=40, pattern=pattern))).eval()
         save_model(model, tmp_path / name / "run")
         expected = model(ids()).logits
-        for to, (_, kind, _) in STOCK.items():
+        for to in ("qwen3_5_text", "qwen3_next"):
             convert(tmp_path / name / "run", tmp_path / name / to, to)
             theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name / to).eval()
-            assert type(theirs) is kind
+            assert type(theirs) is STOCK[to][1]
             close(theirs(ids()).logits, expected)
             convert(tmp_path / name / to, tmp_path / name / f"{to} back", "run")
             again = load_model(tmp_path / name / f"{to} back")
@@ -250,6 +274,8 @@ PLAIN = LM.Config(vocab=33, width=24, layers=2, mlp=40, pattern=(LAYER,))
         ("qwen3_5_text", PLAIN.with_(pattern=(LAYER, LAYER.with_(heads=1))), "two different gated_deltanet mixers"),
         ("qwen3_5_text", PLAIN.with_(pattern=(LAYER, Attention.Config(heads=4, head_dim=8))), r"attention.qk_norm=False; expected True"),
         ("gated_deltanet", PLAIN.with_(pattern=(LAYER.with_(qk_norm="l1"),)), "qk_norm='l1'"),
+        ("qwen3_5_text", PLAIN.with_(norm_after=("gated_deltanet",)), r"norm_after=\('gated_deltanet',\)"),
+        ("olmo_hybrid", PLAIN, "a model without attention"),
         ("nvlabs", PLAIN, "heads=2; expected 9"),
         ("nvlabs", PLAIN.with_(tie_embeddings=False), "tie_embeddings=False"),
     ],
@@ -292,6 +318,8 @@ def test_what_is_not_supported_or_damaged_is_named(tmp_path: Path) -> None:
 def test_every_family_covers_every_weight_once() -> None:
     for name in FAMILIES:
         config = family(name).read_config(NVLABS_CONFIG) if name == "nvlabs" else PLAIN
+        if name == "olmo_hybrid":
+            config = family(name).read_config(stock(name).config.to_dict())
         rules = list(family(name).rules(config))
         ours = sorted(n for rule in rules for n in rule.ours)
         with torch.device("meta"):

@@ -18,6 +18,7 @@ FAMILIES = {
     "run": "gdn.hf.families.own:RUN",
     "qwen3_5_text": "gdn.hf.families.qwen:QWEN3_5_TEXT",
     "qwen3_next": "gdn.hf.families.qwen:QWEN3_NEXT",
+    "olmo_hybrid": "gdn.hf.families.olmo:OLMO_HYBRID",
     "gated_deltanet": "gdn.hf.families.fla:GATED_DELTANET",
     "nvlabs": "gdn.hf.families.nvlabs:NVLABS",
 }

@@ -79,6 +79,8 @@ class Table:
     block: tuple[Line, ...] = ()
     mixers: Mapping[str, tuple[Line, ...]] = field(default_factory=dict)
     """By the tag of the mixer."""
+    blocks: Mapping[str, tuple[Line, ...]] = field(default_factory=dict)
+    """By the tag of the mixer, where blocks differ in more than their mixer."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Family:
     """Tensors that are always the same, and that the family's code expects."""
     canonical: Callable[[str], str] = lambda name: name
     """The name of a tensor as the table has it, from one in a file."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """(ending, another ending): names that some files have instead."""
     writes_tied_head: bool = False
     """Whether a tied head is written a second time under its own name."""
 
@@ -112,7 +116,7 @@ class Family:
             yield Rule(("head.weight",), (table.head,), ())
         for i, mixer in enumerate(config.mixers):
             ours, theirs, sizes = table.ours.format(i=i), table.theirs.format(i=i), {"m": config.mlp, **_sizes(mixer)}
-            for line in table.block:
+            for line in table.blocks.get(mixer.tag(), table.block):
                 yield _rule(line, ours, theirs, sizes, mixer, shift)
             for line in table.mixers[mixer.tag()]:
                 inner = getattr(mixer, "norm_offset", 0.0) - self.offset if line.norm else 0.0

@@ -85,6 +85,7 @@ def _write(config: LM.Config) -> dict[str, Any]:
     if "gated_deltanet" not in mixers:
         wishes.refuse("a model without Gated DeltaNet", "at least one such block")
     linear, attention = mixers["gated_deltanet"], mixers.get("attention")
+    wishes.fixed(config, "", norm_after=())
     if not config.mlp:
         wishes.refuse("mlp=0", "a block with an MLP")
     wishes.fixed(linear, "gated_deltanet.", qk_activation="silu", qk_norm="l2", gate=True, beta_bias=False, output_norm=True)

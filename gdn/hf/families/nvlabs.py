@@ -96,6 +96,7 @@ def _write(config: LM.Config) -> dict[str, Any]:
     kinds = ["gated_deltanet" if i % every == 0 else "attention" for i in range(config.layers)]
     if [m.tag() for m in config.mixers] != kinds:
         wishes.refuse("this order of mixers", "one Gated DeltaNet block and then attention blocks, repeated")
+    wishes.fixed(config, "", norm_after=())
     if not config.mlp:
         wishes.refuse("mlp=0", "a block with an MLP")
     usual = GatedDeltaNet.Config(heads=HEADS, head_dim=3 * config.width // 4 // HEADS).to_dict()

@@ -139,6 +139,7 @@ def _write(config: LM.Config, family: str) -> dict[str, Any]:
     wishes = Wishes(family)
     mixers = wishes.one_of_each(config, "gated_deltanet", "attention")
     linear, attention = mixers.get("gated_deltanet"), mixers.get("attention")
+    wishes.fixed(config, "", norm_after=())
     if not config.mlp:
         wishes.refuse("mlp=0", "a block with an MLP")
     if linear is None:
@@ -148,7 +149,7 @@ def _write(config: LM.Config, family: str) -> dict[str, Any]:
     wishes.fixed(linear, "gated_deltanet.", **needed, output_gate=True, output_norm=True)
     epsilons = {"norm_eps": config.norm_eps, "gated_deltanet.norm_eps": linear.norm_eps}
     if attention is not None:
-        wishes.fixed(attention, "attention.", qk_norm=True, output_gate=True, window=None)
+        wishes.fixed(attention, "attention.", qk_norm=True, output_gate=True, window=None, norm_all_heads=False)
         epsilons["attention.norm_eps"] = attention.norm_eps
     return {
         "vocab_size": config.vocab,
