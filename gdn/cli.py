@@ -232,7 +232,7 @@ def info(
     length: int = 4096,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> int:
-    """The resolved configuration of a size, recipe or run, with parameters, operations, state and memory.
+    """The resolved configuration of a size, recipe or run, with parameters, operations, state and memory; --mixers lists every mixer.
 
     Args:
         name: A size (gdn_0.4b, gdn_1.3b, gdn_d8), a recipe, or a training directory.
@@ -245,6 +245,33 @@ def info(
         raise ArgumentError(f"length: expected at least 1, got {length}")
     print_config(_config_of(name), title=name, length=length, itemsize=4 if precision == "fp32" else 2)
     return 0
+
+
+def mixers(*, width: int = 1024, length: int = 4096, precision: Literal["fp32", "bf16"] = "fp32") -> int:
+    """Parameters, operations and state of every mixer in its default configuration.
+
+    Args:
+        width: Channels of the residual stream.
+        length: Context length for operations and state.
+        precision: Of activations.
+    """
+    from gdn.eval.report import print_mixers
+
+    for name, value in (("width", width), ("length", length)):
+        if value < 1:
+            raise ArgumentError(f"{name}: expected at least 1, got {value}")
+    print_mixers(width=width, length=length, itemsize=4 if precision == "fp32" else 2)
+    return 0
+
+
+def _info(arguments: list[str]) -> int:
+    if "--mixers" in arguments:
+        arguments.remove("--mixers")
+        return tyro.cli(mixers, args=arguments, prog="gdn info --mixers")
+    return tyro.cli(info, args=arguments, prog="gdn info")
+
+
+_info.__doc__ = info.__doc__
 
 
 def _config_of(name: str) -> Any:
@@ -326,7 +353,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "drift": _command(drift, "drift"),
     "bench": _bench,
     "convert": _command(convert, "convert"),
-    "info": _command(info, "info"),
+    "info": _info,
     "doctor": _command(doctor, "doctor"),
 }
 

@@ -52,6 +52,14 @@ class Config:
         """The name of a member of a family: the last part of its module's name."""
         return cls.__module__.rsplit(".", 1)[-1]
 
+    @classmethod
+    def members(cls) -> dict[str, type[Self]]:
+        """The members of a family by tag, after importing every module of its package."""
+        for tag in _known(cls):
+            if tag not in cls._tags:
+                importlib.import_module(f"{cls.variants}.{tag}")
+        return {tag: typing.cast("type[Self]", cls._tags[tag]) for tag in sorted(cls._tags)}
+
     def with_(self, **changes: Any) -> Self:
         """A copy with some fields replaced; unknown names raise `ConfigError`."""
         names = [f.name for f in _fields(type(self))]

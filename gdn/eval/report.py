@@ -11,7 +11,7 @@ from rich.tree import Tree
 from gdn.core.errors import ArgumentError
 from gdn.data import DataConfig, validation_batches
 from gdn.eval.perplexity import ByPosition, evaluate, evaluate_by_position
-from gdn.models.describe import costs
+from gdn.models.describe import costs, mixer_costs
 from gdn.models.lm import LM
 
 
@@ -40,6 +40,22 @@ def print_config(config: LM.Config, *, title: str, length: int, itemsize: int) -
 def _growth(config: LM.Config) -> str:
     growing = sum(mixer.state_grows for mixer in config.mixers)
     return f"growing with the length in {growing} of {config.layers} layers" if growing else "the same at any length"
+
+
+def print_mixers(*, width: int, length: int, itemsize: int) -> None:
+    """Every mixer in its default configuration, with what it costs."""
+    found, reasons = mixer_costs(width, length, itemsize=itemsize)
+    table = Table(title=f"mixers as they are by default, at width {width:,} and {length:,} tokens of context", title_justify="left")
+    table.add_column("mixer", no_wrap=True)
+    for column in ("parameters", "forward FLOPs per token", "state per sequence"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for c in found:
+        growth = "grows with the length" if c.state_grows else ""
+        table.add_row(c.name, f"{c.parameters:,}", f"{c.flops_per_token:,}", _bytes(c.state_bytes), growth)
+    for name, reason in reasons.items():
+        table.add_row(name, "", "", "", reason)
+    Console().print(table)
 
 
 def print_evaluation(model: LM, tokenizer: Any, data: DataConfig, *, length: int, max_tokens: int) -> None:

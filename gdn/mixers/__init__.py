@@ -7,11 +7,14 @@ from typing import Any
 
 _WHERE = {
     "Attention": "attention",
+    "DeltaNet": "deltanet",
     "GatedDeltaNet": "gated_deltanet",
     "GrowingState": "base",
     "Mixer": "base",
     "MixerConfig": "base",
     "MixerState": "base",
+    "Swat": "swat",
+    "TransMamba": "transmamba",
 }
 
 __all__ = sorted(_WHERE)

@@ -175,9 +175,9 @@ class Attention(Mixer):
         remember(state, k, v, None)
         slots = state.tokens if isinstance(state, GrowingState) else state["keys"].shape[1]
         mask = (cache.held(last, slots) >= 0)[:, None, None]
-        q, k, v = (x.transpose(1, 2) for x in (q, state["keys"][:, :slots].to(q.dtype), state["values"][:, :slots].to(q.dtype)))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        return o.transpose(1, 2)
+        keys, values = (state[name][:, :slots].to(q.dtype).transpose(1, 2) for name in ("keys", "values"))
+        queries = q.squeeze(1).unflatten(1, (keys.shape[1], -1))  # the query heads of a group are its rows: no key is read twice
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).flatten(1, 2).unsqueeze(1)
 
 
 def remember(state: MixerState, k: Tensor, v: Tensor, pads: Tensor | None) -> MixerState:

@@ -5,8 +5,8 @@ A mixer maps `x [B, T, width]` to `y [B, T, width]`, causally. It runs in three 
     y, _ = mixer(x)                                     a whole sequence
     y, state = mixer(x, state=state)                    more tokens of sequences already begun (prefill), or a few (decoding)
 
-A state of fixed size is the rule. Attention to the whole past cannot keep it; its configuration says so (`state_grows`) and its state is a
-`GrowingState`, which declares its size at every length.
+A state of fixed size is the rule; a mixer may let go of a part of it for good. Attention to the whole past cannot keep the rule: its
+configuration says so (`state_grows`) and its state is a `GrowingState`, which declares its size at every length.
 
 The state given is updated in place and returned. Only when a gradient has to flow through it (gradients enabled and a tensor of the state
 requires one) is a new state returned and the given one left as it was.

@@ -9,7 +9,6 @@ The defaults are the paper's layer; every row of its ablation (Table S.1) is a f
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,9 @@ from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, RMSNorm, ShortConv
-from gdn.ops import GateParameters, decay_gate, delta_core, gated_delta_rule, gated_delta_step, l2norm, write_gate
+from gdn.nn.decay import draw_rate, draw_time_step
+from gdn.nn.qk import ACTIVATIONS, QKActivation, QKNorm, normalise
+from gdn.ops import GateParameters, decay_gate, delta_core, gated_delta_rule, gated_delta_step, write_gate
 
 STEP_LENGTH = 8
 """Up to this many tokens with a state and no gradients are served by the one-token operators, which update in place."""
@@ -41,9 +42,9 @@ class GatedDeltaNet(Mixer):
         """Causal convolution over q, k and v."""
         conv_size: int = 4
         """Taps of the convolution."""
-        qk_activation: Literal["silu", "relu", "elu+1", "identity"] = "silu"
+        qk_activation: QKActivation = "silu"
         """Activation of queries and keys."""
-        qk_norm: Literal["l2", "l1", "none"] = "l2"
+        qk_norm: QKNorm = "l2"
         """Normalisation of queries and keys."""
         gate: bool = True
         """Forget by a data-dependent decay. False is DeltaNet with the rest unchanged."""
@@ -146,13 +147,8 @@ class GatedDeltaNet(Mixer):
         if self.config.beta_bias:
             nn.init.zeros_(self.b_proj.bias)
         if self.config.gate:
-            low, high = self.config.decay_range
-            rate = torch.empty_like(self.A_log).uniform_(low, high).clamp_(min=1e-4)  # log 0 would freeze the head for ever
-            low, high = (math.log(x) for x in self.config.dt_range)
-            dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp_(min=1e-4)
-            with torch.no_grad():
-                self.A_log.copy_(rate.log())
-                self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            draw_rate(self.A_log, *self.config.decay_range)
+            draw_time_step(self.dt_bias, *self.config.dt_range)
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         c = self.config
@@ -218,7 +214,7 @@ class GatedDeltaNet(Mixer):
         width = c.heads * c.head_dim
         q, k, v = qkv.split((width, width, qkv.shape[-1] - 2 * width), dim=-1)
         if not (c.short_conv and c.qk_activation == "silu"):
-            q, k, v = _ACTIVATIONS[c.qk_activation](q), _ACTIVATIONS[c.qk_activation](k), F.silu(v)
+            q, k, v = ACTIVATIONS[c.qk_activation](q), ACTIVATIONS[c.qk_activation](k), F.silu(v)
         return q.unflatten(-1, (c.heads, -1)), k.unflatten(-1, (c.heads, -1)), v.unflatten(-1, (c.num_value_heads, -1))
 
     def _gates(self, a: Tensor | None, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,11 +226,7 @@ class GatedDeltaNet(Mixer):
         return 2.0 if self.config.allow_neg_eigval else 1.0
 
     def _norm(self, x: Tensor) -> Tensor:
-        if self.config.qk_norm == "l2":
-            return l2norm(x)
-        if self.config.qk_norm == "l1":
-            return x / (x.abs().sum(-1, keepdim=True) + 1e-6)
-        return x
+        return normalise(x, self.config.qk_norm)
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         """The four combinations of output norm and output gate, on `[B, T, HV, V]`."""
@@ -242,11 +234,3 @@ class GatedDeltaNet(Mixer):
         if self.config.output_norm:
             return self.o_norm(o) if gate is None else self.o_norm(o, gate)
         return o if gate is None else o * F.silu(gate)
-
-
-_ACTIVATIONS = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "elu+1": lambda x: F.elu(x) + 1,
-    "identity": lambda x: x,
-}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gdn.core.errors import GdnError
+from gdn.mixers.base import MixerConfig
 from gdn.models.lm import LM
 
 
@@ -51,3 +53,30 @@ def _saved_channels(config: LM.Config, block: int) -> int:
     """Values per token that a block keeps for its backward pass: the inputs of its norms, matrices and mixer."""
     mixer = config.mixers[block].saved_channels(config.width)
     return 4 * config.width + mixer + 4 * config.mlp
+
+
+@dataclass(frozen=True)
+class MixerCosts:
+    """What one mixer in its default configuration costs at a width and a length."""
+
+    name: str
+    parameters: int
+    flops_per_token: int
+    """Forward pass, two per multiply-add."""
+    state_bytes: int
+    """Of one sequence after `length` tokens."""
+    state_grows: bool
+
+
+def mixer_costs(width: int, length: int, *, itemsize: int = 4) -> tuple[list[MixerCosts], dict[str, str]]:
+    """The costs of every mixer by arithmetic on its configuration alone, smallest state first; and for those that have no default
+    configuration or none at this width, the reason."""
+    found, reasons = [], {}
+    for name, config_class in MixerConfig.members().items():
+        try:
+            config = config_class()
+            parameters, flops = config.num_parameters(width), config.flops_per_token(width, length)
+            found.append(MixerCosts(name, parameters, flops, config.state_bytes(width, length, itemsize), config.state_grows))
+        except (GdnError, TypeError) as error:  # TypeError: a field without default
+            reasons[name] = str(error)
+    return sorted(found, key=lambda costs: costs.state_bytes), reasons

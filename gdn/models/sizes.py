@@ -3,9 +3,10 @@
 Published: `gdn_0.4b` and `gdn_1.3b` are the official Gated DeltaNet models (NVlabs/GatedDeltaNet; 32 000 tokens, tied embeddings),
 `gdn_h1_0.4b` and `gdn_h1_1.3b` its hybrids, every other layer attention through a window of 2048. The official code also creates one
 unused scalar per head and Gated DeltaNet layer; it is left out here, so the counts are smaller by 9 x layers.
-`transformer_340m` and `transformer_1.3b` are Transformer++; `deltanet_sliding_340m` and `deltanet_global_340m` the hybrids of
-arXiv 2406.06484 with attention through a window in every other layer, or to everything in the second layer and the one after the middle.
-`gdn_qwen_0.4b` has no published counterpart of its size: three Gated DeltaNet layers and then a gated attention layer, as Qwen3-Next.
+`deltanet_340m` and `deltanet_1.3b` are DeltaNet's (arXiv 2406.06484; 32 000 tokens, untied), `deltanet_sliding_340m` and
+`deltanet_global_340m` its hybrids with attention through a window in every other layer, or to everything in the second layer and the one
+after the middle. `transformer_340m` and `transformer_1.3b` are Transformer++. `gdn_qwen_0.4b` has no published counterpart of its size:
+three Gated DeltaNet layers and then a gated attention layer, as in Qwen3-Next.
 
 For comparisons on a small budget: `gdn_6m`, `gdn_32m`, `gdn_99m`, `gdn_269m` and `transformer_6m`, ... are matched within 3 % in parameters
 without the embedding, which their names count.
@@ -20,10 +21,10 @@ import re
 
 from gdn.core.errors import ConfigError, nearest
 from gdn.mixers.attention import Attention
+from gdn.mixers.deltanet import DeltaNet
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 
-_DELTANET = GatedDeltaNet.Config(heads=8, head_dim=128, expand_v=1.0, gate=False, output_gate=False, beta_bias=False)
 _GATED_ATTENTION = Attention.Config(heads=8, kv_heads=2, head_dim=128, qk_norm=True, output_gate=True, rope_base=1e7, rope_fraction=0.25)
 
 
@@ -46,13 +47,15 @@ def _transformer(width: int, mlp: int, layers: int) -> LM.Config:
 
 def _deltanet(attention: Attention.Config, *places: int) -> LM.Config:
     """24 DeltaNet layers, those at the given places replaced by attention."""
-    pattern = tuple(attention if i in places else _DELTANET for i in range(24))
+    pattern = tuple(attention if i in places else DeltaNet.Config(heads=8) for i in range(24))
     return LM.Config(vocab=32000, width=1024, layers=24, mlp=2816, tie_embeddings=False, pattern=pattern)
 
 
 SIZES: dict[str, LM.Config] = {
     "gdn_0.4b": LM.Config(vocab=32000, width=1536, layers=11, mlp=6144, pattern=(GatedDeltaNet.Config(heads=9, head_dim=128),)),
     "gdn_1.3b": LM.Config(vocab=32000, width=2400, layers=16, mlp=5888, pattern=(GatedDeltaNet.Config(heads=9, head_dim=200),)),
+    "deltanet_340m": LM.Config(vocab=32000, width=1024, layers=24, mlp=2816, pattern=(DeltaNet.Config(heads=8),), tie_embeddings=False),
+    "deltanet_1.3b": LM.Config(vocab=32000, width=2048, layers=24, mlp=5632, pattern=(DeltaNet.Config(heads=16),), tie_embeddings=False),
     "gdn_h1_0.4b": _h1(1536, 12, 128),
     "gdn_h1_1.3b": _h1(2304, 18, 192),
     "gdn_qwen_0.4b": _gdn(1024, 2816, 24, 6).with_(pattern=(*3 * (GatedDeltaNet.Config(heads=6, head_dim=128),), _GATED_ATTENTION)),

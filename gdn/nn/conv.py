@@ -13,29 +13,32 @@ from gdn.ops import causal_conv1d, causal_conv1d_step
 
 
 class ShortConv(nn.Module):
-    """One causal filter of `size` taps per channel, without bias: `y_t = act(sum_j weight[:, -1 - j] x_{t-j})`, x `[B, T, channels]`.
+    """One causal filter of `size` taps per channel: `y_t = act(bias + sum_j weight[:, -1 - j] x_{t-j})`, x `[B, T, channels]`.
 
-    Filters start as PyTorch's Conv1d does (uniform within `1 / sqrt(size)`), as in the official Gated DeltaNet.
+    Filters and biases start as PyTorch's Conv1d does (uniform within `1 / sqrt(size)`), as in the official Gated DeltaNet.
     """
 
-    def __init__(self, channels: int, size: int = 4, activation: Literal["silu"] | None = None) -> None:
+    def __init__(self, channels: int, size: int = 4, activation: Literal["silu"] | None = None, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, size))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.activation = activation
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, *, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
         """Returns the output and the last `size - 1` inputs of each sequence, `[N, size - 1, channels]`."""
         weight = self.weight.to(x.dtype)
-        return causal_conv1d(x, weight, activation=self.activation, initial_state=state, packing=packing)
+        return causal_conv1d(x, weight, bias=self.bias, activation=self.activation, initial_state=state, packing=packing)
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         """Some more tokens `[B, T, channels]` of each sequence; `state` is updated in place."""
-        return causal_conv1d_step(x, self.weight.to(x.dtype), state, activation=self.activation)
+        return causal_conv1d_step(x, self.weight.to(x.dtype), state, bias=self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, size={self.weight.shape[1]}, activation={self.activation}"

@@ -18,7 +18,14 @@ _WHERE = {
     "decay_gate": "gates",
     "write_gate": "gates",
     "linear_cross_entropy": "loss",
+    "linear_attention": "linear_recurrence",
+    "gated_linear_attention": "linear_recurrence",
+    "value_gated_linear_attention": "linear_recurrence",
+    "linear_attention_step": "linear_step",
+    "gated_linear_attention_step": "linear_step",
+    "value_gated_linear_attention_step": "linear_step",
     "causal_attention": "attention",
+    "windowed_sigmoid_attention": "attention",
 }
 
 __all__ = [*sorted(_WHERE), "ops", "use"]

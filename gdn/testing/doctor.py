@@ -24,6 +24,9 @@ from gdn.core.dispatch import ops as tables
 from gdn.core.errors import ArgumentError, GdnError
 from gdn.core.packing import Packing
 from gdn.ops.delta_fused import GateParameters
+from gdn.ops.linear_recurrence import problems as linear_recurrence
+from gdn.ops.linear_recurrence.problems import Gates
+from gdn.ops.linear_step import problems as linear_step
 from gdn.testing import compare
 
 
@@ -158,6 +161,16 @@ def _delta_core(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> 
     return {"q": q, "k": k, "v": v, "a": random(2, 100, 4), "b": random(2, 100, 4), "gates": gates}
 
 
+def _linear(gates: Gates) -> Callable[[torch.device, torch.dtype, torch.dtype], Arguments]:
+    problem = linear_recurrence.Problem(name="", T=150, H=2, HV=4, K=64, V=64, lengths=(83, 67), initial=True)
+    return lambda device, dtype, wide: problem.build(gates, dtype=dtype, device=str(device))
+
+
+def _linear_step(gates: Gates) -> Callable[[torch.device, torch.dtype, torch.dtype], Arguments]:
+    problem = linear_step.Problem(name="", B=2, T=3, H=2, HV=4, K=64, V=64)
+    return lambda device, dtype, wide: problem.build(gates, dtype=dtype, device=device)
+
+
 def _delta_step(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
     arguments = {name: v.detach() for name, v in _delta_rule(device, dtype, wide).items() if isinstance(v, Tensor)}
     state = arguments.pop("initial_state").clone()
@@ -192,6 +205,17 @@ def _simple(**shapes: tuple[int, ...]) -> Callable[[torch.device, torch.dtype, t
     return make
 
 
+def _attention(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    random = _random(device, dtype, wide)
+    packing = Packing.from_lengths([83, 67], device=device)
+    return {"q": random(1, 150, 4, 64), "k": random(1, 150, 2, 64), "v": random(1, 150, 2, 64), "window": 50, "packing": packing}
+
+
+def _sigmoid_attention(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    slopes = (0.5 ** torch.arange(1.0, 5.0)).to(device, wide).requires_grad_()
+    return {**_attention(device, dtype, wide), "slopes": slopes}
+
+
 def _loss(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
     random = _random(device, dtype, wide)
     targets = torch.arange(70, device=device) * 3 % 97
@@ -211,5 +235,13 @@ EXAMPLES: dict[str, Callable[[torch.device, torch.dtype, torch.dtype], Arguments
     "decay_gate": _simple(a=(2, 50, 4), A_log=(4,), dt_bias=(4,)),
     "write_gate": _simple(b=(2, 50, 4)),
     "linear_cross_entropy": _loss,
+    "causal_attention": _attention,
+    "windowed_sigmoid_attention": _sigmoid_attention,
+    "linear_attention": _linear("head"),
+    "gated_linear_attention": _linear("key"),
+    "value_gated_linear_attention": _linear("value"),
+    "linear_attention_step": _linear_step("head"),
+    "gated_linear_attention_step": _linear_step("key"),
+    "value_gated_linear_attention_step": _linear_step("value"),
 }
 """A small problem for each operator: (device, dtype of activations, dtype of gates and states) -> arguments of its contract."""

@@ -18,6 +18,14 @@ CAUSAL = Op(
     ),
 )
 
+SIGMOID = Op(
+    "windowed_sigmoid_attention",
+    (
+        Impl("chunked", "gdn.ops.attention.chunked:windowed_sigmoid_attention"),
+        Impl("reference", "gdn.ops.attention.reference:windowed_sigmoid_attention"),
+    ),
+)
+
 
 def causal_attention(
     q: Tensor,
@@ -65,6 +73,59 @@ def causal_attention(
         _check_window(window)
     scale = sizes["K"] ** -0.5 if scale is None else scale
     return CAUSAL.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, window, scale, start, packing)
+
+
+def windowed_sigmoid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    *,
+    window: int,
+    scale: float | None = None,
+    start: Tensor | None = None,
+    packing: Packing | None = None,
+) -> Tensor:
+    r"""Attention through a sliding window whose weights are sigmoids: what a token reads is a sum, not a mean.
+
+    Query t of T stands at key `s = S - T + t` of S, so the first `S - T` keys lie before all queries. With n from
+    `max(first, s - window + 1)` to s, where `first` is the begin of the document (or `start`, or 0), for each head
+
+        o_t = sum_n sigmoid(scale q_t^T k_n + slope (s - n)) v_n
+
+    The operator of SWAT (arXiv 2502.18845) with its positional bias: a negative slope favours recent tokens, a positive one the oldest in
+    the window. The rotary embedding enters through q and k (`gdn.nn.Rotary`).
+
+    Args:
+        q: queries `[B, T, H, K]`.
+        k, v: keys `[B, S, G, K]` and values `[B, S, G, V]` with S at least T, the dtype of q. H is a multiple of G: query head i reads
+            key/value head `i // (H // G)`.
+        slopes: `[H]`, any floating dtype.
+        window: how many keys a query sees at most, itself included.
+        scale: factor on the scores. Default `K ** -0.5`.
+        start: integers `[B]`: the keys of row b before `start[b]` are empty. Outputs at such places are zero. Not together with packing.
+        packing: boundaries of packed documents over the `B * T` tokens; nothing passes from one to the next. Needs S equal to T.
+
+    Returns:
+        o `[B, T, H, V]` in the dtype of v, differentiable with respect to q, k, v and slopes.
+
+    Raises:
+        ArgumentError: a shape, dtype or device does not fit, or start comes with packing.
+
+    Example:
+        One head, K = V = 1, scores and slope zero: each output is half the sum of the values seen.
+
+        >>> zero, v = torch.zeros(1, 4, 1, 1), torch.tensor([1.0, 3.0, 5.0, 7.0]).view(1, 4, 1, 1)
+        >>> windowed_sigmoid_attention(zero, zero, v, torch.zeros(1), window=2).flatten().tolist()
+        [0.5, 2.0, 4.0, 6.0]
+    """
+    sizes = _check(q, k, v, start, packing)
+    checks.shapes(("slopes", slopes, "H"), H=sizes["H"])
+    checks.floating(("slopes", slopes))
+    checks.same_device(("q", q), ("slopes", slopes))
+    _check_window(window)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    return SIGMOID.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, slopes, window, scale, start, packing)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, packing: Packing | None) -> dict[str, int]:

@@ -26,6 +26,20 @@ def causal_attention(
     return _each_query(read, q, k, v, window, start, packing)
 
 
+def windowed_sigmoid_attention(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, window: int, scale: float, start: Tensor | None, packing: Packing | None
+) -> Tensor:
+    """See `gdn.ops.windowed_sigmoid_attention`."""
+    steep = slopes.to(accumulate_dtype(q.dtype))
+
+    def read(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        distance = torch.arange(keys.shape[0] - 1, -1, -1, device=keys.device).unsqueeze(1)
+        scores = scale * torch.einsum("hk,nhk->nh", query, keys) + steep * distance
+        return torch.einsum("nh,nhv->hv", scores.sigmoid(), values)
+
+    return _each_query(read, q, k, v, window, start, packing)
+
+
 def _each_query(
     read: Callable[[Tensor, Tensor, Tensor], Tensor],
     q: Tensor,

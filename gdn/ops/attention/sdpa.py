@@ -37,10 +37,16 @@ def causal_attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """`[B, T, H, V]`, with a mask `[B or 1, 1, T, S]`, or causal with as many keys as queries."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
-    return o.transpose(1, 2)
+    return _kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, mask).transpose(1, 2)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Heads before tokens. Keys of grouped heads are repeated under a mask: the GPU kernel that takes masks has no groups, and without it
+    all scores would be made in memory."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None) -> Tensor:
@@ -80,9 +86,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, first:
     queries = F.pad(q, (0, 0, 0, 0, 0, short)).unflatten(1, (blocks, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
     keys, values = (_reaches(x, back - past, short, size, back + size) for x in (k, v))
     mask = _block_masks(window, size, back, blocks, past, None if first is None else F.pad(first[0], (0, short)), q.device)
-    o = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask.unsqueeze(1), scale=scale, enable_gqa=queries.shape[1] != keys.shape[1]
-    )
+    o = _kernel(queries, keys, values, scale, mask.unsqueeze(1))
     return o.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
 
 

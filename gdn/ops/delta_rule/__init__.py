@@ -18,9 +18,6 @@ OP = Op(
     ),
 )
 
-SMALLEST_LOG_DECAY = -64.0
-"""Per-token log decay below this acts as this: exp(-64) = 1.6e-28 is zero to every dtype, and sums of g keep their precision."""
-
 
 def gated_delta_rule(
     q: Tensor,

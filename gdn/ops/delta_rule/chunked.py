@@ -8,7 +8,6 @@ inside a segment are computed again.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +17,9 @@ from torch import Tensor
 from gdn.core.checks import accumulate_dtype
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
-from gdn.ops.delta_rule import SMALLEST_LOG_DECAY
-from gdn.ops.delta_rule.walk import Segment, Walk
+from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY, log_decay_gradient, pair_decay
+from gdn.ops.sequences.scratch import Scratch
+from gdn.ops.sequences.walk import Segment, Walk
 
 CHUNK = 32
 """Tokens per chunk, for all but very short sequences. Measured against 64 in README.md."""
@@ -74,21 +74,6 @@ class Layout:
         return Walk(v.shape[0], v.shape[1], bounds, v.device, chunk=self.chunk, block=self.block, stretch=self.stretch)
 
 
-class Scratch:
-    """Named buffers that every segment uses again, so that they stay in the cache."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self._like, self.dtype = like, dtype
-        self._flat: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        size = math.prod(shape)
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < size:
-            flat = self._flat[name] = self._like.new_empty(size, dtype=dtype or self.dtype)
-        return flat[:size].view(shape)
-
-
 @dataclass
 class Chunks:
     """What the chunks of a segment need that does not depend on the state; M = slots * value heads matrices."""
@@ -133,7 +118,7 @@ class Chunks:
             strength.masked_fill_(outside, 0)
         total = log.clamp_(min=SMALLEST_LOG_DECAY).cumsum(-1)
         gamma, tail = total.exp(), (total[:, -1:] - total).exp_()
-        decay = _pair_decay(total, scratch("decay", slots * heads, size, size))
+        decay = pair_decay(total, scratch("decay", slots * heads, size, size))
         gated = scratch("gated", slots * heads, 2, size, size)
         torch.mul(gram, decay.view(slots, narrow, -1, 1, size, size), out=gated.view(slots, narrow, -1, 2, size, size))
         gated[:, 0].diagonal(dim1=-2, dim2=-1).zero_()
@@ -147,21 +132,6 @@ class Chunks:
         lower = torch.mul(self.gated[:, 0], self.beta, out=scratch("lower", *out.shape))
         unit = torch.eye(out.shape[1], dtype=out.dtype, device=out.device).expand_as(out)
         torch.linalg.solve_triangular(lower, unit, upper=False, unitriangular=True, out=out)
-
-
-def _pair_decay(total: Tensor, out: Tensor) -> Tensor:
-    """exp(G_i - G_j) for i >= j, else 0, of the running sums G `[M, C]` in float64.
-
-    The sums are taken apart into two numbers of the dtype of `out`: after a token with g = -64 a single float32 would lose the decays that
-    follow it (a chunk of such tokens reaches -2048, where neighbours are 1.2e-4 apart).
-    """
-    high = total.to(out.dtype)
-    above = torch.full(out.shape[1:], -torch.inf, dtype=out.dtype, device=out.device).triu_(1)
-    torch.add(above, high.unsqueeze(-1), out=out).sub_(high.unsqueeze(-2))
-    if out.dtype != total.dtype:
-        low = (total - high).to(out.dtype)
-        out.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
-    return out.exp_()
 
 
 def _forward(
@@ -327,7 +297,7 @@ def _segment_gradients(
     torch.mul(d_gram.view(grouped), c.gram, out=d_pairs.view(grouped))
     d_beta = torch.mul(d_solved, error, out=scratch("d_written", count, size, width)).sum(-1).add_(d_pairs[:, 0].sum(-1))
     between = d_pairs[:, 1].addcmul_(d_pairs[:, 0], c.beta)
-    d_g = _log_decay_gradient(between, into, onward, kept.unsqueeze(-1) * c.last[:, 0], pairs[0])
+    d_g = log_decay_gradient(between, into, onward, kept.unsqueeze(-1) * c.last[:, 0], pairs[0])
     d_gram[:, 0].mul_(c.beta)
     d_gram = d_gram.view(count, 2 * size, size)
     d_both.baddbmm_(d_gram, c.keys)
@@ -343,19 +313,6 @@ def _states(segment: Segment, heads: int, c: Chunks, written: Tensor, start: Ten
         rows = len(after)
         torch.mul(before[:rows], last[:rows], out=after).baddbmm_(tails[:rows].mT, u[:rows])
     return out
-
-
-def _log_decay_gradient(between: Tensor, into: Tensor, onward: Tensor, through: Tensor, buffer: Tensor) -> Tensor:
-    """The gradient of g `[M, C]` from what passes over each token.
-
-    g_t scales what goes from token j < t to token i >= t (`between[i, j]`), from the state before the chunk to i >= t (`into`), from
-    j < t to the state after the chunk (`onward`), and from state to state (`through`). Summed as it stands, without differences of
-    large sums, so that it is exact under strong decay too.
-    """
-    later = torch.ones_like(between[0]).triu_().expand_as(between)
-    crossing = torch.bmm(later, between, out=buffer).tril_(-1).sum(-1)
-    crossing[:, 1:] += onward[:, :-1].cumsum(-1)
-    return crossing.add_(into.flip(-1).cumsum(-1).flip(-1)).add_(through)
 
 
 def _fake(

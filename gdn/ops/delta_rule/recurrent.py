@@ -15,7 +15,7 @@ from torch import Tensor
 from gdn.core.checks import accumulate_dtype
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
-from gdn.ops.delta_rule import SMALLEST_LOG_DECAY
+from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY
 
 STRIDE = 64
 
