@@ -25,7 +25,7 @@ PRESETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "qwen3_next": (("in_proj_qkvz", "in_proj_ba", "out_proj", *ATTENTION), MLP),
     "olmo_hybrid": (SEPARATE, MLP),
     "gated_deltanet": (SEPARATE, MLP),
-    "gdn": (("qkv_proj", "a_proj", "b_proj", "g_proj", "o_proj"), ("gate_up", "down")),
+    "gdn": (("qkv_proj", "a_proj", "b_proj", "dt_proj", "g_proj", "z_proj", "o_proj"), ("gate_up", "down")),
 }
 """Names of projections by model type: of token mixers, of MLPs."""
 

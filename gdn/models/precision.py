@@ -55,6 +55,10 @@ def stored(state: MixerState, precision: Precision) -> MixerState:
         raise ArgumentError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if MEMORY not in state.tensors:
         return state
+    if type(state) not in (MixerState, StoredState):
+        if precision == "fp32":
+            return state
+        raise ArgumentError(f"precision: a {type(state).__name__} stores its memory in fp32 only, got {precision!r}")
     full = state.full()
     past = state.past if state.past is None else dataclasses.replace(state.past, start=stored(state.past.start, precision))
     if precision == "fp32":

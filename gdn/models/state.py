@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gdn.core.errors import ArgumentError, CheckpointError
-from gdn.mixers.base import GrowingState, MixerState, Past
+from gdn.mixers.base import MixerState, Past
 from gdn.models.precision import PRECISIONS, Precision, precision_of, stored
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class LMState:
             "model": fingerprint(self._model()),
             "length": str(self.length),
             "precisions": json.dumps(precisions),
-            "tokens": json.dumps([layer.tokens if isinstance(layer, GrowingState) else 0 for layer in self.layers]),
+            "counts": json.dumps([_counts(layer) for layer in self.layers]),
         }
         partial = path.with_name(f".{path.name}.partial")
         try:
@@ -161,8 +162,8 @@ class LMState:
         for i, precision in enumerate(json.loads(metadata["precisions"])):
             layer = stored(state.layers[i], precision)
             layer.tensors = {name: tensors[f"{i}.{name}"].to(device) for name in layer.tensors}
-            if isinstance(layer, GrowingState):
-                layer.tokens = json.loads(metadata["tokens"])[i]
+            for name, count in json.loads(metadata["counts"])[i].items():
+                setattr(layer, name, count)
             state.layers[i] = layer
         return state
 
@@ -176,6 +177,12 @@ class LMState:
         if self.model is None:
             raise ArgumentError("state: belongs to no model; make it with model.init_state")
         return self.model
+
+
+def _counts(layer: MixerState) -> dict[str, int]:
+    """What a state knows on the host beside its tensors."""
+    values = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 @torch.no_grad()

