@@ -25,7 +25,10 @@ from gdn.mixers.deltanet import DeltaNet
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 
-_GATED_ATTENTION = Attention.Config(heads=8, kv_heads=2, head_dim=128, qk_norm=True, output_gate=True, rope_base=1e7, rope_fraction=0.25)
+_QWEN_LAYER = GatedDeltaNet.Config(heads=6, head_dim=128, beta_bias=False)
+_GATED_ATTENTION = Attention.Config(
+    heads=8, kv_heads=2, head_dim=128, qk_norm=True, output_gate=True, rope_base=1e7, rope_fraction=0.25, norm_eps=1e-5
+)
 
 
 def _h1(width: int, layers: int, head_dim: int) -> LM.Config:
@@ -58,7 +61,7 @@ SIZES: dict[str, LM.Config] = {
     "deltanet_1.3b": LM.Config(vocab=32000, width=2048, layers=24, mlp=5632, pattern=(DeltaNet.Config(heads=16),), tie_embeddings=False),
     "gdn_h1_0.4b": _h1(1536, 12, 128),
     "gdn_h1_1.3b": _h1(2304, 18, 192),
-    "gdn_qwen_0.4b": _gdn(1024, 2816, 24, 6).with_(pattern=(*3 * (GatedDeltaNet.Config(heads=6, head_dim=128),), _GATED_ATTENTION)),
+    "gdn_qwen_0.4b": _gdn(1024, 2816, 24, 6).with_(pattern=(*3 * (_QWEN_LAYER,), _GATED_ATTENTION)),
     "gdn_6m": _gdn(256, 768, 6, 3),
     "gdn_32m": _gdn(512, 1536, 8, 3),
     "gdn_99m": _gdn(768, 2048, 12, 3),

@@ -25,6 +25,7 @@ from gdn.hf.families import FAMILIES, family, find
 from gdn.mixers.attention import Attention
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
+from gdn.models.sizes import size
 from gdn.models.store import load_model, save_model
 
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
@@ -313,6 +314,13 @@ def test_what_is_not_supported_or_damaged_is_named(tmp_path: Path) -> None:
         save_file(broken, file)
         with pytest.raises(CheckpointError, match=words):
             load(tmp_path / "q")
+
+
+def test_the_size_that_is_shaped_like_qwen_can_be_exported() -> None:
+    for name in ("qwen3_5_text", "qwen3_next"):
+        values = family(name).write_config(size("gdn_qwen_0.4b"))
+        read = family(name).read_config(values)
+        assert [m.tag() for m in read.mixers] == [m.tag() for m in size("gdn_qwen_0.4b").mixers]
 
 
 def test_every_family_covers_every_weight_once() -> None:
