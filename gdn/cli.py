@@ -295,13 +295,15 @@ def convert(
     target: RunPath,
     *,
     to: str,
+    check: bool = False,
 ) -> int:
-    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, gated_deltanet (fla), nvlabs or run.
+    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, olmo_hybrid, gated_deltanet (fla), nvlabs or run.
 
     Args:
         source: A training directory, or a folder of any of those families.
         target: A new folder.
         to: The family to write. What it cannot express is an error that names it.
+        check: Open the result and compare logits, then convert it back and compare bytes.
     """
     from gdn.core.errors import require
 
@@ -311,7 +313,15 @@ def convert(
     done = converted(source, target, to)
     left_out = f"; left out {len(done.unused)} that belong to no language model" if done.unused else ""
     print(f"{done.source} -> {done.target}: {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB{left_out}")
-    return 0
+    if not check:
+        return 0
+    from gdn.hf.verify import verify
+
+    found = verify(source, target, done.source, done.target)
+    print(f"opened by {found.opened_by}: largest difference of logits {found.logits_error:.1e} of the largest")
+    changed = f"{len(found.changed)} changed, the first {found.changed[0]}" if found.changed else "the same bytes"
+    print(f"converted back to {done.source}: {found.compared} tensors, {changed}")
+    return int(found.logits_error > 1e-4)
 
 
 def doctor(*, device: str = "auto") -> int:
