@@ -55,7 +55,7 @@ def _read(c: Mapping[str, Any]) -> LM.Config:
     from gdn.mixers.attention import Attention
 
     supported(c, "olmo_hybrid", hidden_act="silu", attention_bias=False)
-    rope = c.get("rope_parameters") or {}
+    rope: dict[str, Any] = c.get("rope_parameters") or {}
     supported(rope, "olmo_hybrid", rope_type="default")
     width, heads = c["hidden_size"], c["num_attention_heads"]
     linear = GatedDeltaNet.Config(

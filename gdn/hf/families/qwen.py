@@ -120,7 +120,7 @@ def _layer_types(c: Mapping[str, Any]) -> list[str]:
 def _attention(c: Mapping[str, Any], family: str) -> Any:
     from gdn.mixers.attention import Attention
 
-    rope = c.get("rope_parameters") or {}
+    rope: dict[str, Any] = c.get("rope_parameters") or {}
     supported(rope, family, rope_type="default")
     return Attention.Config(
         heads=c["num_attention_heads"],
