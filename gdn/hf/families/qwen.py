@@ -120,14 +120,14 @@ def _layer_types(c: Mapping[str, Any]) -> list[str]:
 def _attention(c: Mapping[str, Any], family: str) -> Any:
     from gdn.mixers.attention import Attention
 
-    rope: dict[str, Any] = c.get("rope_parameters") or {}
+    rope: dict[str, Any] = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, **c, **(c.get("rope_parameters") or {})}
     supported(rope, family, rope_type="default")
     return Attention.Config(
         heads=c["num_attention_heads"],
         kv_heads=c["num_key_value_heads"],
         head_dim=c["head_dim"],
-        rope_base=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))),
-        rope_fraction=rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 0.25)),
+        rope_base=float(rope["rope_theta"]),
+        rope_fraction=rope["partial_rotary_factor"],
         qk_norm=True,
         output_gate=True,
         norm_eps=c["rms_norm_eps"],
