@@ -26,7 +26,7 @@ LINEAR = (
 
 def _table(config: LM.Config) -> Table:
     linear: Any = next((m for m in config.mixers if m.tag() == "gated_deltanet"), GatedDeltaNet.Config())
-    extra = (CONV,) * linear.short_conv + (Line("g_proj.weight", "attn.g_proj.weight"),) * linear.output_gate
+    extra: tuple[Line, ...] = (CONV,) * linear.short_conv + (Line("g_proj.weight", "attn.g_proj.weight"),) * linear.output_gate
     return Table(
         model=(Line("embedding.weight", "model.embeddings.weight"), Line("norm.weight", "model.norm.weight")),
         head="lm_head.weight",
