@@ -97,6 +97,8 @@ def generate(
     top_p: float = 0.95,
     top_k: int = 0,
     seed: int = 0,
+    save_state: Path | None = None,
+    load_state: Path | None = None,
     device: str = "auto",
 ) -> int:
     """Continue a text with a trained model; memory stays constant however long the text.
@@ -109,22 +111,32 @@ def generate(
         top_p: Draw from the smallest set of tokens with at least this probability in all.
         top_k: Draw from this many of the likeliest tokens; 0 is no limit.
         seed: Seed of the draws.
+        save_state: Write what the model remembers after the prompt to this file.
+        load_state: Go on from such a file: the prompt continues what was read there.
         device: "auto", "cpu" or "cuda".
     """
     import torch
 
-    from gdn.models.sampling import Sampling
+    from gdn.models.sampling import Sampling, resume
     from gdn.models.sampling import generate as tokens_of
+    from gdn.models.state import LMState
 
     if tokens < 0:
         raise ArgumentError(f"tokens: expected 0 or more, got {tokens}")
     model, tokenizer = _open(run, device)
     text = sys.stdin.read() if prompt == "-" else prompt
-    ids = list(tokenizer.encode(text)) or [tokenizer.end_id]
+    ids = list(tokenizer.encode(text))
+    if not ids and load_state is None:
+        ids = [tokenizer.end_id]
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     sys.stdout.write(text)
     decoder = tokenizer.stream()
-    stream = tokens_of(model.eval(), torch.tensor([ids], device=model.embedding.weight.device), sampling)
+    state = None if load_state is None else LMState.load(load_state, model)
+    tokens_in = torch.tensor([ids], dtype=torch.int64, device=model.embedding.weight.device)
+    prompt_ids, state = resume(model.eval(), tokens_in, state)
+    if save_state is not None:
+        state.save(save_state)
+    stream = tokens_of(model, prompt_ids, sampling, state=state)
     for count, token in enumerate(stream, start=1):
         if int(token) == tokenizer.end_id:
             break
@@ -173,6 +185,45 @@ def _data_of(run: Path) -> Any:
     saved = model_folder(run).resolve().parent / "config.json"
     values = json.loads(saved.read_text()) if saved.is_file() else {}
     return DataConfig.from_dict(values["data"]) if "data" in values else None
+
+
+def drift(
+    run: RunPath,
+    *,
+    source: str | None = None,
+    tokens: int = 1024,
+    device: str = "auto",
+) -> int:
+    """How far memories stored in bf16, fp16, int8 or fp8 drift from float32 as a text goes on.
+
+    Args:
+        run: A training directory or a folder with model.safetensors.
+        source: A text file to read; default: the text that the model itself writes.
+        tokens: Length of the text.
+        device: "auto", "cpu" or "cuda".
+    """
+    import itertools
+
+    import torch
+
+    from gdn.eval.drift import drift as measured
+    from gdn.models.sampling import Sampling
+    from gdn.models.sampling import generate as tokens_of
+
+    if tokens < 1:
+        raise ArgumentError(f"tokens: expected at least 1, got {tokens}")
+    model, tokenizer = _open(run, device)
+    if source is None:
+        begin = torch.tensor([[tokenizer.end_id]], device=model.embedding.weight.device)
+        ids = [int(token) for token in itertools.islice(tokens_of(model.eval(), begin, Sampling()), tokens)]
+    else:
+        ids = list(tokenizer.encode(Path(source).read_text()))[:tokens]
+    rows = measured(model.eval(), torch.tensor([ids], device=model.embedding.weight.device))
+    print(f"{'precision':<10}{'tokens':>8}{'memory error':>14}{'KL, nats':>12}{'same token':>12}{'bytes':>12}")
+    for row in sorted(rows, key=lambda r: (r.precision, r.tokens)):
+        values = f"{row.memory_error:>14.2e}{row.divergence:>12.2e}{row.agreement:>12.1%}{row.bytes_per_sequence:>12,}"
+        print(f"{row.precision:<10}{row.tokens:>8}{values}")
+    return 0
 
 
 def _open(run: Path, device: str) -> tuple[Any, Any]:
@@ -237,15 +288,49 @@ def _config_of(name: str) -> Any:
     """The model configuration of a size, a recipe, a training directory or a model folder."""
     from gdn import recipes
     from gdn.models.sizes import SIZES, size
-    from gdn.models.store import model_folder, read_config
+    from gdn.models.store import model_folder, stored_config
 
     if name in SIZES or name.startswith("gdn_d"):
         return size(name)
     if name in recipes.names() or name.endswith(".py") or ".py:" in name:
         return recipes.load(name).model
     if Path(name).is_dir():
-        return read_config(model_folder(name))
+        return stored_config(model_folder(name))
     raise ConfigError(f'"{name}" is no size, recipe or training directory.{nearest(name, [*SIZES, "gdn_d8", *recipes.names()])}')
+
+
+def convert(
+    source: RunPath,
+    target: RunPath,
+    *,
+    to: str,
+    check: bool = False,
+) -> int:
+    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, olmo_hybrid, gated_deltanet (fla), nvlabs or run.
+
+    Args:
+        source: A training directory, or a folder of any of those families.
+        target: A new folder.
+        to: The family to write. What it cannot express is an error that names it.
+        check: Open the result and compare logits, then convert it back and compare bytes.
+    """
+    from gdn.core.errors import require
+
+    require("transformers", "hf", "gdn convert")
+    from gdn.hf.convert import convert as converted
+
+    done = converted(source, target, to)
+    left_out = f"; left out {len(done.unused)} that belong to no language model" if done.unused else ""
+    print(f"{done.source} -> {done.target}: {done.tensors} tensors, {done.bytes / 1e6:,.1f} MB{left_out}")
+    if not check:
+        return 0
+    from gdn.hf.verify import verify
+
+    found = verify(source, target, done.source, done.target)
+    print(f"opened by {found.opened_by}: largest difference of logits {found.logits_error:.1e} of the largest")
+    changed = f"{len(found.changed)} changed, the first {found.changed[0]}" if found.changed else "the same bytes"
+    print(f"converted back to {done.source}: {found.compared} tensors, {changed}")
+    return int(found.logits_error > 1e-4)
 
 
 def doctor(*, device: str = "auto") -> int:
@@ -350,7 +435,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "generate": _command(generate, "generate"),
     "eval": _command(evaluate, "eval"),
+    "drift": _command(drift, "drift"),
     "bench": _bench,
+    "convert": _command(convert, "convert"),
     "info": _info,
     "doctor": _command(doctor, "doctor"),
     "experiment": _command(experiment, "experiment"),

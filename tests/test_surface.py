@@ -16,6 +16,7 @@ MODULES = [
     "gdn.data.synthetic",
     "gdn.eval",
     "gdn.experiments",
+    "gdn.hf",
     "gdn.mixers",
     "gdn.models",
     "gdn.nn",

@@ -1,1 +1,39 @@
-"""Hugging Face transformers: their models on our operators."""
+"""Hugging Face: one configuration and one model class for every mixer, checkpoints both ways, adapters.
+
+import gdn.hf                                            # AutoConfig, AutoModel and AutoModelForCausalLM know "gdn" from here on
+model = AutoModelForCausalLM.from_pretrained(folder)
+model.generate(ids, assistant_model=small)               # any mixer, rollback is exact
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from gdn.hf.configuration import GdnConfig
+from gdn.hf.modeling import GdnForCausalLM, GdnModel, GdnPreTrainedModel
+
+AutoConfig.register(GdnConfig.model_type, GdnConfig, exist_ok=True)
+AutoModel.register(GdnConfig, GdnModel, exist_ok=True)
+AutoModelForCausalLM.register(GdnConfig, GdnForCausalLM, exist_ok=True)
+
+_WHERE = {
+    "GdnCache": "cache",
+    "add_remote_code": "remote_code",
+}
+
+__all__ = ["GdnCache", "GdnConfig", "GdnForCausalLM", "GdnModel", "GdnPreTrainedModel", "add_remote_code"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gdn.hf.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

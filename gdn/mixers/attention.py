@@ -43,6 +43,10 @@ class Attention(Mixer):
         """Multiply the output by sigmoid(W_g x)."""
         norm_eps: float = 1e-6
         """Epsilon of the query and key norms."""
+        norm_all_heads: bool = False
+        """Norm the queries, and the keys, of all heads as one vector (OLMo), not each head by itself."""
+        norm_offset: float = 0.0
+        """Added to the weights of the query and key norms, as `LM.Config.norm_offset`."""
 
         def check(self) -> None:
             for name in ("heads", "head_dim"):
@@ -63,6 +67,12 @@ class Attention(Mixer):
             return (self.heads + 2 * self.num_kv_heads) * self.head_dim
 
         @property
+        def norm_widths(self) -> tuple[int, int]:
+            """Widths of the norms of queries and keys."""
+            heads = (self.heads, self.num_kv_heads) if self.norm_all_heads else (1, 1)
+            return heads[0] * self.head_dim, heads[1] * self.head_dim
+
+        @property
         def state_grows(self) -> bool:
             return self.window is None
 
@@ -71,7 +81,8 @@ class Attention(Mixer):
 
         def num_parameters(self, width: int) -> int:
             inner = self.heads * self.head_dim
-            return width * (self.qkv_width + inner * (1 + self.output_gate)) + 2 * self.head_dim * self.qk_norm
+            normed = sum(self.norm_widths) * self.qk_norm
+            return width * (self.qkv_width + inner * (1 + self.output_gate)) + normed
 
         def flops_per_token(self, width: int, length: int) -> int:
             scores_and_reads = 2 * self.heads * self.head_dim * mean_context(length, self.window)
@@ -94,9 +105,15 @@ class Attention(Mixer):
         if config.output_gate:
             self.g_proj = nn.Linear(width, inner, bias=False)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+            queries, keys = config.norm_widths
+            self.q_norm = RMSNorm(queries, config.norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(keys, config.norm_eps, config.norm_offset)
         self.rotary = Rotary(config.head_dim, config.rope_base, config.rope_fraction)
+
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        keys = self.config.num_kv_heads * self.config.head_dim
+        return {"qkv_proj": (self.config.heads * self.config.head_dim, keys, keys)}
 
     def scaled_by_depth(self) -> tuple[Tensor, ...]:
         return (self.o_proj.weight,)
@@ -136,7 +153,9 @@ class Attention(Mixer):
         c = self.config
         heads = self.qkv_proj(x).unflatten(-1, (-1, c.head_dim))
         q, k, v = heads.split([c.heads, c.num_kv_heads, c.num_kv_heads], dim=2)
-        if c.qk_norm:
+        if c.qk_norm and c.norm_all_heads:
+            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+        elif c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.rotary(positions, q, k)
         return q, k, v

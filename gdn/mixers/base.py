@@ -15,14 +15,15 @@ requires one) is a new state returned and the given one left as it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gdn.core.config import Config
+from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
 
@@ -57,12 +58,18 @@ class MixerConfig(Config):
         raise NotImplementedError
 
 
+FLOAT32 = ("A_log", "dt_bias")
+"""Parameters that no cast may narrow: rounding the decay of one token is a different memory after a thousand."""
+
+
 @dataclass(eq=False)
 class MixerState:
     """Named tensors, each with the sequences of a batch as its first dimension. Its size does not depend on the tokens seen, unless it is a
     `GrowingState`."""
 
     tensors: dict[str, Tensor]
+    past: Past | None = None
+    """What takes the last tokens back, while that is being kept (`Past`)."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -76,7 +83,7 @@ class MixerState:
 
     def clone(self) -> MixerState:
         """A snapshot that later tokens do not touch."""
-        return dataclasses.replace(self, tensors={name: t.clone() for name, t in self.tensors.items()})
+        return self._map(Tensor.clone)
 
     def copy_(self, other: MixerState) -> None:
         """Return to a snapshot, in place."""
@@ -85,7 +92,7 @@ class MixerState:
 
     def select(self, sequences: Tensor) -> MixerState:
         """A state for the given sequences `[n]` of the batch, in that order: reorder, drop or repeat them."""
-        return dataclasses.replace(self, tensors={name: t.index_select(0, sequences) for name, t in self.tensors.items()})
+        return self._map(lambda t: t.index_select(0, sequences.to(t.device)))
 
     def update(self, **tensors: Tensor) -> MixerState:
         """The state after some tokens: in place, or a new one where a gradient flows."""
@@ -95,8 +102,53 @@ class MixerState:
             self._put(name, tensor)
         return self
 
+    def full(self) -> MixerState:
+        """The state as the mixer computes with it. Another object where it is stored in fewer bits."""
+        return self
+
+    def keep(self, after: MixerState) -> MixerState:
+        """Store what `full` gave and some tokens changed."""
+        return after
+
+    def mark(self) -> MixerState:
+        """A snapshot to go back to, as `copy_` does; it may share what later tokens do not overwrite."""
+        return self._map(Tensor.clone)
+
     def _put(self, name: str, tensor: Tensor) -> None:
         self.tensors[name].copy_(tensor)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Any:
+        past = None if self.past is None else self.past.map(function)
+        return dataclasses.replace(self, tensors={name: function(t) for name, t in self.tensors.items()}, past=past)
+
+
+@dataclass(eq=False)
+class Past:
+    """What takes the last tokens of a state back: the state before them and the mixer's inputs since.
+
+    Going back is starting again from `start` and reading the inputs that stay, in the pieces they were read in: the state is bit for bit
+    what it was, for every mixer. The inputs are the smallest thing that allows it. Numbers per token and layer of Qwen3.5-9B: the inputs
+    4096; what the convolution and the gates read 8256; what was written after them (k, beta v, g, beta) 6208; a snapshot of the memory
+    524288. Undoing a write arithmetically would keep even less, but divides by exp(g), which may be zero, and rounds.
+    """
+
+    start: MixerState
+    window: int
+    """At least this many of the last tokens can be taken back."""
+    inputs: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens that can be taken back now."""
+        return sum(x.shape[1] for x, _ in self.inputs)
+
+    @property
+    def nbytes(self) -> int:
+        return self.start.nbytes + sum(x.nbytes for x, _ in self.inputs)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Past:
+        inputs = [(function(x), None if mask is None else function(mask)) for x, mask in self.inputs]
+        return Past(self.start._map(function), self.window, inputs)
 
 
 LEAST_ROOM = 64
@@ -125,12 +177,24 @@ class GrowingState(MixerState):
             return tensor
         return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1)
 
+    def mark(self) -> GrowingState:
+        """Tokens are only ever added behind those that are held: their tensors are shared, and what counts them is copied."""
+        return dataclasses.replace(self, tensors={name: t.clone() if t.ndim == 1 else t for name, t in self.tensors.items()})
+
     def copy_(self, other: MixerState) -> None:
         super().copy_(other)
         assert isinstance(other, GrowingState)
         self.tokens = other.tokens
+        counts = next(t for t in self.tensors.values() if t.ndim == 1)
+        first = int(counts.min())
+        for tensor in self.tensors.values():
+            if tensor.ndim > 1:  # what stood behind may be of tokens taken back
+                behind = torch.arange(first, tensor.shape[1], device=tensor.device) >= counts.unsqueeze(1)
+                tensor[:, first:].masked_fill_(behind.reshape(*behind.shape, *[1] * (tensor.ndim - 2)), 0)
 
     def _put(self, name: str, tensor: Tensor) -> None:
+        if self.tensors[name] is tensor:
+            return
         if self.tensors[name].shape == tensor.shape:
             super()._put(name, tensor)
         else:
@@ -139,6 +203,11 @@ class GrowingState(MixerState):
 
 class Mixer(nn.Module):
     """Base of every token mixer."""
+
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        """Rows of each of the matrices that are stored in one, by the name of the module that holds them."""
+        return {}
 
     def scaled_by_depth(self) -> tuple[Tensor, ...]:
         """Matrices into the residual stream that the official initialisation redraws and divides by `sqrt(2 layers)`."""
@@ -170,3 +239,65 @@ class Mixer(nn.Module):
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         """An empty state for `batch` sequences. `dtype` is that of the activations; recurrent memory is float32."""
         raise NotImplementedError
+
+    def read(self, x: Tensor, state: MixerState, mask: Tensor | None = None) -> tuple[Tensor, MixerState]:
+        """`forward` with a state, stored as the state is stored, keeping what takes the tokens back if the state wants that."""
+        past = state.past
+        if past is None:
+            return self._advance(x, state, mask)
+        old = max(x.shape[1] - past.window, 0)  # too far back to be taken back
+        outputs = []
+        for begin, end in [(0, old), (old, x.shape[1])] if old else [(0, x.shape[1])]:
+            part, seen = x[:, begin:end], None if mask is None else mask[:, begin:end]
+            y, state = self._advance(part, state, seen)
+            outputs.append(y)
+            past.inputs.append((part.detach(), seen))
+            self._forget(past)
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], state
+
+    @torch.no_grad()
+    def rollback(self, state: MixerState, tokens: int) -> None:
+        """Take the last tokens back, in place, exactly. What remains can still be taken back."""
+        past = state.past
+        if past is None:
+            raise ArgumentError("state: keeps nothing to go back to; call record() before the tokens that may be taken back")
+        if not 0 <= tokens <= past.length:
+            raise ArgumentError(f"tokens: expected 0 to {past.length}, the number that can be taken back, got {tokens}")
+        if tokens == 0:
+            return
+        past.inputs = _first(past.inputs, past.length - tokens)
+        state.copy_(past.start)
+        for x, mask in past.inputs:
+            self._advance(x, state, mask)
+
+    @torch.no_grad()
+    def _forget(self, past: Past) -> None:
+        """Move the start past what is too far back, in the pieces it was read in, so that not one bit changes."""
+        while past.length - past.inputs[0][0].shape[1] >= past.window:
+            x, mask = past.inputs.pop(0)
+            _, past.start = self._advance(x, past.start, mask)
+
+    def _advance(self, x: Tensor, state: MixerState, mask: Tensor | None) -> tuple[Tensor, MixerState]:
+        y, after = self(x, state=state.full(), mask=mask)
+        return y, state.keep(after)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
+        """Casts leave the gates in float32; moves and widening to float64 go through."""
+        wide = {name: p.data for name, p in self._parameters.items() if p is not None and name in FLOAT32}
+        super()._apply(fn, recurse)
+        for name, data in wide.items():
+            now = self._parameters[name]
+            if now is not None and now.dtype in (torch.bfloat16, torch.float16):
+                now.data = data.to(now.device, torch.float32)
+        return self
+
+
+def _first(inputs: list[tuple[Tensor, Tensor | None]], tokens: int) -> list[tuple[Tensor, Tensor | None]]:
+    """The pieces that hold the first `tokens` tokens."""
+    kept = []
+    for x, mask in inputs:
+        if tokens <= 0:
+            break
+        kept.append((x[:, :tokens], None if mask is None else mask[:, :tokens]))
+        tokens -= x.shape[1]
+    return kept

@@ -108,6 +108,11 @@ class DeltaNet(Mixer):
             self.g_proj = nn.Linear(width, config.value_width, bias=False)
         self.o_norm = (GatedRMSNorm if config.output_gate else RMSNorm)(config.value_dim, config.norm_eps)
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        keys = self.config.heads * self.config.head_dim
+        return {"qkv_proj": (keys, keys, self.config.value_width)}
+
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         c = self.config
         device = device or self.qkv_proj.weight.device

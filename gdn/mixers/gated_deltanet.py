@@ -138,6 +138,11 @@ class GatedDeltaNet(Mixer):
             self.o_norm = norm(config.value_dim, config.norm_eps)
         self.reset_parameters()
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        keys = self.config.heads * self.config.head_dim
+        return {"qkv_proj": (keys, keys, self.config.num_value_heads * self.config.value_dim)}
+
     def reset_parameters(self) -> None:
         """The official initialisation: PyTorch's for the matrices, zero biases, log-uniform time steps, uniform decay rates."""
         if self.config.beta_bias:

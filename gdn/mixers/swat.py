@@ -82,6 +82,10 @@ class Swat(Mixer):
     def scaled_by_depth(self) -> tuple[Tensor, ...]:
         return (self.o_proj.weight,)
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"qkv_proj": (self.o_proj.in_features,) * 3}
+
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         c = self.config
         device, dtype = device or self.qkv_proj.weight.device, dtype or self.qkv_proj.weight.dtype

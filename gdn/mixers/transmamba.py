@@ -163,6 +163,10 @@ class TransMamba(Mixer):
         draw_time_step(self.dt_bias, *self.config.dt_range)
         nn.init.ones_(self.D)
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"qkv_proj": (self.o_proj.in_features,) * 3}
+
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         c, weight = self.config, self.qkv_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype

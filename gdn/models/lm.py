@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from gdn.core.config import Config as BaseConfig
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
-from gdn.mixers.base import MixerConfig, MixerState
+from gdn.mixers.base import Mixer, MixerConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.block import Block
+from gdn.models.start import Start
+from gdn.models.state import LMState
 from gdn.nn import RMSNorm
 from gdn.ops import linear_cross_entropy
 
@@ -32,33 +34,6 @@ class LMOutput:
     """`[B, T, vocab]`."""
     state: LMState | None = None
     """The state after the last token, when one was given."""
-
-
-@dataclass(eq=False)
-class LMState:
-    """The state of every layer for a batch of sequences. Its size does not grow with the text unless a layer attends to all of it."""
-
-    layers: list[MixerState]
-    length: int = 0
-    """Tokens read so far."""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
-
-    def clone(self) -> LMState:
-        """A snapshot that later tokens do not touch."""
-        return LMState([layer.clone() for layer in self.layers], self.length)
-
-    def copy_(self, other: LMState) -> None:
-        """Return to a snapshot, in place."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.copy_(theirs)
-        self.length = other.length
-
-    def select(self, sequences: Tensor) -> LMState:
-        """The state of some sequences `[n]` of the batch, in that order."""
-        return LMState([layer.select(sequences) for layer in self.layers], self.length)
 
 
 class LM(nn.Module):
@@ -84,6 +59,10 @@ class LM(nn.Module):
         """The mixers of the blocks, repeated in order until there are `layers` of them."""
         norm_eps: float = 1e-5
         """Epsilon of the block norms."""
+        norm_offset: float = 0.0
+        """Added to the weights of the block norms: 1 for checkpoints that store them around zero, as Qwen3-Next and Qwen3.5 do."""
+        norm_after: tuple[str, ...] = ()
+        """Types of mixers whose blocks norm what mixer and MLP give instead of what they get, as OLMo's attention blocks do."""
         tie_embeddings: bool = True
         """Use the embedding matrix as the head."""
 
@@ -95,6 +74,9 @@ class LM(nn.Module):
                 raise ConfigError(f"mlp: expected 0 or more, got {self.mlp}")
             if not self.pattern:
                 raise ConfigError("pattern: expected at least one mixer")
+            absent = set(self.norm_after) - {m.tag() for m in self.pattern}
+            if absent:
+                raise ConfigError(f"norm_after: expected mixers of the pattern, got {', '.join(sorted(absent))}")
 
         @property
         def mixers(self) -> list[MixerConfig]:
@@ -120,15 +102,20 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(Block(mixer, config.width, config.mlp, config.norm_eps) for mixer in config.mixers)
+        self.blocks = nn.ModuleList(
+            Block(m, config.width, config.mlp, config.norm_eps, norm_offset=config.norm_offset, norm_after=m.tag() in config.norm_after)
+            for m in config.mixers
+        )
         mixers = [block.mixer for block in self._blocks()]
         for mixer in mixers:
             mixer.join(mixers)
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = RMSNorm(config.width, config.norm_eps, config.norm_offset)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.width, config.vocab, bias=False)
         self.recompute: Literal["none", "block"] = "none"
         """"block" keeps only each block's input for the backward pass and computes the rest again."""
+        self.start: Start | None = None
+        """The memories that every text begins with, where they were tuned (`gdn.models.start`)."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -151,7 +138,8 @@ class LM(nn.Module):
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LMState:
         """An empty decoding state for `batch` sequences."""
-        return LMState([block.mixer.init_state(batch, device=device, dtype=dtype) for block in self._blocks()])
+        state = LMState([mixer.init_state(batch, device=device, dtype=dtype) for mixer in self.mixers()], model=self)
+        return state if self.start is None else self.start.fill(state)
 
     def hidden(
         self,
@@ -162,9 +150,14 @@ class LM(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, LMState | None]:
         """The normed output of the last block, `[B, T, width]`, and the state. Arguments as in `forward`."""
-        if tokens.ndim != 2:
+        if tokens.ndim != 2 and not (tokens.ndim == 3 and tokens.is_floating_point()):
             raise ArgumentError(f"tokens: expected [B, T], got {list(tokens.shape)}")
-        x = self.embedding(tokens)
+        x = self.embedding(tokens) if tokens.ndim == 2 else tokens
+        wanted = state is not None
+        if self.start is not None and state is None:
+            if packing is not None:
+                raise ArgumentError("packing: documents of a packed batch begin empty, but this model has a first memory (start)")
+            state = self.init_state(x.shape[0], device=x.device)
         layers = []
         for i, block in enumerate(self._blocks()):
             layer = None if state is None else state.layers[i]
@@ -173,7 +166,7 @@ class LM(nn.Module):
             else:
                 x, layer = block(x, layer, packing, mask)
             layers.append(layer)
-        after = None if state is None else LMState(layers, state.length + tokens.shape[1])
+        after = None if state is None or not wanted else LMState(layers, state.length + tokens.shape[1], self)
         return self.norm(x), after
 
     def forward(
@@ -187,7 +180,7 @@ class LM(nn.Module):
     ) -> LMOutput:
         """
         Args:
-            tokens: int64 `[B, T]`.
+            tokens: int64 `[B, T]`, or embeddings `[B, T, width]`.
             targets: int64 `[B, T]`, the token to predict at each place, -100 where there is none. Gives a loss and no logits.
             packing: boundaries of packed documents.
             state: continue from here (`init_state`); updated in place.
@@ -198,6 +191,11 @@ class LM(nn.Module):
         if targets is None:
             return LMOutput(logits=F.linear(x, weight), state=state)
         return LMOutput(loss=linear_cross_entropy(x, weight, targets), state=state)
+
+    def mixers(self) -> Iterator[Mixer]:
+        """The mixer of each block."""
+        for block in self._blocks():
+            yield block.mixer
 
     def _blocks(self) -> Iterator[Block]:
         for block in self.blocks:

@@ -57,6 +57,25 @@ def generate(model: LM, prompt: Tensor, sampling: Sampling | None = None, *, sta
 
 
 @torch.no_grad()
+def resume(model: LM, prompt: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
+    """Read a prompt `[B, T]` but for its last token, and give that token and the state, which can be saved and gone on from.
+
+    The state's pending tokens come before the prompt; the last token becomes pending. Going on from a saved state gives the tokens that
+    going on here gives, because both read the same tokens in the same pieces.
+    """
+    state = state or model.init_state(prompt.shape[0])
+    if state.pending is not None:
+        prompt = torch.cat([state.pending.expand(prompt.shape[0], -1), prompt], dim=1)
+    if prompt.shape[1] < 1:
+        raise ArgumentError("prompt: expected at least one token, or a state with a pending one")
+    if prompt.shape[1] > 1:
+        for piece in prompt[:, :-1].split(PREFILL, dim=1):
+            _hidden(model, piece, state)
+    state.pending = prompt[:, -1:]
+    return state.pending, state
+
+
+@torch.no_grad()
 def prefill(model: LM, prompt: Tensor, state: LMState) -> Tensor:
     """Read a prompt `[B, T]` into the state in pieces; logits `[B, vocab]` after its last token."""
     pieces = prompt.split(PREFILL, dim=1)
@@ -73,7 +92,7 @@ def _advance(model: LM, tokens: Tensor, state: LMState) -> Tensor:
 def _hidden(model: LM, tokens: Tensor, state: LMState) -> Tensor:
     x, after = model.hidden(tokens, state=state)
     assert after is not None
-    state.length = after.length
+    state.length, state.pending = after.length, None
     return x
 
 

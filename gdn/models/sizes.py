@@ -30,7 +30,10 @@ from gdn.mixers.mamba2 import Mamba2
 from gdn.models.lm import LM
 
 _PRODUCT = DeltaProduct.Config(heads=6, householders=3, gate=False, allow_neg_eigval=True, output_gate=False)
-_GATED_ATTENTION = Attention.Config(heads=8, kv_heads=2, head_dim=128, qk_norm=True, output_gate=True, rope_base=1e7, rope_fraction=0.25)
+_QWEN_LAYER = GatedDeltaNet.Config(heads=6, head_dim=128, beta_bias=False)
+_GATED_ATTENTION = Attention.Config(
+    heads=8, kv_heads=2, head_dim=128, qk_norm=True, output_gate=True, rope_base=1e7, rope_fraction=0.25, norm_eps=1e-5
+)
 
 
 def _h1(width: int, layers: int, head_dim: int) -> LM.Config:
@@ -65,7 +68,7 @@ SIZES: dict[str, LM.Config] = {
     "gdn_h1_0.4b": _h1(1536, 12, 128),
     "gdn_h1_1.3b": _h1(2304, 18, 192),
     "gdn_h2_1.3b": _h1(2304, 18, 192).with_(pattern=(Mamba2.Config(), *_h1(2304, 18, 192).pattern)),
-    "gdn_qwen_0.4b": _gdn(1024, 2816, 24, 6).with_(pattern=(*3 * (GatedDeltaNet.Config(heads=6, head_dim=128),), _GATED_ATTENTION)),
+    "gdn_qwen_0.4b": _gdn(1024, 2816, 24, 6).with_(pattern=(*3 * (_QWEN_LAYER,), _GATED_ATTENTION)),
     "gdn_6m": _gdn(256, 768, 6, 3),
     "gdn_32m": _gdn(512, 1536, 8, 3),
     "gdn_99m": _gdn(768, 2048, 12, 3),

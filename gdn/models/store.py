@@ -1,24 +1,41 @@
-"""A model as a folder: `config.json` and `model.safetensors`."""
+"""A model as a folder: `config.json` and `model.safetensors`, written here or by the Hugging Face class (`gdn.hf`)."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from gdn.core.errors import CheckpointError
+from gdn.mixers.base import FLOAT32
 from gdn.models.lm import LM
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+HF_NAMES = {
+    "vocab": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "mlp": "intermediate_size",
+    "tie_embeddings": "tie_word_embeddings",
+}
+"""Fields of `LM.Config` that have a name of their own in a Hugging Face folder; the others stand there under "lm"."""
+
+HF_PREFIX = "lm."
+"""What the names of weights begin with in a Hugging Face folder."""
 
 
 def model_folder(run: str | Path) -> Path:
     """The folder with the weights: `run` itself, or `run/model` of a training directory."""
     run = Path(run)
     for folder in (run, run / "model"):
-        if (folder / WEIGHTS).is_file():
+        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
             return folder
     if not run.exists():
         raise CheckpointError(f"{run}: no such folder")
@@ -46,21 +63,14 @@ def save_model(model: LM, folder: str | Path) -> None:
 
 
 def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LM:
-    """Read a model written by `save_model`. `dtype` converts the weights; A_log and dt_bias stay float32."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    """Read a model written by `save_model`, or by the Hugging Face class. `dtype` converts the weights; A_log and dt_bias stay float32."""
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} holds no {name}; expected a folder written by save_model or by a finished training run")
-    config = read_config(folder)
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG}; expected a folder written by save_model or by a finished training run")
+    config = stored_config(folder)
     with torch.device("meta"):
         model = LM(config)
-    try:
-        weights = load_file(folder / WEIGHTS, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    weights = _weights(folder, device)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -75,18 +85,49 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype:
     return model
 
 
-def read_config(folder: Path) -> LM.Config:
+def stored_config(folder: Path) -> LM.Config:
     """The configuration of a stored model."""
-    try:
-        values = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
+    return read_config(_json(folder / CONFIG))
+
+
+def read_config(values: Mapping[str, Any]) -> LM.Config:
+    """The configuration in a folder's config.json."""
+    if values.get("model_type") == "gdn":
+        return LM.Config.from_dict({**values["lm"], **{ours: values[theirs] for ours, theirs in HF_NAMES.items()}})
+    if "model_type" in values:
+        raise CheckpointError(f'{CONFIG}: a "{values["model_type"]}" model; convert it first: gdn convert SRC DST --to gdn')
     return LM.Config.from_dict(values)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _weights(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
+    """The tensors of one or several files; gates in float32 however they were stored."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / INDEX
+    names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} holds no {name}; expected a folder written by save_model or by a finished training run")
+        try:
+            stored = load_file(folder / name, device=str(device))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+        weights |= {n.removeprefix(HF_PREFIX): t for n, t in stored.items()}
+    return {n: t.float() if n.endswith(FLOAT32) and t.itemsize < 4 else t for n, t in weights.items()}
 
 
 def cast(model: LM, dtype: torch.dtype) -> LM:
     """Convert the weights in place, but not the gates' A_log and dt_bias, whose precision the decay depends on."""
     for name, parameter in model.named_parameters():
-        if not name.endswith(("A_log", "dt_bias")):
+        if not name.endswith(FLOAT32):
             parameter.data = parameter.data.to(dtype)
     return model

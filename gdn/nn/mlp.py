@@ -13,6 +13,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(width, 2 * inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
+        self.stacked_rows = {"gate_up": (inner, inner)}
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gdn.core.checks import accumulate_dtype
 from gdn.ops import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight`, x `[..., width]`."""
+    """`x / sqrt(mean(x^2) + eps) * (weight + offset)`, x `[..., width]`. An offset of 1 stores weights around zero, as Qwen3-Next does."""
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, eps: float = 1e-5, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps)
+        weight = self.weight.to(accumulate_dtype(self.weight.dtype)) + self.offset if self.offset else self.weight
+        return rms_norm(x, weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

@@ -1,14 +1,16 @@
-"""AdamW, with parameters in two groups by rule: those that decay and those that do not."""
+"""AdamW, with parameters in groups by rule: those that decay, those that do not, and matrices for Muon if wanted."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gdn.core.config import Config
 from gdn.core.errors import ConfigError
+from gdn.train.muon import Muon, split
 
 GATES = ("A_log", "dt_bias")
 """Parameters of the decay gate: always float32, never decayed."""
@@ -27,6 +29,11 @@ class AdamW(Config):
     """Decoupled weight decay of matrices and convolution filters; multiplied by the learning rate, as in torch."""
     decay_embeddings: bool = True
     """Decay the embedding matrix too. With tied embeddings it is also the head."""
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """How the matrices of the blocks are updated. "muon" makes the step of each orthogonal: of q, k, v, gate, up and output apart, also
+    where they are stored in one. The rest stays with AdamW: embeddings, head, gates, convolution filters, norms."""
+    momentum: float = 0.95
+    """Of Muon's averaged gradient."""
 
     def check(self) -> None:
         if self.lr <= 0:
@@ -37,12 +44,27 @@ class AdamW(Config):
             raise ConfigError(f"eps: expected above 0, got {self.eps}")
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum: expected a number from 0 to below 1, got {self.momentum}")
 
-    def build(self, model: nn.Module) -> torch.optim.AdamW:
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a model. Uses torch's fused kernel where every parameter's device has one."""
+        if self.matrices == "muon":
+            return self._muon(model)
         parameters = list(model.parameters())
         fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
         return torch.optim.AdamW(groups(model, self), lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
+
+    def _muon(self, model: nn.Module) -> Muon:
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            raise ConfigError('matrices: "muon" needs whole matrices, but the parameters of this model are sharded; expected "adamw"')
+        names, rows = split(model)
+        matrices = {name: p for name, p in model.named_parameters() if name in names and p.requires_grad}
+        held = {id(p) for p in matrices.values()}
+        rest = [{**g, "params": [p for p in g["params"] if id(p) not in held]} for g in groups(model, self)]
+        first = {"name": "muon", "params": list(matrices.values()), "weight_decay": self.weight_decay, "muon": True}
+        given = [g for g in (first, *rest) if g["params"]]
+        return Muon(given, rows, lr=self.lr, betas=self.betas, eps=self.eps, momentum=self.momentum)
 
 
 def groups(model: nn.Module, config: AdamW) -> list[dict[str, Any]]:

@@ -1,13 +1,15 @@
-"""Tiny random models of the four transformers families."""
+"""Tiny random models of the four transformers families, and quiet transformers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging as quiet
 
 FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid")
 
@@ -62,3 +64,13 @@ def models() -> Callable[..., Any]:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """transformers warns of its own deprecations and prints progress."""
+    quiet.disable_progress_bar()
+    quiet.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|accelerate|peft")
+        yield

@@ -37,6 +37,10 @@ class TestQwen(MixerContract):
     config = Config(heads=4, kv_heads=2, head_dim=8, qk_norm=True, output_gate=True, rope_fraction=0.25)
 
 
+class TestNormOverAllHeads(MixerContract):
+    config = Config(heads=4, kv_heads=2, head_dim=6, qk_norm=True, norm_all_heads=True)
+
+
 class TestWindowedQwen(MixerContract):
     config = Config(heads=4, kv_heads=2, head_dim=8, window=30, qk_norm=True, output_gate=True, rope_base=1e6)
 

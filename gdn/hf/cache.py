@@ -1,0 +1,124 @@
+"""A model's state as the cache that `transformers.generate` knows: beams, assistants with exact rollback, reuse between calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from gdn.core.errors import ArgumentError
+from gdn.models.lm import LM
+from gdn.models.state import LMState
+
+WINDOW = 1024
+"""Most tokens that an assistant may propose at once, and so most that `crop` can take back."""
+
+
+class GdnCache(Cache):
+    """Wraps an `LMState`, made at the first forward pass. Its size does not grow with the text unless a mixer's does.
+
+    `cache.state` is the state itself: save it, fork it, store it in fewer bits, and go on with `GdnCache(state)`.
+    """
+
+    def __init__(self, state: LMState | None = None) -> None:
+        self.layers = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+        self.state = state
+        self.recording = False
+
+    def __repr__(self) -> str:
+        return f"GdnCache(length={self.get_seq_length()})"
+
+    def __len__(self) -> int:
+        return 0 if self.state is None else len(self.state.layers)
+
+    def open(self, lm: LM, batch: int) -> LMState:
+        """The state to go on from, for `batch` sequences of a model."""
+        if self.state is None:
+            self.state = lm.init_state(batch)
+            if self.recording:
+                self.state.record(WINDOW)
+        if self.state.batch != batch:
+            raise ArgumentError(f"past_key_values: holds {self.state.batch} sequences, but the input has {batch}")
+        if self.state.model is not None and self.state.model is not lm:
+            raise ArgumentError("past_key_values: holds the state of another model")
+        return self.state
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.state is None else self.state.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.get_seq_length() > 0
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.state is None else self.state.batch
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [True] * len(self)
+
+    def activate_past_recording(self) -> None:
+        """Keep what takes tokens back from now on."""
+        if not self.recording and self.state is not None:
+            self.state.record(WINDOW)
+        self.recording = True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return self.recording
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens back exactly, and forget what took them back.
+
+        Args:
+            tokens_to_remove: minus the number of tokens, as transformers passes it.
+        """
+        if tokens_to_remove > 0:
+            raise ArgumentError(f"tokens_to_remove: expected minus the number of tokens, got {tokens_to_remove}")
+        if self.state is None:
+            return
+        if tokens_to_remove:
+            self.state.rollback(-tokens_to_remove)
+        if self.recording:
+            self.state.record(WINDOW)
+
+    def reset(self) -> None:
+        """Empty: the next tokens begin a text."""
+        self.state = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the sequences, in that order."""
+        if self.state is not None:
+            self.state = self.state.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times."""
+        if self.state is not None:
+            self.state = self.state.select(torch.arange(self.state.batch).repeat_interleave(repeats))

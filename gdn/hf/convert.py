@@ -1,0 +1,251 @@
+"""Checkpoints from one family to another, a few tensors in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn.core.errors import CheckpointError
+from gdn.hf.families import family, find
+from gdn.hf.families.base import Family
+from gdn.hf.remote_code import add_remote_code
+from gdn.models.lm import LM
+from gdn.models.store import CONFIG, INDEX, model_folder
+
+SHARD_BYTES = 4 << 30
+"""Largest weights file; one tensor that is larger has a file of its own."""
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
+"""Files that go along as they are."""
+
+KEPT = "origin"
+"""Where a `gdn` folder keeps the configuration that it was converted from, so that the way back loses nothing."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did."""
+
+    source: str
+    target: str
+    config: LM.Config
+    tensors: int
+    bytes: int
+    unused: tuple[str, ...]
+    """Tensors of the source that are no part of the language model and were left out."""
+
+
+def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int = SHARD_BYTES) -> Conversion:
+    """Write a checkpoint in another family's names, layout and configuration. Bytes of weights are moved, not computed.
+
+    Args:
+        source: a folder of any known family, or a training run.
+        target: a folder to write; it must not hold a checkpoint yet.
+        to: the family, a name of `FAMILIES`.
+
+    Raises:
+        ConfigError: the family cannot express a field of the model; the message names it.
+        CheckpointError: a tensor is missing, of another shape, or has no place in the family.
+    """
+    source, target = _folder(source), Path(target)
+    given = json.loads((source / CONFIG).read_text())
+    theirs, mine = find(given), family(to)
+    if (target / CONFIG).exists():
+        raise CheckpointError(f"{target} already holds a checkpoint; expected a new folder")
+    config = theirs.read_config(given)
+    values = _configuration(given, theirs, mine, config)
+    target.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        files = Files(source, theirs, stack)
+        writer = Writer(target, shard_bytes)
+        for name, tensor in _renamed(files, theirs, mine, config):
+            writer.add(name, tensor)
+        unused = files.finish(theirs)
+        writer.finish()
+    (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if to == "gdn":
+        add_remote_code(target)
+    return Conversion(theirs.name, mine.name, config, writer.tensors, writer.bytes, unused)
+
+
+def load(folder: str | Path) -> LM:
+    """The model of a folder of any known family, in memory. Gates are float32."""
+    folder = _folder(folder)
+    given = json.loads((folder / CONFIG).read_text())
+    theirs = find(given)
+    config = theirs.read_config(given)
+    with torch.device("meta"):
+        model = LM(config)
+    with ExitStack() as stack:
+        files = Files(folder, theirs, stack)
+        weights = dict(_ours(files, theirs, config))
+        files.finish(theirs)
+        weights = {n: t.float() if n.endswith(("A_log", "dt_bias")) and t.itemsize < 4 else t.clone() for n, t in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+class Files:
+    """The tensors of a folder by canonical name, read when asked for; each is asked for once."""
+
+    def __init__(self, folder: Path, family: Family, stack: ExitStack) -> None:
+        from safetensors import safe_open
+
+        self.where: dict[str, tuple[Any, str]] = {}
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise CheckpointError(f"{folder} holds no *.safetensors")
+        for path in paths:
+            file = stack.enter_context(safe_open(path, "pt"))
+            for name in file.keys():  # noqa: SIM118
+                self.where[family.canonical(name)] = (file, name)
+        self.folder, self.aliases = folder, family.aliases
+
+    def take(self, name: str) -> Tensor:
+        for ending, other in self.aliases:
+            if name not in self.where and name.endswith(ending):
+                name = name.removesuffix(ending) + other
+        if name not in self.where:
+            raise CheckpointError(f"{self.folder}: missing {name}")
+        file, stored = self.where.pop(name)
+        return file.get_tensor(stored)
+
+    def finish(self, family: Family) -> tuple[str, ...]:
+        """The tensors that are no part of a language model; any other that was not asked for is an error."""
+        wrong = [n for n in self.where if not any(re.fullmatch(p, n) for p in family.ignored)]
+        if wrong:
+            shape = list(self.take(wrong[0]).shape)
+            raise CheckpointError(f"{self.folder}: {wrong[0]} {shape} has no place in a {family.name} model of this configuration")
+        return tuple(sorted(self.where))
+
+
+class Writer:
+    """Tensors into safetensors files of limited size, with an index if there are several."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.held: dict[str, Tensor] = {}
+        self.shards: list[list[str]] = []
+        self.tensors = self.bytes = self.held_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.held and self.held_bytes + tensor.nbytes > self.limit:
+            self._flush()
+        self.held[name] = tensor
+        self.held_bytes += tensor.nbytes
+        self.bytes += tensor.nbytes
+        self.tensors += 1
+
+    def finish(self) -> None:
+        """Give the files their final names."""
+        self._flush()
+        count = len(self.shards)
+        names = ["model.safetensors"] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        for i, name in enumerate(names):
+            self._partial(i).replace(self.folder / name)
+        if count > 1:
+            places = {tensor: names[i] for i, shard in enumerate(self.shards) for tensor in shard}
+            index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(places.items()))}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        try:
+            save_file({n: t.contiguous() for n, t in self.held.items()}, self._partial(len(self.shards)), metadata={"format": "pt"})
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.folder}: {error}") from error
+        self.shards.append(list(self.held))
+        self.held, self.held_bytes = {}, 0
+
+    def _partial(self, shard: int) -> Path:
+        return self.folder / f".{shard}.partial"
+
+
+def _ours(files: Files, theirs: Family, config: LM.Config) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors, one rule at a time."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LM(config).state_dict().items()}
+    table = theirs.table(config)
+    for name, expected in theirs.constant(config).items():
+        if name in files.where and not torch.equal(files.take(name).float(), expected):
+            raise CheckpointError(
+                f"{files.folder}: {name} is expected to be {expected.flatten()[0]:g} everywhere; it takes part in nothing"
+            )
+    for rule in theirs.rules(config):
+        rows = [shapes[name][0] for name in rule.ours]
+        for name, tensor in zip(rule.ours, rule.read([files.take(n) for n in rule.theirs], rows)):
+            if tensor.shape != shapes[name]:
+                raise CheckpointError(f"{files.folder}: {' '.join(rule.theirs)}: expected {list(shapes[name])}, got {list(tensor.shape)}")
+            yield name, tensor
+            twice = name == "embedding.weight" and config.tie_embeddings and table.head in files.where
+            if twice and not torch.equal(files.take(table.head), tensor):
+                raise CheckpointError(f"{files.folder}: {table.head} differs from the embedding that the configuration ties it to")
+
+
+def _renamed(files: Files, theirs: Family, mine: Family, config: LM.Config) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under the target's names: rules are applied as soon as all that they need has been read."""
+    rules = {name: rule for rule in mine.rules(config) for name in rule.ours}
+    waiting: dict[str, Tensor] = {}
+    head = mine.table(config).head
+    for name, tensor in _ours(files, theirs, config):
+        waiting[name] = tensor
+        rule = rules[name]
+        if all(n in waiting for n in rule.ours):
+            yield from zip(rule.theirs, rule.write([waiting.pop(n) for n in rule.ours]))
+        if name == "embedding.weight" and config.tie_embeddings and mine.writes_tied_head:
+            yield head, tensor.clone()  # safetensors refuses one memory under two names
+    yield from mine.constant(config).items()
+
+
+def _configuration(given: dict[str, Any], theirs: Family, mine: Family, config: LM.Config) -> dict[str, Any]:
+    """The target's config.json; going back to the family that a checkpoint came from, also the fields that gdn does not know."""
+    kept = given.get(KEPT) or {}
+    values = mine.write_config(config)
+    if mine.name == "gdn":
+        named = {k: given.get("text_config", given)[k] for k in _GENERATION if k in given.get("text_config", given)}
+        return {**values, **named, KEPT: {"family": theirs.name, "config": given}}
+    if kept.get("family") == mine.name:
+        return _merged(kept["config"], values)
+    return {**values, **{k: given[k] for k in _GENERATION if k in given}} if mine.name != "run" else values
+
+
+_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The original configuration where it says the same as the new one, else the new one's values in it."""
+    if "text_config" in old:
+        return {**new, **{k: v for k, v in old["text_config"].items() if k not in new}}
+    nested = {k: {**old[k], **v} for k, v in new.items() if isinstance(v, dict) and isinstance(old.get(k), dict)}
+    return {**old, **{k: v for k, v in new.items() if k in old or v is not None}, **nested}
+
+
+def _folder(path: str | Path) -> Path:
+    """The folder with the weights: itself, in pieces or whole, or that of a training run."""
+    path = Path(path)
+    if (path / CONFIG).is_file() and any(path.glob("*.safetensors")):
+        return path
+    return model_folder(path)

@@ -1,0 +1,274 @@
+"""One model class for every mixer: `gdn.models.LM` with the manners of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from gdn.core.errors import ArgumentError
+from gdn.hf.cache import GdnCache
+from gdn.hf.configuration import GdnConfig
+from gdn.hf.inputs import Boundaries, Layout, layout
+from gdn.mixers.base import FLOAT32
+from gdn.models.lm import LM
+from gdn.ops import linear_cross_entropy
+
+
+class GdnPreTrainedModel(PreTrainedModel):
+    """What both models share: the module inside, initialisation, recomputation, embeddings."""
+
+    config_class = GdnConfig
+    config: GdnConfig
+    base_model_prefix = "lm"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = FLOAT32  # type: ignore[assignment]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _is_stateful = False  # transformers' word for states that cannot go back: these can
+
+    def __init__(self, config: GdnConfig) -> None:
+        super().__init__(config)
+        self.lm = LM(config.lm_config())
+        self._initialised = not self.lm.embedding.weight.is_meta
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lm.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.lm.embedding = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self.lm, "head", None)  # tied models have one matrix, not two names for it
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm.head = new_embeddings  # type: ignore[assignment]
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.lm.config = self.config.lm_config()
+        return embeddings
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Weights that no checkpoint gave, as gdn initialises them: each module's own way, then the model's."""
+        if not self._initialised:
+            super().initialize_weights()
+            self._init_weights(self.lm)
+            self._initialised = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        given = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None or len(given) == len(list(module.parameters())):
+            return
+        values = [p.clone() for p in given]
+        reset()
+        for parameter, value in zip(given, values):
+            parameter.copy_(value)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None, every_n_layers: int = 1
+    ) -> None:
+        if every_n_layers != 1:
+            raise ArgumentError(f"every_n_layers: expected 1, blocks are recomputed all or none, got {every_n_layers}")
+        self.lm.recompute = "block" if enable else "none"
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.lm.recompute == "block"
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return self.lm.recompute == "block"
+
+    def _run(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, given: Boundaries, cache: Any, use_cache: bool | None, hidden: bool
+    ) -> tuple[BaseModelOutputWithPast, Layout]:
+        """The last hidden states in the caller's order, and how the batch was laid out."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ArgumentError("input_ids: expected exactly one of input_ids and inputs_embeds")
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        assert x is not None
+        if cache is not None and not isinstance(cache, GdnCache):
+            raise ArgumentError(f"past_key_values: expected a GdnCache, got {type(cache).__name__}")
+        how = layout(x.shape[0], x.shape[1], x.device, given, cached=cache is not None)
+        wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
+        if cache is None and wanted and how.packing is None:
+            cache = GdnCache()
+        state = None if cache is None else cache.open(self.lm, x.shape[0])
+        with _outputs_of(self.lm.blocks if hidden else ()) as seen:
+            last, after = self.lm.hidden(how.arrange(x), packing=how.packing, state=state, mask=how.mask)
+        if cache is not None:
+            cache.state = after
+        last = how.restore(last)
+        states = None
+        if hidden:
+            first = self.lm.embedding(x) if inputs_embeds is None else x
+            states = (first, *(how.restore(h) for h in seen[:-1]), last)
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache, hidden_states=states), how  # type: ignore[arg-type]
+
+
+class GdnModel(GdnPreTrainedModel):
+    """The model without a head: hidden states."""
+
+    _keys_to_ignore_on_load_unexpected = [r"lm\.head\.weight"]  # noqa: RUF012
+
+    def __init__(self, config: GdnConfig) -> None:
+        super().__init__(config)
+        if hasattr(self.lm, "head"):
+            del self.lm.head
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: GdnCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """
+        Args:
+            input_ids, inputs_embeds: `[B, T]` or `[B, T, width]`, one of the two.
+            attention_mask: `[B, T]`, 0 at padding on either side; longer by the cached tokens with a cache.
+            position_ids, seq_idx, cu_seq_lens_q (or cu_seqlens): documents of packed rows, in any one of the ways transformers has.
+            past_key_values: a `GdnCache` to go on from, updated.
+            output_hidden_states: also the embeddings and the output of each block; the last one is normed.
+        """
+        given = Boundaries(attention_mask, position_ids, seq_idx, _first(cu_seq_lens_q, kwargs.get("cu_seqlens")))
+        hidden = _first(output_hidden_states, self.config.output_hidden_states)
+        output, _ = self._run(input_ids, inputs_embeds, given, past_key_values, use_cache, bool(hidden))
+        return output if _first(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
+    """The language model: logits, loss, generation."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: GdnConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    @classmethod
+    def from_lm(cls, lm: LM, **config: Any) -> GdnForCausalLM:
+        """Around a model that exists; the weights are shared, not copied."""
+        with torch.device("meta"):
+            model = cls(GdnConfig.from_lm(lm.config, **config))
+        model.lm = lm
+        return model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: GdnCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """
+        Args:
+            labels: `[B, T]`, -100 where nothing is predicted. The label at t is predicted at t - 1, never across documents or from padding.
+            logits_to_keep: logits of the last so many tokens (0: all), or of the given places.
+            kwargs: `shift_labels` are labels already shifted; `num_items_in_batch` divides the summed loss.
+
+        The other arguments are those of `GdnModel`. The loss never holds all logits at once; `config.logits_with_loss` says whether they
+        are computed beside it.
+        """
+        given = Boundaries(attention_mask, position_ids, seq_idx, _first(cu_seq_lens_q, kwargs.get("cu_seqlens")))
+        hidden = _first(output_hidden_states, self.config.output_hidden_states)
+        output, how = self._run(input_ids, inputs_embeds, given, past_key_values, use_cache, bool(hidden))
+        last = output.last_hidden_state
+        assert last is not None
+        weight = self.lm.head_weight.to(last.dtype)
+        targets = kwargs.get("shift_labels")
+        if labels is not None and targets is None:
+            targets = shifted(labels, how)
+        loss = None if targets is None else self._loss(last, weight, targets, kwargs.get("num_items_in_batch"))
+        logits = None
+        if loss is None or self.config.logits_with_loss:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            logits = F.linear(last[:, kept if isinstance(logits_to_keep, int) else logits_to_keep], weight)
+        result = CausalLMOutputWithPast(
+            loss=loss,  # type: ignore[arg-type]
+            logits=logits,  # type: ignore[arg-type]
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return result if _first(return_dict, self.config.return_dict) else result.to_tuple()
+
+    def _loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
+        targets = targets.to(hidden.device)
+        if items is None:
+            return linear_cross_entropy(hidden, weight, targets)
+        return linear_cross_entropy(hidden, weight, targets, reduction="sum") / items
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ArgumentError(
+                f"cache_implementation: expected None, the state has a fixed size, got {generation_config.cache_implementation!r}"
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            cache._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            cache = model_kwargs["past_key_values"] = GdnCache()
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+
+
+def shifted(labels: Tensor, how: Layout) -> Tensor:
+    """Targets: at each token the label of the next one, -100 at the end of a document and at padding."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100).clone()
+    if how.packing is not None:
+        documents = how.packing.documents.reshape(labels.shape)
+        targets[:, :-1].masked_fill_(documents[:, 1:] != documents[:, :-1], -100)
+    if how.real is not None:
+        targets.masked_fill_(~how.real, -100)
+        targets[:, :-1].masked_fill_(~how.real[:, 1:], -100)
+    return targets
+
+
+@contextmanager
+def _outputs_of(blocks: Any) -> Iterator[list[Tensor]]:
+    """Collect the outputs of blocks during a forward pass, and not when they are computed again for a gradient."""
+    seen: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda module, args, output: seen.append(output[0])) for block in blocks]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((v for v in values if v is not None), None)

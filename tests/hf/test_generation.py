@@ -1,0 +1,177 @@
+"""Generation through transformers: every decoding mode agrees with the whole text read at once, and rollback leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import MIXERS, causal, tokens
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from gdn.core.errors import ArgumentError
+from gdn.hf import GdnCache, GdnForCausalLM
+
+EXACT = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def greedy(model: GdnForCausalLM, prompt: torch.Tensor, new: int) -> torch.Tensor:
+    """The likeliest token after the whole text, read anew each time."""
+    text = prompt
+    with torch.no_grad():
+        for _ in range(new):
+            text = torch.cat([text, model(text, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return text
+
+
+@pytest.mark.parametrize("mixers", MIXERS)
+def test_any_split_into_prefills_and_steps_gives_the_same_logits(mixers: str) -> None:
+    model, x = causal(mixers).double(), tokens(2, 40)
+    with torch.no_grad():
+        whole = model(x, use_cache=False).logits
+        for pieces in ([40], [1] * 40, [10, 20, 10], [33, 1, 1, 1, 4], [9, 8, 1, 22]):
+            cache, logits = GdnCache(), []
+            for piece in x.split(pieces, dim=1):
+                logits.append(model(piece, past_key_values=cache).logits)
+            torch.testing.assert_close(torch.cat(logits, 1), whole, **EXACT)
+            assert cache.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("mixers", MIXERS)
+def test_greedy_sampling_and_padded_prompts(mixers: str) -> None:
+    model = causal(mixers).double()
+    prompts = [tokens(1, n, seed=n) for n in (3, 8)]
+    expected = [greedy(model, p, 8)[0, -8:] for p in prompts]
+    x = torch.cat([F.pad(p, (8 - p.shape[1], 0)) for p in prompts])
+    mask = torch.cat([F.pad(torch.ones_like(p), (8 - p.shape[1], 0)) for p in prompts])
+    for cached in (True, False):
+        got = model.generate(x, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=cached)
+        assert torch.equal(got[:, -8:], torch.stack(expected))
+    drawn = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        drawn.append(model.generate(x, attention_mask=mask, max_new_tokens=8, do_sample=True, top_k=5, use_cache=cached))
+    assert torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("mixers", MIXERS)
+def test_beams_are_those_found_without_a_cache(mixers: str) -> None:
+    model, x = causal(mixers).double(), tokens(2, 6)
+    beams = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 3, "do_sample": False, "output_scores": True}
+    cached, without = (
+        model.generate(x, return_dict_in_generate=True, use_cache=use, **beams)  # type: ignore[arg-type]
+        for use in (True, False)
+    )
+    assert torch.equal(cached.sequences, without.sequences)
+    torch.testing.assert_close(cached.sequences_scores, without.sequences_scores)
+    assert len({tuple(s.tolist()) for s in cached.sequences}) > 2
+
+
+def near(model: GdnForCausalLM, noise: float, seed: int) -> GdnForCausalLM:
+    """A model that often, not always, agrees."""
+    other = GdnForCausalLM(model.config).to(model.dtype).eval()
+    other.load_state_dict(model.state_dict())
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(noise * parameter.abs().mean() * torch.randn_like(parameter))
+    return other
+
+
+def test_assisted_decoding_gives_exactly_the_tokens_of_greedy_decoding_in_200_cases() -> None:
+    new, cases, accepted, rejected = 6, 0, 0, 0
+    for mixers, layers, seeds in (("gated_deltanet", 1, 4), ("hybrid", 3, 1)):
+        for seed in range(seeds):
+            model = causal(mixers, seed=seed, num_hidden_layers=layers).double()
+            with torch.no_grad():
+                model.lm.embedding.weight.mul_(8)  # so that the text does not fall into a loop of one token
+            helper = near(model, 0.4, seed)
+            helper.generation_config.num_assistant_tokens = 2 + seed
+            helper.generation_config.assistant_confidence_threshold = 0.0
+            for length in (1, 4, 9, 17):
+                prompts = tokens(10, length, seed=100 * seed + length)
+                expected = model.generate(prompts, max_new_tokens=new, do_sample=False)
+                for prompt, text in zip(prompts, expected):
+                    cache, crops = Counting(), []
+                    cache.crops = crops
+                    got = model.generate(
+                        prompt[None], max_new_tokens=new, do_sample=False, assistant_model=helper, past_key_values=cache, use_cache=True
+                    )
+                    assert torch.equal(got[0], text), (mixers, seed, length)
+                    assert cache.get_seq_length() == length + new - 1
+                    cases += 1
+                    rejected += sum(n < 0 for n in crops)
+                    accepted += new - len(crops)
+    assert cases >= 200
+    assert rejected > 50, "hardly ever was something taken back"
+    assert accepted > 50, "hardly ever was something accepted"
+
+
+class Counting(GdnCache):
+    """Notes what is taken back."""
+
+    crops: list[int]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.crops.append(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+
+@pytest.mark.parametrize("mixers", MIXERS)
+def test_what_was_taken_back_leaves_no_trace(mixers: str) -> None:
+    model, x = causal(mixers).double(), tokens(2, 40)
+    with torch.no_grad():
+        for before, after, back in ((20, 7, 3), (1, 12, 12), (9, 20, 1), (20, 20, 19)):
+            fresh, cache = GdnCache(), GdnCache()
+            for c in (fresh, cache):
+                model(x[:, :before], past_key_values=c)
+            cache.activate_past_recording()
+            model(x[:, before : before + after], past_key_values=cache)
+            cache.crop(-back)
+            if after > back:
+                model(x[:, before : before + after - back], past_key_values=fresh)
+            assert cache.get_seq_length() == fresh.get_seq_length() == before + after - back
+            for mine, theirs in zip(cache.state.layers, fresh.state.layers):
+                for name in mine:
+                    torch.testing.assert_close(mine[name], theirs[name], **EXACT)
+    prompt = torch.cat([x[:1, :8]] * 3, dim=1)
+    expected = model.generate(prompt, max_new_tokens=10, do_sample=False)
+    assert torch.equal(model.generate(prompt, max_new_tokens=10, do_sample=False, prompt_lookup_num_tokens=4), expected)
+
+
+def test_a_cache_goes_on_between_calls_and_sequences_can_be_chosen() -> None:
+    model, x = causal().double(), tokens(2, 10)
+    expected = model.generate(x, max_new_tokens=10, do_sample=False)
+    first = model.generate(x, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert first.past_key_values.get_seq_length() == 13
+    rest = model.generate(first.sequences, max_new_tokens=6, do_sample=False, past_key_values=first.past_key_values)
+    assert torch.equal(rest, expected)
+    cache = GdnCache()
+    with torch.no_grad():
+        model(x, past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        assert cache.batch_size == 4
+        cache.batch_select_indices(torch.tensor([3]))
+        got = model(x[1:, :3], past_key_values=cache).logits
+        torch.testing.assert_close(got, model(torch.cat([x[1:], x[1:, :3]], 1)).logits[:, -3:], **EXACT)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model, x = causal(), tokens(1, 10)
+    cache = GdnCache()
+    model(x, past_key_values=cache)
+    with pytest.raises(ArgumentError, match=r"record\(\)"):
+        cache.crop(-1)
+    with pytest.raises(ArgumentError, match="minus the number"):
+        cache.crop(1)
+    cache.activate_past_recording()
+    model(x[:, :2], past_key_values=cache)
+    with pytest.raises(ArgumentError, match="expected 0 to 2"):
+        cache.crop(-3)
+    with pytest.raises(ArgumentError, match="another model"):
+        causal(seed=1)(x, past_key_values=cache)
+    with pytest.raises(ArgumentError, match="cache_implementation"):
+        model.generate(x, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ArgumentError, match="expected a GdnCache, got DynamicCache"):
+        model(x, past_key_values=DynamicCache())

@@ -1,0 +1,169 @@
+"""A state one can hold: forks, rollback, files of one model, other precisions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdn.cli import main
+from gdn.core.errors import ArgumentError, CheckpointError
+from gdn.data.tokenizer import ByteTokenizer
+from gdn.mixers.attention import Attention
+from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.models.lm import LM
+from gdn.models.sampling import Sampling, generate, resume
+from gdn.models.state import LMState, fingerprint
+from gdn.models.store import save_model
+
+LINEAR = GatedDeltaNet.Config(heads=2, head_dim=8)
+PURE = LM.Config(vocab=17, width=24, layers=2, mlp=32, pattern=(LINEAR,))
+HYBRID = PURE.with_(layers=3, pattern=(LINEAR, Attention.Config(heads=2, head_dim=8), Attention.Config(heads=2, head_dim=8, window=5)))
+
+
+def build(config: LM.Config = PURE, seed: int = 0, dtype: torch.dtype = torch.float32) -> LM:
+    torch.manual_seed(seed)
+    return LM(config).to(dtype).eval()
+
+
+def tokens(batch: int = 2, length: int = 50) -> torch.Tensor:
+    return torch.randint(17, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def read(model: LM, x: torch.Tensor, state: LMState) -> LMState:
+    with torch.no_grad():
+        after = model(x, state=state).state
+    assert after is not None
+    return after
+
+
+def same(a: LMState, b: LMState) -> None:
+    assert a.length == b.length
+    for mine, theirs in zip(a.layers, b.layers, strict=True):
+        assert list(mine) == list(theirs)
+        for name in mine:
+            assert torch.equal(mine[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("config", [PURE, HYBRID], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("window", [3, 64])
+def test_tokens_read_one_by_one_are_taken_back_bit_for_bit(config: LM.Config, window: int) -> None:
+    model, x = build(config), tokens()
+    state = read(model, x[:, :20], model.init_state(2)).record(window)
+    before = []
+    for i in range(20, 32):
+        before.append(state.clone())
+        state = read(model, x[:, i : i + 1], state)
+    for back in (1, 2):
+        state.rollback(back)
+        same(state, before[12 - (1 if back == 1 else 3)])
+    with pytest.raises(ArgumentError, match="expected 0 to"):
+        state.rollback(13)
+    state.forget()
+    with pytest.raises(ArgumentError, match=r"record\(\)"):
+        state.rollback(1)
+
+
+def test_a_window_bounds_what_is_kept_and_a_long_piece_is_cut() -> None:
+    model, x = build(dtype=torch.float64), tokens(1, 50)
+    state = model.init_state(1).record(4)
+    whole, pieces = model.init_state(1), [30, 1, 1, 3, 10]
+    for piece in x[:, :45].split(pieces, dim=1):
+        state, whole = read(model, piece, state), read(model, piece, whole)
+        assert 4 <= state.layers[0].past.length < 8
+    for mine, theirs in zip(state.layers, whole.layers):
+        torch.testing.assert_close(mine["memory"], theirs["memory"])
+    fresh = read(model, x[:, :41], model.init_state(1))
+    for mine, theirs in zip(state.rollback(4).layers, fresh.layers):
+        torch.testing.assert_close(mine["memory"], theirs["memory"])
+
+
+@pytest.mark.parametrize("config", [PURE, HYBRID], ids=["pure", "hybrid"])
+def test_a_fork_is_its_own_and_keeps_its_past(config: LM.Config) -> None:
+    model, x = build(config), tokens()
+    state = read(model, x[:, :20], model.init_state(2).record())
+    kept = state.clone()
+    fork = read(model, x[:, 20:25], state.fork())
+    same(state, kept)
+    assert fork.nbytes >= state.nbytes == kept.nbytes
+    fork.rollback(5)
+    same(fork, kept)
+    fork.rollback(2)
+    state.rollback(2)
+    same(fork, state)
+
+
+@pytest.mark.parametrize("config", [PURE, HYBRID], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_file_gives_the_state_back_and_only_to_its_model(tmp_path: Path, config: LM.Config, precision: str) -> None:
+    model, x = build(config), tokens()
+    prompt, state = resume(model, x, model.init_state(2).to(precision))
+    state.save(tmp_path / "state.safetensors")
+    again = LMState.load(tmp_path / "state.safetensors", build(config))
+    same(again, state)
+    assert torch.equal(again.pending, x[:, -1:])
+    streams = [generate(model, prompt, Sampling(), state=s) for s in (state, again)]
+    for _ in range(10):
+        assert torch.equal(*(next(s) for s in streams))
+    for other in (build(config, seed=1), build(config, dtype=torch.bfloat16), build(config.with_(norm_eps=1e-6))):
+        with pytest.raises(CheckpointError, match="belongs to another model"):
+            LMState.load(tmp_path / "state.safetensors", other)
+    trained = build(config)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5)
+    trained(x, targets=x).loss.backward()
+    optimizer.step()
+    assert fingerprint(trained) != fingerprint(model) == fingerprint(build(config))
+
+
+def test_wrong_files_and_targets_are_named(tmp_path: Path) -> None:
+    model = build()
+    with pytest.raises(CheckpointError, match="no such file"):
+        LMState.load(tmp_path / "none", model)
+    (tmp_path / "text").write_text("hello, this is no state at all")
+    with pytest.raises(CheckpointError, match="not a state file"):
+        LMState.load(tmp_path / "text", model)
+    save_model(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected a file of the format gdn.state"):
+        LMState.load(tmp_path / "model.safetensors", model)
+    with pytest.raises(ArgumentError, match="expected a device, fp32, bf16, fp16, int8 or fp8, got 'int4'"):
+        model.init_state(1).to("int4")
+    with pytest.raises(ArgumentError, match="belongs to no model"):
+        LMState([]).save(tmp_path / "x")
+
+
+def test_precisions_take_fewer_bytes_and_cost_what_they_should() -> None:
+    model, x = build(PURE.with_(pattern=(LINEAR.with_(head_dim=16),))), tokens(2, 120)
+    exact = read(model, x, model.init_state(2))
+    assert exact.to("fp32").nbytes == exact.nbytes
+    memory = sum(layer["memory"].nbytes for layer in exact.layers)
+    for precision, share, error in (("bf16", 0.5, 0.02), ("fp16", 0.5, 0.003), ("int8", 0.29, 0.02), ("fp8", 0.26, 0.06)):
+        state = model.init_state(2).to(precision)
+        for piece in x.split(10, dim=1):
+            state = read(model, piece, state)
+        assert state.nbytes - exact.nbytes == pytest.approx((share - 1) * memory, rel=0.03)
+        for mine, theirs in zip(state.to("fp32").layers, exact.layers):
+            wrong = (mine["memory"] - theirs["memory"]).norm() / theirs["memory"].norm()
+            assert error / 20 < wrong < error, (precision, wrong)
+        branch = read(model, x[[1, 1, 0], :3], state.select(torch.tensor([1, 1, 0])).record())
+        assert branch.batch == 3
+        kept = branch.clone()
+        same(read(model, x[[1, 1, 0], :1], branch).rollback(1), kept)
+
+
+def test_another_process_goes_on_with_the_same_tokens(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = build(HYBRID.with_(vocab=ByteTokenizer().vocab_size))
+    with torch.no_grad():
+        model.embedding.weight.mul_(20)
+    save_model(model, tmp_path)
+    ByteTokenizer().save(tmp_path)
+    command = ["generate", str(tmp_path), "--device", "cpu", "--tokens", "12"]
+    document, file = "a long document", str(tmp_path / "state")
+    assert main([*command, "--prompt", document, "--save-state", file]) == 0
+    here = capfd.readouterr().out
+    assert here.startswith(document)
+    assert len(here) > len(document) + 3
+    there = subprocess.run([sys.executable, "-m", "gdn.cli", *command, "--load-state", file], capture_output=True, check=True, text=True)
+    assert there.stdout == here[len(document) :]

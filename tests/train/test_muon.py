@@ -1,0 +1,115 @@
+"""Muon works on maps, not on how they are stored: stacked matrices move as separate ones would under torch's Muon."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gdn.core.errors import ConfigError
+from gdn.mixers.attention import Attention
+from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.models.lm import LM
+from gdn.train.muon import orthogonal, split
+from gdn.train.optim import AdamW
+
+LINEAR = GatedDeltaNet.Config(heads=2, head_dim=8)
+CONFIG = LM.Config(
+    vocab=17, width=24, layers=2, mlp=32, pattern=(LINEAR, Attention.Config(heads=4, kv_heads=2, head_dim=6, output_gate=True))
+)
+
+
+def model(seed: int = 0) -> LM:
+    torch.manual_seed(seed)
+    return LM(CONFIG)
+
+
+def test_every_parameter_is_in_one_group_and_only_maps_are_muons() -> None:
+    lm = model()
+    optimizer = AdamW(matrices="muon").build(lm)
+    names = {id(p): n for n, p in lm.named_parameters()}
+    held = {g["name"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+    assert sum(len(v) for v in held.values()) == len(names) == len(set().union(*held.values()))
+    assert {n.split(".", 2)[-1] for n in held["muon"]} == {
+        *(f"mixer.{m}.weight" for m in ("qkv_proj", "g_proj", "o_proj")),
+        *(f"mlp.{m}.weight" for m in ("gate_up", "down")),
+    }
+    assert {"blocks.0.mixer.a_proj.weight", "blocks.0.mixer.conv.weight", "embedding.weight"} <= held["decay"]
+    assert "blocks.0.mixer.A_log" in held["no_decay"]
+
+
+def test_stacked_matrices_move_as_separate_ones_do_in_torch() -> None:
+    lm = model()
+    rows = {"mixer.qkv_proj": ((16, 16, 32), (24, 12, 12)), "mlp.gate_up": ((32, 32),) * 2, "mixer.o_proj": ((24,), (24,))}
+    separate: dict[str, list[nn.Parameter]] = {}
+    for i in (0, 1):
+        for path, sizes in rows.items():
+            weight = lm.get_parameter(f"blocks.{i}.{path}.weight")
+            separate[f"{i} {path}"] = [nn.Parameter(p.detach().clone()) for p in weight.split(sizes[i])]
+    theirs = torch.optim.Muon(
+        [p for parts in separate.values() for p in parts], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    adam_names = [n for n, _ in lm.named_parameters() if n.endswith(("embedding.weight", "conv.weight"))]
+    adams = [nn.Parameter(lm.get_parameter(n).detach().clone()) for n in adam_names]
+    plain = torch.optim.AdamW(adams, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
+    ours = AdamW(matrices="muon", lr=0.01).build(lm)
+    tokens = torch.randint(17, (2, 20))
+    for _ in range(3):
+        lm(tokens, targets=tokens).loss.backward()
+        for name, parts in separate.items():
+            i, path = name.split()
+            for part, gradient in zip(parts, lm.get_parameter(f"blocks.{i}.{path}.weight").grad.split([len(p) for p in parts])):
+                part.grad = gradient.clone()
+        for name, twin in zip(adam_names, adams):
+            twin.grad = lm.get_parameter(name).grad.clone()
+        for optimizer in (ours, theirs, plain):
+            optimizer.step()
+        ours.zero_grad()
+    for name, parts in separate.items():
+        i, path = name.split()
+        torch.testing.assert_close(lm.get_parameter(f"blocks.{i}.{path}.weight"), torch.cat(list(parts)), rtol=1e-5, atol=1e-6)
+    for name, twin in zip(adam_names, adams):
+        torch.testing.assert_close(lm.get_parameter(name), twin, rtol=1e-4, atol=1e-6)
+
+
+def test_singular_values_come_near_one() -> None:
+    for shape in ((20, 50), (50, 20)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)).float())
+        assert values.min() > 0.5
+        assert values.max() < 1.4
+
+
+def test_it_trains_and_its_state_is_kept() -> None:
+    tokens = torch.randint(17, (4, 30))
+    lm, losses = model(), []
+    optimizer = AdamW(matrices="muon", lr=3e-3).build(lm)
+    for _ in range(12):
+        loss = lm(tokens, targets=tokens.roll(-1, 1)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    again = model()
+    again.load_state_dict(lm.state_dict())
+    other = AdamW(matrices="muon", lr=3e-3).build(again)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for a, o in ((lm, optimizer), (again, other)):
+        o.zero_grad()
+        a(tokens, targets=tokens).loss.backward()
+        o.step()
+    assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), again.parameters()))
+
+
+def test_an_undeclared_stack_is_refused() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv_proj = nn.Linear(4, 12)
+
+    with pytest.raises(ConfigError, match=r"0.qkv_proj holds several matrices"):
+        split(nn.Sequential(nn.ModuleList([Mixer()])))
+    with pytest.raises(ConfigError, match="momentum"):
+        AdamW(momentum=1.0)
