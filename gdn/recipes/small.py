@@ -17,7 +17,7 @@ def demo() -> Trainer.Config:
     mixer = GatedDeltaNet.Config(heads=3, head_dim=32)
     return Trainer.Config(
         model=LM.Config(vocab=BYTES, width=128, layers=4, mlp=384, pattern=(mixer,)),
-        data=DataConfig(source="python", tokenizer="bytes", length=256, batch=4, mix=128),
+        data=DataConfig(source="python", tokenizer="bytes", length=256, batch=4, mix=1024),
         optim=AdamW(lr=4e-3),
         schedule=Schedule(warmup=50),
         steps=4000,
