@@ -30,7 +30,7 @@ def update_rows(
     if slots is None:
         return update(tokens, state)
     used = (slots >= 0).nonzero().squeeze(1)
-    rows = slots.index_select(0, used)
+    rows = slots.index_select(0, used).long()
     memory = state.index_select(0, rows)
     o = like.new_zeros(like.shape)
     o[used] = update([x.index_select(0, used) for x in tokens], memory)

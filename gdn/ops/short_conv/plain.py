@@ -198,7 +198,7 @@ def _step(x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, slots: 
     if slots is not None:
         used = (slots >= 0).nonzero().squeeze(1)
         y = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        rows = slots.index_select(0, used)
+        rows = slots.index_select(0, used).long()
         part = state.index_select(0, rows)
         y[used] = _step(x.index_select(0, used), weight, part, bias, None, silu)
         state.index_copy_(0, rows, part)
