@@ -30,7 +30,7 @@ WRITES = 32
 """Writes per chunk, about, for all but very short sequences. Measured against 64 in README.md."""
 BLOCK_ELEMENTS = 1 << 19
 """Elements of the states of the sequences that advance together: 2 MiB in float32, the second-level caches of two cores."""
-SEGMENT_ELEMENTS = 3 << 20
+SEGMENT_ELEMENTS = 8 << 20
 """Elements of all buffers of a segment, about."""
 
 
