@@ -12,7 +12,7 @@ before the chunk and S' the one after it:
 
 Why this form. The inverse is taken with the gates inside, so nothing grows that the recurrence would not let grow, whatever the length
 of the keys. Only Phi, the correction, is rounded to the dtype of the inputs; the identity of R = (I - Phi diag(beta)) Z stays exact, and
-neither forward nor backward divides by beta. The backward needs of the forward Phi and the gates alone (and, with segments, the states that
+neither forward nor backward divides by beta. The backward keeps of the forward Phi, A and the gates (and, with segments, the states that
 enter them); it recomputes the states.
 
 Backward, from dO and dS' (formulas in portable_grad.py for the rest):
@@ -20,7 +20,7 @@ Backward, from dO and dS' (formulas in portable_grad.py for the rest):
     X   = A^T dO + diag(D) K dS'                        dU = X - Phi^T diag(beta) X
     dS  = gamma_last dS' + scale Q^T diag(gamma) dO - K^T diag(gamma beta) dU
 
-Launches, forward: prepare (all chunks at once), output (chunk after chunk). Backward: prepare (A again), states, backward, gradient (all
+Launches, forward: gates and pair (all chunks at once), output (chunk after chunk). Backward: states, backward, then pairs and gradient (all
 chunks at once). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
 Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
 """
