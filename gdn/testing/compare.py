@@ -82,6 +82,11 @@ def named_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
+def pool(draws: Sequence[Results]) -> Results:
+    """Several draws of a problem as one, whose errors are those of all of them together."""
+    return Results(draws[0].names, tuple(torch.stack(tensors) for tensors in zip(*(draw.tensors for draw in draws), strict=True)))
+
+
 def error(actual: Tensor, truth: Tensor) -> float:
     """The relative error of one tensor; infinite if it is not finite everywhere."""
     if not bool(actual.isfinite().all()):

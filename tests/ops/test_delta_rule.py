@@ -30,8 +30,8 @@ in_rows = pytest.mark.parametrize("impl", FAST)
 
 
 @functools.cache
-def reference(name: str, dtype: torch.dtype) -> compare.Results:
-    return compare.run(OP, "reference", PROBLEMS[name].build(dtype=dtype))
+def reference(name: str, dtype: torch.dtype, seed: int = 0) -> compare.Results:
+    return compare.run(OP, "reference", PROBLEMS[name].build(dtype=dtype, seed=seed))
 
 
 def call(impl: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -100,12 +100,12 @@ OP._functions["narrow textbook"] = functools.partial(textbook_chunks, narrow=Tru
 
 
 @functools.cache
-def plain_torch(name: str, dtype: torch.dtype, impl: str = "textbook") -> compare.Results:
+def plain_torch(name: str, dtype: torch.dtype, impl: str = "textbook", seed: int = 0) -> compare.Results:
     """The textbook chunks at a dtype, through the contract."""
     before = OP.impls
     OP.impls = (*before, Impl(impl, ""))
     try:
-        return compare.run(OP, impl, PROBLEMS[name].build(dtype=dtype))
+        return compare.run(OP, impl, PROBLEMS[name].build(dtype=dtype, seed=seed))
     finally:
         OP.impls = before
 
@@ -136,10 +136,10 @@ TRITON = (
 )
 
 
-# Not in segments of one chunk, which no rule would choose: where a key repeats with beta = 2 the memory never contracts, and handing it on
-# from map to map adds its own rounding: 4.63e-6 in float32 where 4.49e-6 is allowed, and just over the 0.198 allowed in bfloat16.
 NEVER_CONTRACTS = "repeated keys at full strength"
-SEGMENTED = [(*case, segment) for case in TRITON for segment in (None, 1) if segment is None or case[0] != NEVER_CONTRACTS]
+"""Where a key repeats with beta = 2 memory never contracts, and one draw's rounding grows to three times another's: judged over SEEDS draws."""
+SEEDS = 4
+SEGMENTED = [(*case, segment) for case in TRITON for segment in (None, 1)]
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -151,10 +151,12 @@ def test_triton_agrees_with_the_recurrence(name: str, dtype: torch.dtype, segmen
     if segment is not None:
         monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
     portable.plan.cache_clear()
-    actual = compare.run(OP, "portable", PROBLEMS[name].build(dtype=dtype, device=DEVICE))
+    draws = range(SEEDS if name == NEVER_CONTRACTS else 1)
+    actual = [compare.run(OP, "portable", PROBLEMS[name].build(dtype=dtype, device=DEVICE, seed=seed)) for seed in draws]
     portable.plan.cache_clear()
-    rounding, truth = plain_torch(name, dtype, "narrow textbook"), reference(name, torch.float64)
-    assert compare.complaints(actual, rounding, truth, dtype) == []
+    rounding = [plain_torch(name, dtype, "narrow textbook", seed) for seed in draws]
+    truth = [reference(name, torch.float64, seed) for seed in draws]
+    assert compare.complaints(*(compare.pool(each) for each in (actual, rounding, truth)), dtype) == []
 
 
 def gpu(test: Callable[..., None]) -> Callable[..., None]:

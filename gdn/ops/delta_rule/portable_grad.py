@@ -13,9 +13,9 @@ from gdn.ops.delta_rule.portable_prepare import (
     load_gate,
     load_last,
     load_rows,
-    log_decay,
+    pair_decay,
 )
-from gdn.ops.delta_rule.portable_scan import add_dot, load_square, load_tile, program_place, store_rows
+from gdn.ops.delta_rule.portable_scan import add_dot, dot, load_square, load_tile, program_place, store_rows
 
 
 @triton.jit
@@ -66,8 +66,7 @@ def pairs_kernel(
         store_rows(dv + hv * V, wide * load_gate(gates, tile, 2)[None, :], start, rows, HV * V, first, V, BV)
     tl.store(dbeta + (start + i) * HV + hv, db, mask=i < rows)
     beta = load_gate(gates, tile, 2)
-    decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-    decay = tl.exp(tl.where(i[:, None] >= i[None, :], decay, float("-inf"))) * beta[None, :]
+    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE) * beta[None, :]
     at = tile * (C * C) + (i[:, None] * C + i[None, :])
     tl.store(d_scores + at, (p * decay * scale).to(d_scores.dtype.element_ty))
     m = tl.where(i[:, None] > i[None, :], m * decay * -beta[:, None], 0.0)
@@ -119,7 +118,8 @@ def gradient_kernel(
 
     and G_i receives q_i times its row of dq, k_i times the rows of the terms of dk in gamma and dM, minus k_i times those of the other
     three; the last G of the chunk receives the term in D with opposite sign and gamma_last <S, dS>. dg [2 * key blocks, tokens, HV] takes
-    the share of each program.
+    the share of each program. For fp32 inputs what cancels in g is left out of the sums instead: the diagonal of dP, and the term in D of
+    later tokens; under a strong decay it is larger than all that stays.
 
     No product is transposed to be the first operand of another: Triton 3.4 to 3.7.0 gets that wrong on Hopper. Nor is BK 32: that read
     beyond shared memory there.
@@ -141,9 +141,16 @@ def gradient_kernel(
             for first in tl.range(0, V, BV, num_stages=STAGES):
                 do_rows = load_rows(do + hv * V, start, rows, HV * V, first, V, BV)
                 part = add_dot(part, do_rows, load_block(states, tile, first, first_key, V, K, BV, BK), WIDE)
-            part = add_dot(part * (gamma * scale)[:, None], load_square(d_scores, tile), k_rows, WIDE)
+            part *= (gamma * scale)[:, None]
+            d_score = load_square(d_scores, tile)
+            if WIDE:
+                part = add_dot(part, below_diagonal(d_score), k_rows, WIDE)
+                total += diagonal(d_score)[:, None] * k_rows
+            else:
+                part = add_dot(part, d_score, k_rows, WIDE)
             total += part
             dG = tl.sum(part * q_rows.to(tl.float32), 1)
+            before = tl.zeros((C,), tl.float32)
         else:
             beta = load_gate(gates, tile, 2)
             for first in tl.range(0, V, BV, num_stages=STAGES):
@@ -158,9 +165,18 @@ def gradient_kernel(
                 error = tl.trans(load_tile(errors, tile, first, V, C, BV, C))
                 part = add_dot(part, error, load_block(d_states, tile, first, first_key, V, K, BV, BK), WIDE)
             part *= (load_gate(gates, tile, 3) * beta)[:, None]
-            last = tl.sum(tl.sum(part * k_rows.to(tl.float32), 1), 0)
+            onward = tl.sum(part * k_rows.to(tl.float32), 1)
+            d_score = load_square(d_scores, tile)
+            if WIDE:
+                total += part + diagonal(d_score)[:, None] * q_rows
+                part = dot(tl.trans(below_diagonal(d_score)), q_rows, WIDE)
+                before = tl.sum(tl.where(i[:, None] > i[None, :], onward[None, :], 0.0), 1)
+                last = 0.0
+            else:
+                part = add_dot(part, tl.trans(d_score), q_rows, WIDE)
+                before = tl.zeros((C,), tl.float32)
+                last = tl.sum(onward, 0)
             part = add_dot(part, tl.trans(dm), k_rows, WIDE)
-            part = add_dot(part, tl.trans(load_square(d_scores, tile)), q_rows, WIDE)
             total += part
             dG -= tl.sum(part * k_rows.to(tl.float32), 1)
             overlap = tl.zeros((BV,), tl.float32)
@@ -170,11 +186,23 @@ def gradient_kernel(
             dG += tl.where(i == C - 1, last + load_last(gates, tile) * tl.sum(overlap, 0), 0.0)
         at = (start + i) * HV + hv
         kept = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) >= SMALLEST_LOG_DECAY
-        tl.store(dg + (int64(block) * tokens * HV + at), tl.where(kept, tl.cumsum(dG, 0, reverse=True), 0.0), mask=inside)
+        tl.store(dg + (int64(block) * tokens * HV + at), tl.where(kept, tl.cumsum(dG, 0, reverse=True) + before, 0.0), mask=inside)
     c = (first_key + tl.arange(0, BK))[None, :]
     out = (start * H + h) * K + (i[:, None] * (H * K) + c)
     mask = inside[:, None] & (c < K)
     tl.store((dq if block % 2 == 0 else dk) + out, total.to(dq.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def diagonal(square):
+    i = tl.arange(0, C)
+    return tl.sum(tl.where(i[:, None] == i[None, :], square, 0.0), 1)
+
+
+@triton.jit
+def below_diagonal(square):
+    i = tl.arange(0, C)
+    return tl.where(i[:, None] > i[None, :], square, 0.0)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn.core.portable_math import int64
+from gdn.core.portable_math import exp, int64
 
 C = tl.constexpr(64)
 GATES = tl.constexpr(5)
@@ -97,12 +97,12 @@ def gates_kernel(
     fine = decay - coarse
     G = tl.cumsum(coarse, 0)
     G_low = tl.cumsum(fine, 0)
-    gamma = tl.exp(G + G_low)
+    gamma = exp(G + G_low)
     out = gates + (int64(chunk) * HV * (GATES * C) + hv * (GATES * C) + i)
     tl.store(out, G, mask=hv < HV)
     tl.store(out + C, tl.where(valid, gamma, 0.0), mask=hv < HV)
     tl.store(out + 2 * C, tl.load(beta + at, mask=valid, other=0.0).to(tl.float32), mask=hv < HV)
-    tl.store(out + 3 * C, tl.exp((tl.sum(coarse, 0)[None, :] - G) + (tl.sum(fine, 0)[None, :] - G_low)), mask=hv < HV)
+    tl.store(out + 3 * C, exp((tl.sum(coarse, 0)[None, :] - G) + (tl.sum(fine, 0)[None, :] - G_low)), mask=hv < HV)
     tl.store(out + 4 * C, G_low, mask=hv < HV)
 
 
@@ -160,20 +160,19 @@ def pair_kernel(
     q += hv // GROUP * K
     k += hv // GROUP * K
     k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
-    kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="tf32x3" if WIDE else "tf32")
-    qk = tl.dot(load_rows(q, start, rows, q_stride, 0, K, BK), tl.trans(k_rows), input_precision="tf32x3" if WIDE else "tf32")
+    kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
+    qk = tl.dot(load_rows(q, start, rows, q_stride, 0, K, BK), tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
     for first in tl.static_range(BK, K, BK):
         k_rows = load_rows(k, start, rows, k_stride, first, K, BK)
-        kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="tf32x3" if WIDE else "tf32")
+        kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
         q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
-        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="tf32x3" if WIDE else "tf32")
+        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     length = tl.sqrt(tl.maximum(square, 1e-30))
     kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
     tile = int64(chunk) * HV + hv
     at = tile * (C * C) + (i[:, None] * C + i[None, :])
-    decay = log_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-    decay = tl.exp(tl.where(i[:, None] >= i[None, :], decay, float("-inf")))
+    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
     tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
     beta = load_gate(gates, tile, 2)
     if NORMS:
@@ -182,28 +181,36 @@ def pair_kernel(
         tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
     m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
     negative = m * (-beta * square)[None, :]
-    if WIDE or k.dtype.element_ty == tl.float16:
+    if WIDE:
         solved = _substitute(m, negative)
     else:
-        negative = negative.to(tl.float16)
+        high = negative.to(tl.float16)
+        low = (negative - high.to(tl.float32)).to(tl.float16)
         e = _diagonal(k, gates, start, rows, k_stride, tile, K, BK)
         for level in tl.static_range(4, 6):
             narrow = e.to(tl.float16)
-            below = tl.where(_under(i, level), tl.dot(narrow, negative), 0.0)
+            below = tl.where(_under(i, level), tl.dot(narrow, high), 0.0)
             e = tl.dot(below.to(tl.float16), narrow, e.to(tl.float32))
-        solved = tl.dot(e.to(tl.float16), m.to(tl.float16))
+        narrow = e.to(tl.float16)
+        rough = tl.dot(narrow, m.to(tl.float16)).to(tl.float16)
+        wrong = tl.dot(low, rough, m - rough.to(tl.float32))
+        wrong = tl.dot(high, rough, wrong)
+        solved = tl.dot(narrow, wrong.to(tl.float16), rough.to(tl.float32))
     solved = solved * length[:, None] * length[None, :]
     tl.store(phi + at, solved.to(phi.dtype.element_ty))
 
 
 @triton.jit
-def log_decay(G, G_low, WIDE: tl.constexpr):
-    """G_i - G_j. G is the running sum of g rounded down to multiples of 1/256, which is exact, and G_low that of the rest, below 1/4: fp32
-    inputs need both, or the decay would be off by 2^-24 |G|."""
+def pair_decay(G, G_low, WIDE: tl.constexpr):
+    """exp(G_i - G_j) for i >= j, else 0. G is the running sum of g rounded down to multiples of 1/256, which is exact, and G_low that of the
+    rest, below 1/4: fp32 inputs need both, or the decay would be off by 2^-24 |G|, and an exp that is right to the last bit but one."""
+    i = tl.arange(0, C)
     if WIDE:
-        return (G[:, None] - G[None, :]) + (G_low[:, None] - G_low[None, :])
+        between = (G[:, None] - G[None, :]) + (G_low[:, None] - G_low[None, :])
+        return tl.where(i[:, None] >= i[None, :], exp(between), 0.0)
     else:
-        return (G + G_low)[:, None] - (G + G_low)[None, :]
+        between = (G + G_low)[:, None] - (G + G_low)[None, :]
+        return tl.exp(tl.where(i[:, None] >= i[None, :], between, float("-inf")))
 
 
 @triton.jit
