@@ -63,13 +63,22 @@ def distance(actual: Tensor, truth: Tensor) -> float:
     return float((actual.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-300)) if truth.numel() else 0.0
 
 
-def check(call: Callable[..., Any], impl: str, arguments: Arguments, *, run: Callable[..., Any] | None = None) -> None:
-    """Compare a row of `call`'s table with the float64 reference on the same numbers."""
+def check(
+    call: Callable[..., Any],
+    impl: str,
+    arguments: Arguments,
+    *,
+    run: Callable[..., Any] | None = None,
+    beside: dict[str, str] | None = None,
+) -> None:
+    """Compare a row of `call`'s table with the float64 reference on the same numbers. `beside` names rows whose error at this dtype is
+    the measure, by operator; without it the reference's is."""
     dtype = next(v.dtype for v in arguments.values() if isinstance(v, Tensor))
     # Some units in the last place of the sums, which are float32 for every narrow dtype; float64 is its own truth up to their order.
     floor = 2**-46 if dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
     truth = evaluate(call, "reference", {n: change_tensors(v, Tensor.double) for n, v in arguments.items()})
-    plain = evaluate(call, "reference", arguments)
+    with use(**(beside or {})):
+        plain = evaluate(call, (beside or {}).get(call.__name__, "reference"), arguments)
     ours = evaluate(call, impl, arguments, run=run)
     for name, value in ours.items():
         assert value.dtype == plain[name].dtype, f"{name} is {value.dtype}, the reference gives {plain[name].dtype}"

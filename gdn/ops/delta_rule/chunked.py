@@ -72,13 +72,13 @@ class Chunks(scan.Chunks):
         both = both.view(-1, rows + size, width)
         total = _running_sum(segment, x, size, scratch)
         gamma, tail = total.exp(), (total[:, -1:] - total).exp_()
-        gamma, tail = gamma.to(dtype).unsqueeze(-1), tail.repeat_interleave(writes, dim=1).to(dtype).unsqueeze(-1)
+        gamma, tail = gamma.to(dtype).unsqueeze(-1), _per_write(tail.to(dtype), writes).unsqueeze(-1)
         decay = pair_decay(total, scratch("decay", count, size, size))
         if writes > 1:
             decay = torch.stack([decay] * writes, dim=-1, out=scratch("spread", count, size, size, writes)).view(count, size, rows)
         beta = scan.load_strength(segment, x, layout, scratch)
         tails = torch.mul(both[:, :rows], tail, out=scratch("tails", count, rows, width))
-        both_gamma = torch.cat([gamma.repeat_interleave(writes, dim=1), gamma], dim=1)
+        both_gamma = torch.cat([_per_write(gamma, writes), gamma], dim=1)
         gated, gram = scratch("gated", count, rows + size, rows), gram.view(slots, narrow, 1, rows + size, rows)
         c = cls(both, both_gamma, tails, gamma[:, -1:], gated, beta, gram, decay, tail, writes)
         c._decayed(gram, out=gated)
@@ -89,9 +89,12 @@ class Chunks(scan.Chunks):
         rows = pairs.shape[4]
         places = out.view(*self.gram.shape[:2], -1, *pairs.shape[3:])
         decay = self.decay.view(*places.shape[:3], *self.decay.shape[1:])
-        written, read = (x[..., :rows, :].unflatten(3, (-1, self.writes)) for x in (pairs, places))
-        torch.mul(written, decay.unsqueeze(4), out=read)
-        torch.mul(pairs[..., rows:, :], decay, out=places[..., rows:, :])
+        if self.writes == 1:
+            torch.mul(pairs.unflatten(3, (2, -1)), decay.unsqueeze(3), out=places.unflatten(3, (2, -1)))
+        else:
+            written, read = (x[..., :rows, :].unflatten(3, (-1, self.writes)) for x in (pairs, places))
+            torch.mul(written, decay.unsqueeze(4), out=read)
+            torch.mul(pairs[..., rows:, :], decay, out=places[..., rows:, :])
         hide_later_writes(out[:, :rows], self.writes)
         return out
 
@@ -129,6 +132,11 @@ def _running_sum(segment: Segment, x: Inputs, size: int, scratch: Scratch) -> Te
     if outside is not None:
         log.masked_fill_(outside, 0)
     return log.clamp_(min=SMALLEST_LOG_DECAY).cumsum(-1)
+
+
+def _per_write(x: Tensor, writes: int) -> Tensor:
+    """A number of each token `[M, C, ...]` for each of its writes, `[M, R, ...]`."""
+    return x if writes == 1 else x.repeat_interleave(writes, dim=1)
 
 
 def _per_token(x: Tensor, writes: int) -> Tensor:

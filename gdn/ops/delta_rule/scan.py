@@ -209,8 +209,7 @@ def forward(
     for segment in walk.segments():
         c = kind.load(segment, x, layout, scratch)
         count, state = segment.size * heads, memory[segment.block]
-        values, written = scratch("values", count, rows, width), scratch("written", count, rows, width)
-        load_writes(segment, x.v, values.view(-1, heads, 1, rows, width))
+        values, written = _values(segment, x, rows, scratch), scratch("written", count, rows, width)
         here = slice(segment.slots.start * heads, segment.slots.stop * heads)
         if keep:
             states[segment.starts] = state[: segment.running[0]]
@@ -219,18 +218,28 @@ def forward(
         _invert(c, inverse, scratch)
         solve = torch.mul(inverse, c.beta.mT, out=scratch("solve", count, rows, rows))
         state, reads = state.flatten(0, 1), scratch("reads", count, rows + size, width)
-        for both, tails, gamma, last, value, z, t, u, read in _steps(
-            segment, heads, c.rows, c.tails, c.gamma[:, :rows], c.last, values, error, solve, written, reads
-        ):
+        above = reads[:, :rows]
+        steps = _steps(segment, heads, c.rows, c.tails.mT, c.gamma[:, :rows], c.last, error, solve, written, reads, above)
+        for value, (both, tails, gamma, last, z, t, u, read, by_keys) in zip(values, steps, strict=True):
             s = state[: len(both)]
             torch.bmm(both, s, out=read)
-            torch.addcmul(value, gamma, read[:, :rows], value=-1, out=z)
+            torch.addcmul(value, gamma, by_keys, value=-1, out=z)
             torch.bmm(t, z, out=u)
-            s.mul_(last).baddbmm_(tails.mT, u)
+            s.mul_(last).baddbmm_(tails, u)
         outputs = torch.mul(reads[:, rows:], c.gamma[:, rows:], out=scratch("values", count, size, width))
         outputs.baddbmm_(c.gated[:, rows:], written, beta=scale, alpha=scale)
         segment.store(outputs.view(-1, heads, size, width), o)
     return o, walk.unsort(memory), errors, inverses, states
+
+
+def _values(segment: Segment, x: Inputs, rows: int, scratch: Scratch) -> Sequence[Tensor]:
+    """The values of each chunk of the segment, `[M, R, V]`: where they stand if that is possible, or else a copy."""
+    if segment.time is not None and segment.running[0] == 1 and x.v.dtype == scratch.dtype:
+        here = x.v[segment.block, segment.time].flatten(0, 2).unflatten(0, (-1, rows))
+        return here.transpose(1, 2).unbind(0)
+    values = scratch("values", segment.size, x.heads, 1, rows, x.v.shape[4])
+    load_writes(segment, x.v, values)
+    return values.flatten(0, 2).split([count * x.heads for count in segment.running])
 
 
 def _invert(c: Chunks, out: Tensor, scratch: Scratch) -> None:

@@ -16,12 +16,12 @@ def pair_decay(total: Tensor, out: Tensor) -> Tensor:
     follow it (a chunk of such tokens reaches -2048, where neighbours are 1.2e-4 apart).
     """
     high = total.to(out.dtype)
-    above = torch.full(out.shape[1:], -torch.inf, dtype=out.dtype, device=out.device).triu_(1)
-    torch.add(above, high.unsqueeze(-1), out=out).sub_(high.unsqueeze(-2))
+    torch.sub(high.unsqueeze(-1), high.unsqueeze(-2), out=out)
     if out.dtype != total.dtype:
         low = (total - high).to(out.dtype)
         out.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
-    return out.exp_()
+    # Above the diagonal the differences are positive; the exponential of minus infinity would be several times slower.
+    return out.clamp_(max=0).exp_().tril_()
 
 
 def log_decay_gradient(between: Tensor, into: Tensor, onward: Tensor, through: Tensor, buffer: Tensor) -> Tensor:
