@@ -147,7 +147,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [f"{'tokens/s (ms a step)':22s}" + "".join(f"{f'B={b}':>22s}" for b in batches)]
     for impl in dict.fromkeys(r["impl"] for r in results):
         cells = {
-            r["batch"]: f"{r['tokens_per_s']:,} ({r['ms_per_token']:.2f})" if "tokens_per_s" in r else r["error"][:20]
+            r["batch"]: f"{r['tokens_per_s']:,} ({r['ms_per_token']:.2f})" if "tokens_per_s" in r else r["failed"][:20]
             for r in results
             if r["impl"] == impl
         }

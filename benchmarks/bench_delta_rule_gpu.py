@@ -295,7 +295,7 @@ def summary(results: list[dict[str, Any]]) -> str:
             times = "/".join(f"{r[t]:.3f}" for t in ("eager_ms", "graph_ms") if t in r)
             worst = f" err {max(r['errors'].values()):.1e}" if r.get("errors") else ""
             peak = f" {r['peak_MiB']} MiB" if "peak_MiB" in r else ""
-            cells.append(f"{impl} {times or r.get('error', '')[:60]}{' x' + '/'.join(ratios) if ratios else ''}{worst}{peak}")
+            cells.append(f"{impl} {times or r.get('failed', '')[:60]}{' x' + '/'.join(ratios) if ratios else ''}{worst}{peak}")
         lines.append(f"{table:9s} {row:24s} {kind:8s} " + " | ".join(cells))
     return "\n".join(lines)
 

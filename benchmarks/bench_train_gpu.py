@@ -140,8 +140,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def cell(result: dict[str, Any]) -> str:
-    if "error" in result:
-        return result["error"][:20]
+    if "failed" in result:
+        return result["failed"][:20]
     memory = f" {result['peak_GiB']:.0f}G" if "peak_GiB" in result else ""
     return f"{result['tokens_per_s'] / 1e3:.1f}{memory}" + (f" {result['mfu']:.0%}" if "mfu" in result else "")
 

@@ -102,7 +102,7 @@ def run(bench: str, rows: Sequence[Row], args: argparse.Namespace, device: torch
         print(f"{describe(row)}: {json.dumps({k: v for k, v in result.items() if k not in facts and k not in row.problem})}", flush=True)
         if args.out:
             append(Path(args.out), result)
-        if index + 1 < len(rows) and "error" in result and lost(torch.device(device)):
+        if index + 1 < len(rows) and "failed" in result and lost(torch.device(device)):
             print("the device is lost; starting again at the next row", flush=True)
             os.environ[FROM], os.environ[ENDS] = str(index + 1), str(ends)
             os.execv(sys.executable, sys.orig_argv)
@@ -110,15 +110,15 @@ def run(bench: str, rows: Sequence[Row], args: argparse.Namespace, device: torch
 
 
 def attempt(row: Row, limit: float) -> dict[str, Any]:
-    """What the row measures, or its error; and the seconds it took."""
+    """What the row measures, or why it failed; and the seconds it took."""
     started = time.perf_counter()
     try:
         with time_limit(limit):
             found = row.measure()
     except OutOfTime:
-        found = {"error": f"more than {limit:.0f} s"}
+        found = {"failed": f"more than {limit:.0f} s"}
     except Exception as failure:
-        found = {"error": f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:400]}
+        found = {"failed": f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:400]}
     release()
     return {**found, "took_s": round(time.perf_counter() - started, 1)}
 

@@ -49,7 +49,7 @@ def test_a_missing_peer_does_not_end_the_run(tiny, monkeypatch):
     monkeypatch.setitem(bench.RULES, "flash_qla", missing)
     found = run("--tables forward --peers flash_qla --no-errors")
     assert found[0]["eager_ms"] > 0 and "errors" not in found[0]
-    assert found[1]["error"] == "ModuleNotFoundError: No module named 'flash_qla'"
+    assert found[1]["failed"] == "ModuleNotFoundError: No module named 'flash_qla'"
 
 
 def test_a_comparison_that_fails_keeps_the_times(tiny, monkeypatch):

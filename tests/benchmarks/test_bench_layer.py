@@ -22,14 +22,14 @@ def test_a_run_measures_every_mixer_of_ours(tmp_path):
     args = bench.parse(line.split())
     found = rows.run("layer", bench.plan(args), args, "cpu")
     assert [r["mixer"] for r in found] == list(bench.PAIRS)
-    assert not [r for r in found if "error" in r]
+    assert not [r for r in found if "failed" in r]
     assert all(r["parameters"] > 0 and r["eager_ms"] > 0 and r["forward_ms"] > 0 for r in found)
     assert [json.loads(text)["mixer"] for text in out.read_text().splitlines()] == list(bench.PAIRS)
 
 
 def test_the_table_shows_ratios_and_gaps():
     both = [{"mixer": "gla", "impl": impl, "eager_ms": ms, "parameters": 7} for impl, ms in (("ours", 2.0), ("fla", 3.0))]
-    text = bench.table([*both, {"mixer": "swat", "impl": "ours", "error": "broken"}]).splitlines()
+    text = bench.table([*both, {"mixer": "swat", "impl": "ours", "failed": "broken"}]).splitlines()
     assert "1.50" in text[1] and "7/7" in text[1]
     assert text[2].startswith("swat") and "1.50" not in text[2]
 

@@ -32,8 +32,8 @@ def test_a_failing_row_is_a_row_and_the_next_is_measured(tmp_path):
     args = arguments(tmp_path)
     found = rows.run("demo", [row(fails, "peer", shape="2x4"), row(lambda: {"eager_ms": 1.5})], args, "cpu")
     assert [r["impl"] for r in found] == ["peer", "ours"]
-    assert found[0]["error"] == "ValueError: not here" and found[0]["shape"] == "2x4"
-    assert found[1]["eager_ms"] == 1.5 and "error" not in found[1]
+    assert found[0]["failed"] == "ValueError: not here" and found[0]["shape"] == "2x4"
+    assert found[1]["eager_ms"] == 1.5 and "failed" not in found[1]
     assert read(args) == found
 
 
@@ -68,7 +68,7 @@ def test_a_row_beyond_its_limit_ends(tmp_path, measure):
     args = arguments(tmp_path, row_limit=0.2)
     begin = time.monotonic()
     found = rows.run("demo", [row(measure), row(lambda: {"x": 1})], args, "cpu")
-    assert found[0]["error"] == "more than 0 s" and found[1]["x"] == 1
+    assert found[0]["failed"] == "more than 0 s" and found[1]["x"] == 1
     assert time.monotonic() - begin < 20
 
 
