@@ -141,9 +141,10 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def release() -> None:
     """Let go of the memory of a row."""
-    torch.compiler.reset()
-    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     if torch.cuda.is_initialized():
+        gc.collect()
         with suppress(RuntimeError):  # the device is lost, which `lost` finds
             torch.cuda.empty_cache()
 
