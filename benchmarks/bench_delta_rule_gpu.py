@@ -1,76 +1,89 @@
-"""The gated delta rule on a GPU: right against fp64, then timed beside its peers. `python benchmarks/bench_delta_rule_gpu.py --help`
+"""The gated delta rule on a GPU: right against float64, then timed, beside its peers. `python benchmarks/bench_delta_rule_gpu.py --help`
 
-Every figure is a median of eager calls timed with device events, the L2 cache flushed before each, and of replays of a CUDA graph of the
-same call. Gates are drawn as the layer initialises them (A uniform in 0..16, dt log-uniform in 1e-3..1e-1) unless the row says otherwise.
-Peers run when they can be imported: FLA (flash-linear-attention), its own Triton kernels, and FlashQLA.
+Tables: `forward`, `training` (forward and backward) and `wide` (training with wide heads) time a call, in eager mode and as a CUDA graph, with
+the L2 cache flushed before each, and give its peak memory and its errors; `errors` gives errors on inputs that are hard. Gates are drawn as
+the layer initialises them (A uniform in 0..16, dt log-uniform in 1e-3..1e-1) unless the row says otherwise. An error is relative in norm,
+against the chunked row in float64, which `--check` compares with the recurrence itself.
+
+Peers that can be imported: fla (flash-linear-attention, its own Triton kernels), flash_qla, attention_gym. FLA tunes each number of heads
+anew, and packed rows once more, but not each length: 25 to 45 s forward and about as much backward; FlashQLA compiles for a minute for each
+number of heads. Both keep the results on disk, so a second run on the same machine takes seconds. Cold, `--tables forward,training --peers fla`
+takes about 6 minutes, with flash_qla 6 more; warm, 2. Rows of the same heads stand together, the most telling first.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import json
+import contextlib
+import functools
+import itertools
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("FLA_FLASH_QLA", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import clock
+import rows
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdn.core.dispatch import use
 from gdn.core.packing import Packing
 from gdn.ops import gated_delta_rule
 from gdn.ops.delta_rule import portable
 from gdn.ops.delta_rule.reference import gated_delta_rule as reference
 
-FORWARD = [
-    # H, HV, K, V, batch, length, lengths of packed documents
+Problem = tuple[int, int, int, int, int, int, tuple[int, ...] | None]
+"""H, HV, K, V, batch, length, lengths of packed documents."""
+
+FORWARD: list[Problem] = [
+    (16, 32, 128, 128, 8, 4096, None),
+    (16, 32, 128, 128, 1, 32768, None),
+    (16, 32, 128, 128, 1, 8192, None),
+    (16, 32, 128, 128, 8, 1024, None),
+    (16, 16, 128, 128, 8, 4096, None),
+    (16, 16, 128, 128, 1, 8192, None),
     (2, 8, 128, 128, 1, 32768, None),
     (2, 8, 128, 128, 1, 8192, None),
     (2, 8, 128, 128, 1, 2048, None),
-    (16, 32, 128, 128, 1, 32768, None),
-    (16, 32, 128, 128, 1, 8192, None),
-    (16, 32, 128, 128, 8, 4096, None),
-    (16, 32, 128, 128, 8, 1024, None),
-    (16, 32, 128, 128, 1, 8192, (6144, 2048)),
-    (16, 64, 128, 128, 1, 32768, None),
     (16, 64, 128, 128, 8, 4096, None),
-    (16, 16, 128, 128, 1, 8192, None),
-    (16, 16, 128, 128, 8, 4096, None),
+    (16, 64, 128, 128, 1, 32768, None),
+    (16, 32, 128, 128, 1, 8192, (6144, 2048)),
 ]
-BACKWARD = [
+TRAINING: list[Problem] = [
     (16, 16, 128, 128, 8, 4096, None),
-    (16, 32, 128, 128, 1, 8192, None),
     (16, 32, 128, 128, 1, 32768, None),
+    (16, 32, 128, 128, 1, 8192, None),
     (2, 8, 128, 128, 1, 32768, None),
-    (6, 6, 256, 512, 8, 4096, None),
-    (9, 9, 200, 400, 8, 4096, None),
 ]
+WIDE: list[Problem] = [(6, 6, 256, 512, 8, 4096, None), (9, 9, 200, 400, 8, 4096, None)]
+HARD: Problem = (16, 32, 128, 128, 1, 2048, None)
+KINDS = ("layer", "doubled", "still", "strong")
+TABLES = ("forward", "training", "wide", "errors")
 
 
-def name(row: tuple[Any, ...]) -> str:
-    H, HV, K, V, B, T, lengths = row
+def name(problem: Problem) -> str:
+    H, HV, K, V, B, T, lengths = problem
     size = "+".join(map(str, lengths)) if lengths else f"{B}x{T}"
     return f"{H}/{HV} {size}" + ("" if K == V == 128 else f" K{K} V{V}")
 
 
-def inputs(row: tuple[Any, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0, kind: str = "layer") -> list[Tensor]:
+def inputs(problem: Problem, dtype: torch.dtype = torch.bfloat16, seed: int = 0, kind: str = "layer", device: str = "cuda") -> list[Tensor]:
     """q, k (unit length), v, g, beta. Kinds: layer, still (g = 0), strong (g about -3), doubled (beta near 2, correlated keys, mild decay)."""
-    H, HV, K, V, B, T, _ = row
-    r = torch.Generator("cuda").manual_seed(seed)
+    H, HV, K, V, B, T, _ = problem
+    r = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=r, device="cuda")
+        return torch.randn(shape, generator=r, device=device)
 
     def rand(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=r, device="cuda")
+        return torch.rand(shape, generator=r, device=device)
 
     q, k = randn(B, T, H, K), randn(B, T, H, K)
     if kind == "doubled":
@@ -89,69 +102,141 @@ def inputs(row: tuple[Any, ...], dtype: torch.dtype = torch.bfloat16, seed: int 
 
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
+"""q, k, v, g, beta and perhaps an initial state [N, HV, K, V] -> o, final state [N, HV, K, V]."""
 
 
-def ours(row: tuple[Any, ...]) -> Rule:
-    packing = Packing.from_lengths(row[6], device="cuda") if row[6] else None
-    return lambda *x: gated_delta_rule(*x, packing=packing)
+def starts(problem: Problem, device: str, dtype: torch.dtype) -> Tensor | None:
+    """Where packed documents begin, and the end."""
+    lengths = problem[6]
+    return torch.tensor([0, *itertools.accumulate(lengths)], device=device, dtype=dtype) if lengths else None
 
 
-def fla(row: tuple[Any, ...]) -> Rule:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    cu = torch.tensor([0, *torch.tensor(row[6]).cumsum(0).tolist()], device="cuda") if row[6] else None
-    return lambda *x: chunk_gated_delta_rule(*x, scale=row[2] ** -0.5, output_final_state=True, cu_seqlens=cu)
+def ours(problem: Problem, device: str = "cuda") -> Rule:
+    packing = Packing.from_lengths(problem[6], device=device) if problem[6] else None
+    return lambda q, k, v, g, beta, state=None: gated_delta_rule(q, k, v, g, beta, initial_state=state, packing=packing)
 
 
-def flash_qla(row: tuple[Any, ...]) -> Rule:
-    from flash_qla import chunk_gated_delta_rule
+def fla(problem: Problem, device: str = "cuda") -> Rule:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
 
-    cu = torch.tensor([0, *torch.tensor(row[6]).cumsum(0).tolist()], device="cuda") if row[6] else None
-    return lambda *x: chunk_gated_delta_rule(*x, scale=row[2] ** -0.5, output_final_state=True, cu_seqlens=cu)
-
-
-RULES = {"ours": ours, "fla": fla, "flash_qla": flash_qla}
+    cu = starts(problem, device, torch.int64)
+    return lambda *x: rule(*x[:5], scale=problem[2] ** -0.5, initial_state=x[5] if x[5:] else None, output_final_state=True, cu_seqlens=cu)
 
 
-def time_call(call: Callable[[], Any], repeats: int = 20, graph: bool = False) -> float:
-    """Median milliseconds."""
-    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
-    for _ in range(3):
-        call()
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            call()
-        run: Callable[[], Any] = captured.replay
-    else:
-        run = call
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        run()
-        b.record()
-        times.append((a, b))
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in times)
+def fla_padded(problem: Problem, device: str = "cuda") -> Rule:
+    """FLA on keys and values filled up with zeros to widths that are powers of two."""
+    K, V = problem[2:4]
+    more = [(1 << (size - 1).bit_length()) - size for size in (K, V)]
+    rule = fla(problem, device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        o, state = rule(F.pad(q, (0, more[0])), F.pad(k, (0, more[0])), F.pad(v, (0, more[1])), g, beta)
+        return o[..., :V], state[..., :K, :V]
+
+    return run
 
 
-def forward_call(rule: Rule, x: list[Tensor]) -> Callable[[], Any]:
-    def call() -> Any:
+def flash_qla(problem: Problem, device: str = "cuda") -> Rule:
+    from flash_qla import chunk_gated_delta_rule as rule
+
+    cu = starts(problem, device, torch.int64)
+    return lambda *x: rule(*x[:5], scale=problem[2] ** -0.5, initial_state=x[5] if x[5:] else None, output_final_state=True, cu_seqlens=cu)
+
+
+def attention_gym(problem: Problem, device: str = "cuda") -> Rule:
+    from attn_gym.linear.gdn import chunk_gdn
+
+    cu = starts(problem, device, torch.int32)
+
+    def run(*x: Tensor) -> tuple[Tensor, Tensor]:
+        state = x[5].mT.contiguous() if x[5:] else None
+        o, state = chunk_gdn(*x[:5], state, scale=problem[2] ** -0.5, cu_seqlens=cu, output_final_state=True)
+        return o, state.mT
+
+    return run
+
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "ours": ours, "fla": fla, "fla padded": fla_padded, "flash_qla": flash_qla, "attention_gym": attention_gym,
+}  # fmt: skip
+PEERS = ("fla", "flash_qla", "attention_gym")
+
+
+def serves(impl: str, problem: Problem) -> bool:
+    """Whether a peer has kernels for the widths; FLA runs widths between powers of two as they are and padded."""
+    K, V = problem[2:4]
+    if impl == "fla padded":
+        return bool(K & (K - 1) or V & (V - 1))
+    return K == V == 128 or impl in ("ours", "fla")
+
+
+NAMES = ("o", "S", "dq", "dk", "dv", "dg", "dbeta", "dS0")
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    return float(f"{(x.double() - truth).norm() / (truth.norm() + 1e-30):.3g}")
+
+
+def results_of(rule: Rule, x: Sequence[Tensor], do: Tensor | None) -> list[Tensor]:
+    """o and the final state, and with the gradient of o those of q, k, v, g and beta."""
+    if do is None:
+        with torch.no_grad():
+            return list(rule(*x))
+    leaves = [t.detach().requires_grad_() for t in x]
+    o, state = rule(*leaves)
+    return [o.detach(), state.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+@functools.lru_cache(maxsize=1)
+def truth(problem: Problem, kind: str, training: bool, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """What the rule is in float64 on these inputs; kept while the implementations of a problem are measured."""
+    x = [t.double() for t in inputs(problem, dtype, kind=kind, device=device)]
+    with use(gated_delta_rule="chunked"):
+        return results_of(ours(problem, device), x, output_gradient(problem, device, dtype).double() if training else None)
+
+
+def output_gradient(problem: Problem, device: str, dtype: torch.dtype) -> Tensor:
+    _, HV, _, V, B, T, _ = problem
+    return torch.randn(B, T, HV, V, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
+
+
+def measure(problem: Problem, table: str, kind: str, impl: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Time, memory and errors of one implementation; only errors in the table of that name."""
+    training, device = table != "forward", args.device
+    x = inputs(problem, kind=kind, device=device)
+    do = output_gradient(problem, device, x[0].dtype) if training else None
+    rule = RULES[impl](problem, device)
+    found: dict[str, Any] = {}
+    if table != "errors":
+        call = timed_call(rule, x, do)
+        found = clock.measure(call, device, repeats=args.repeats)
+        found["inputs_MiB"] = sum(t.nbytes for t in (*x, *([do] if training else []))) >> 20
+        if impl == "ours" and args.kernels:
+            found["kernels_us"] = {k: round(v, 1) for k, v in kernels(call).items()}
+    if not args.no_errors:
+        found |= errors(rule, x, do, (problem, kind, training, device, x[0].dtype))
+    return found
+
+
+def errors(rule: Rule, x: list[Tensor], do: Tensor | None, of: tuple[Any, ...]) -> dict[str, Any]:
+    """Errors by name. A failure to compare does not take the times of the row with it."""
+    try:
+        return {"errors": {n: error(a, b) for n, a, b in zip(NAMES, results_of(rule, x, do), truth(*of))}}
+    except Exception as failure:
+        return {"errors_missing": f"{type(failure).__name__}: {failure}"[:200]}
+
+
+def timed_call(rule: Rule, x: list[Tensor], do: Tensor | None) -> Callable[[], Any]:
+    leaves = [t.detach().requires_grad_(do is not None) for t in x]
+
+    def forward() -> Any:
         with torch.no_grad():
             return rule(*x)
 
-    return call
-
-
-def training_call(rule: Rule, x: list[Tensor], do: Tensor) -> Callable[[], Any]:
-    leaves = [t.detach().requires_grad_() for t in x]
-
-    def call() -> Any:
+    def training() -> Any:
         return torch.autograd.grad(rule(*leaves)[0], leaves, do)
 
-    return call
+    return forward if do is None else training
 
 
 def kernels(call: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
@@ -169,126 +254,102 @@ def kernels(call: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def error(x: Tensor, truth: Tensor) -> float:
-    return float((x.double() - truth).norm() / (truth.norm() + 1e-30))
+def problems(table: str) -> list[tuple[Problem, str]]:
+    """The problems of a table and the kind of their inputs."""
+    if table == "errors":
+        return [(HARD, kind) for kind in KINDS]
+    return [(problem, "layer") for problem in {"forward": FORWARD, "training": TRAINING, "wide": WIDE}[table]]
 
 
-def gradients(rule: Callable[..., Any], x: list[Tensor], do: Tensor, d_final: Tensor) -> list[Tensor]:
+def shrunk(problem: Problem) -> Problem:
+    """The same problem small enough for a processor."""
+    H, HV, K, V, B, T, lengths = problem
+    return (1, HV // H, K, V, B, T // 64, tuple(n // 64 for n in lengths) if lengths else None)
+
+
+def plan(args: argparse.Namespace) -> list[rows.Row]:
+    found = []
+    impls = ["ours", *(impl for peer in args.peers for impl in ((peer, "fla padded") if peer == "fla" else (peer,)))]
+    for table in args.tables:
+        for problem, kind in problems(table):
+            size = problem if args.device == "cuda" else shrunk(problem)
+            if args.match not in f"{name(problem)} {kind}":
+                continue
+            facts = {"what": table, "row": name(size), "kind": kind}
+            for impl in impls:
+                if serves(impl, problem):
+                    found.append(rows.Row(facts, impl, functools.partial(measure, size, table, kind, impl, args)))
+    return found
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Peers' times over ours, eager and as a graph, and the largest error of each."""
+    lines = []
+    by_row = itertools.groupby(results, key=lambda r: (r["what"], r["row"], r["kind"]))
+    for (table, row, kind), group in by_row:
+        found = {r["impl"]: r for r in group}
+        mine = found.get("ours", {})
+        cells = []
+        for impl, r in found.items():
+            ratios = [f"{r[t] / mine[t]:.2f}" for t in ("eager_ms", "graph_ms") if impl != "ours" and r.get(t) and mine.get(t)]
+            times = "/".join(f"{r[t]:.3f}" for t in ("eager_ms", "graph_ms") if t in r)
+            worst = f" err {max(r['errors'].values()):.1e}" if r.get("errors") else ""
+            peak = f" {r['peak_MiB']} MiB" if "peak_MiB" in r else ""
+            cells.append(f"{impl} {times or r.get('failed', '')[:60]}{' x' + '/'.join(ratios) if ratios else ''}{worst}{peak}")
+        lines.append(f"{table:9s} {row:24s} {kind:8s} " + " | ".join(cells))
+    return "\n".join(lines)
+
+
+def check(problem: Problem, dtype: torch.dtype, kind: str, segment: int | None, impls: Sequence[str], device: str) -> list[dict[str, Any]]:
+    """Errors of forward and gradients, initial and final states included, against the recurrence in float64; also of the chunked row in
+    float64, which is the truth of the timed tables."""
+    HV, K, V, B, T, lengths = problem[1:]
+    x = inputs(problem, dtype, kind=kind, device=device)
+    r = torch.Generator(device).manual_seed(1)
+    x.append(torch.randn(len(lengths) if lengths else B, HV, K, V, generator=r, device=device))
+    d_final, do = torch.randn(x[5].shape, generator=r, device=device), torch.randn(B, T, HV, V, generator=r, device=device).to(dtype)
+    packing = Packing.from_lengths(lengths, device=device) if lengths else None
+    wide = [t.double() for t in x]
+    true = gradients(lambda *y: reference(*y[:5], K**-0.5, y[5], packing), wide, do.double(), d_final.double())
+    found = []
+    for impl in ("chunked in float64", *impls):
+        facts = {"what": "check", "row": name(problem), "dtype": str(dtype)[6:], "kind": kind, "segment": segment, "impl": impl}
+        if impl in RULES:
+            with segments(segment), use(gated_delta_rule="portable"):
+                run = functools.partial(gradients, RULES[impl](problem, device), x, do, d_final)
+                got = run()
+                facts["same_bits"] = all(torch.equal(a, b) for a, b in zip(got, run()))
+        else:
+            with use(gated_delta_rule="chunked"):
+                got = gradients(ours(problem, device), wide, do.double(), d_final.double())
+        found.append({**facts, "errors": {n: error(a, b) for n, a, b in zip(NAMES, got, true)}})
+        errors = " ".join(f"{n} {e:.1e}" for n, e in found[-1]["errors"].items())
+        print(f"{name(problem):26s} {facts['dtype']:9s} {kind:8s} S={segment} {impl:18s} {errors} {facts.get('same_bits', '')}", flush=True)
+    return found
+
+
+def gradients(rule: Rule, x: list[Tensor], do: Tensor, d_final: Tensor) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in x]
     o, state = rule(*leaves)
-    return [
-        o.detach(),
-        state.detach(),
-        *torch.autograd.grad((o.float() * do.float()).sum() + (state * d_final.to(state.dtype)).sum(), leaves),
-    ]
+    return [o.detach(), state.detach(), *torch.autograd.grad((o, state), leaves, (do, d_final.to(state.dtype)))]
 
 
-NAMES = ("o", "S", "dq", "dk", "dv", "dg", "dbeta", "dS0")
-
-
-def check(row: tuple[Any, ...], dtype: torch.dtype, kind: str, S: int | None = None, peers: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Errors of forward and gradients against the fp64 recurrence, relative in norm."""
-    H, HV, K, V, B, T, lengths = row
-    x = inputs(row, dtype, kind=kind)
-    packing = Packing.from_lengths(lengths, device="cuda") if lengths else None
-    N = len(lengths) if lengths else B
-    r = torch.Generator("cuda").manual_seed(1)
-    s0, d_final = (torch.randn(N, HV, K, V, generator=r, device="cuda") for _ in range(2))
-    do = torch.randn(B, T, HV, V, generator=r, device="cuda").to(dtype)
-    scale = K**-0.5
-    truth = gradients(lambda *y: reference(*y[:5], scale, y[5], packing), [t.double() for t in (*x, s0)], do.double(), d_final.double())
-    out: dict[str, Any] = {"row": name(row), "dtype": str(dtype)[6:], "kind": kind, "S": S}
-    rules: dict[str, Callable[..., Any]] = {"ours": lambda *y: portable.gated_delta_rule(*y[:5], scale, y[5], packing)}
-    if "fla" in peers:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as f
-
-        cu = packing.cu_seqlens.long() if packing else None
-        rules["fla"] = lambda *y: f(*y[:5], scale=scale, initial_state=y[5], output_final_state=True, cu_seqlens=cu)
-    if "flash_qla" in peers:
-        from flash_qla import chunk_gated_delta_rule as h
-
-        cu = packing.cu_seqlens.long() if packing else None
-        rules["flash_qla"] = lambda *y: h(*y[:5], scale=scale, initial_state=y[5], output_final_state=True, cu_seqlens=cu)
+@contextlib.contextmanager
+def segments(chunks: int | None) -> Iterator[None]:
+    """Split sequences into segments of so many chunks, where a number is given."""
     rule = portable.segment_chunks
-    if S is not None:
-        portable.segment_chunks = lambda *a: S  # type: ignore[assignment]
+    if chunks is not None:
+        portable.segment_chunks = lambda *a: chunks  # type: ignore[assignment]
     portable.plan.cache_clear()
     try:
-        for who, run in rules.items():
-            got = gradients(run, [*x, s0], do, d_final)
-            out[who] = {n: error(a, b) for n, a, b in zip(NAMES, got, truth)}
-            if who == "ours":
-                again = gradients(run, [*x, s0], do, d_final)
-                out["same bits"] = all(torch.equal(a, b) for a, b in zip(got, again))
+        yield
     finally:
         portable.segment_chunks = rule
         portable.plan.cache_clear()
-    return out
-
-
-def show(result: dict[str, Any]) -> None:
-    for who in ("ours", "fla", "flash_qla"):
-        if who in result:
-            errors = " ".join(f"{n} {e:.1e}" for n, e in result[who].items())
-            same = f"same bits {result['same bits']}" if who == "ours" else ""
-            print(f"{result['row']:26s} {result['dtype']:9s} {result['kind']:8s} S={result['S']} {who:9s} {errors} {same}", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", choices=("quick", "all"), help="errors against fp64 over the problem list")
-    parser.add_argument("--peers", default="", help="comma list of fla, flash_qla")
-    parser.add_argument("--forward", default="", help="rows of the forward list, as 0,3,5 or all")
-    parser.add_argument("--backward", default="", help="rows of the forward+backward list")
-    parser.add_argument("--kernels", action="store_true", help="time each kernel of ours as well")
-    parser.add_argument("--out", default="", help="jsonl file for results")
-    args = parser.parse_args()
-    peers = tuple(p for p in args.peers.split(",") if p)
-    results: list[dict[str, Any]] = []
-    if args.check:
-        for row, dtype, kind, S in CHECKS if args.check == "all" else [CHECKS[i] for i in QUICK]:
-            results.append(check(row, dtype, kind, S, peers if dtype == torch.bfloat16 and row[2] == 128 else ()))
-            show(results[-1])
-    for what, rows, chosen in (("forward", FORWARD, args.forward), ("training", BACKWARD, args.backward)):
-        for index in range(len(rows)) if chosen == "all" else [int(i) for i in chosen.split(",") if i]:
-            results.append(measure(rows[index], what, ("ours", *peers), args.kernels))
-    if args.out:
-        with open(args.out, "a") as file:
-            for result in results:
-                file.write(json.dumps(result) + "\n")
-
-
-def measure(row: tuple[Any, ...], what: str, who: tuple[str, ...], profile: bool) -> dict[str, Any]:
-    x = inputs(row)
-    do = torch.randn_like(x[2])
-    out: dict[str, Any] = {"row": name(row), "what": what, "torch": torch.__version__}
-    for rule in who:
-        if rule == "flash_qla" and (row[2] != 128 or row[3] != 128):
-            continue
-        try:
-            started = time.perf_counter()
-            make = RULES[rule](row)
-            call = forward_call(make, x) if what == "forward" else training_call(make, x, do)
-            call()
-            torch.cuda.synchronize()
-            first = time.perf_counter() - started
-            torch.cuda.reset_peak_memory_stats()
-            call()
-            out[rule] = {"first_s": round(first, 2), "peak_MiB": torch.cuda.max_memory_allocated() >> 20, "eager_ms": time_call(call)}
-            if what == "forward":
-                out[rule]["graph_ms"] = time_call(call, graph=True)
-            if rule == "ours" and profile:
-                out[rule]["kernels_us"] = {k: round(v, 1) for k, v in kernels(call).items()}
-        except Exception as problem:
-            out[rule] = {"error": f"{type(problem).__name__}: {problem}"[:300]}
-        print(f"{what:9s} {name(row):26s} {rule:9s} {json.dumps(out[rule])}", flush=True)
-    return out
 
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-QUICK = (1, 6, 8, 13)
-"""The rows of CHECKS for a first look."""
-CHECKS: list[tuple[tuple[Any, ...], torch.dtype, str, int | None]] = [
+CHECKS: list[tuple[Problem, torch.dtype, str, int | None]] = [
     ((2, 4, 128, 128, 1, 700, None), bf16, "layer", 0),
     ((2, 4, 128, 128, 1, 700, None), bf16, "layer", 4),
     ((2, 4, 128, 128, 1, 700, None), bf16, "still", 4),
@@ -306,6 +367,42 @@ CHECKS: list[tuple[tuple[Any, ...], torch.dtype, str, int | None]] = [
     ((1, 1, 256, 512, 1, 200, None), bf16, "layer", 0),
     ((1, 1, 64, 64, 1, 200, None), f32, "layer", 0),
 ]
+"""Problem, dtype, kind and, of portable kernels, chunks of a segment (0: the sequence is not split)."""
+QUICK = (1, 6, 8, 13)
+"""The rows of CHECKS for a first look."""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--tables", type=rows.chosen(TABLES), default=list(TABLES), help=f"comma list of {', '.join(TABLES)} (default: all)"
+    )
+    parser.add_argument("--peers", type=rows.chosen(PEERS), default=[], help=f"comma list of {', '.join(PEERS)}")
+    parser.add_argument("--match", default="", help='only rows with this in their name or kind, as "16/32 1x"')
+    parser.add_argument("--repeats", type=int, default=20, help="calls that a median is of (default %(default)s)")
+    parser.add_argument("--kernels", action="store_true", help="time each kernel of ours as well")
+    parser.add_argument("--no-errors", action="store_true", help="leave out the comparison with float64")
+    parser.add_argument("--check", choices=("quick", "all"), help="first compare with the recurrence over the list of small problems")
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu runs every problem 64 times shorter, to try the script out"
+    )
+    rows.add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no GPU that torch can use; --device cpu runs tiny shapes to try the script out")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.check:
+        for index in range(len(CHECKS)) if args.check == "all" else QUICK:
+            problem, dtype, kind, segment = CHECKS[index]
+            peers = [p for p in args.peers if dtype == torch.bfloat16 and serves(p, problem)]
+            for result in check(problem, dtype, kind, segment, ["ours", *peers], args.device):
+                if args.out:
+                    rows.append(Path(args.out), {"bench": "delta_rule", **result, **rows.machine(torch.device(args.device))})
+    print(summary(rows.run("delta_rule", plan(args), args, args.device)))
 
 
 if __name__ == "__main__":

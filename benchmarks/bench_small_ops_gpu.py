@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import rows
 import torch
 from torch import Tensor
 
@@ -347,7 +348,7 @@ def main() -> None:
         f"{'':38s} {'error':>8s} {'plain':>8s} {'bits':>5s} {'eager us':>9s} {'graph us':>9s} {'host us':>8s} {'of copy':>8s} {'first s':>8s}"
     )
     lines = []
-    common = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "copy_bytes_s": bandwidth}
+    common = {"bench": "small_ops", **rows.machine(torch.device("cuda")), "copy_bytes_s": bandwidth}
     for make in (steps, convolutions, norms, gates, losses, cores):
         for row in make():
             if args.only not in row.name:

@@ -1,14 +1,18 @@
-"""A training step of a whole language model on a GPU, beside FLA's Gated DeltaNet and a Transformer. `python benchmarks/bench_train_gpu.py --help`
+"""A training step of a whole language model on a GPU, beside FLA's Gated DeltaNet and a Transformer++. `python benchmarks/bench_train_gpu.py --help`
 
-One step is forward, loss, backward and AdamW, with bfloat16 parameters (gates float32) and random tokens. Printed for each model and shape:
-seconds to the first step (everything compiled on the way), median milliseconds of a step, tokens per second, peak memory, and the share
-of 989 TFLOP/s (the data sheet of an H100 or H200) that 6 floating-point operations a parameter and token make.
+One step is forward, loss, backward and AdamW, with bfloat16 parameters (gates float32) and random tokens. For each model and shape: seconds
+from building the model to the end of the first step (everything compiled on the way), median milliseconds of a step, tokens per second, peak
+memory, and the share of the data sheet's dense bfloat16 rate that is used: `mfu` by the operations of the model at that length (three times the
+forward pass, recurrence and attention scores included), `mfu_6n` by 6 a parameter and token.
+
+The default shapes are those of the paper's throughput figure. FLA tunes for three minutes in its first step; all defaults take about 8 minutes
+with a cold cache. The Transformer++ is our model with full attention through torch's flash kernel.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import os
 import statistics
 import sys
@@ -20,102 +24,172 @@ from typing import Any
 os.environ.setdefault("FLA_FLASH_QLA", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import clock
+import rows
 import torch
 from torch import Tensor, nn
 
+from gdn.mixers import Attention, GatedDeltaNet
+from gdn.models import LM
+from gdn.models.sizes import SIZES
+
 Loss = Callable[[Tensor], Tensor]
+DENSE_BF16 = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "B200": 2250e12}
+"""Floating-point operations a second in NVIDIA's data sheets, without sparsity."""
 
-
-def ours(size: str, compiled: bool) -> tuple[nn.Module, Loss]:
-    from gdn.mixers.gated_deltanet import GatedDeltaNet
-    from gdn.models import LM
-    from gdn.models.sizes import SIZES
-
-    like_fla = LM.Config(
+OURS: dict[str, LM.Config] = {
+    "like_fla": LM.Config(
         vocab=32000, width=2048, layers=21, mlp=5632, tie_embeddings=False,
         pattern=(GatedDeltaNet.Config(heads=16, head_dim=128, expand_v=1.0),),
-    )  # fmt: skip
-    config = like_fla if size == "like_fla" else SIZES[size]
-    with torch.device("cuda"):
-        model = LM(config)
-    model.to(torch.bfloat16)  # the gates stay float32
-    run = torch.compile(model, fullgraph=True) if compiled else model
-    return model, lambda tokens: run(tokens, targets=torch.roll(tokens, -1, 1)).loss
+    ),
+    "gdn_1.3b": SIZES["gdn_1.3b"],
+    "tiny": LM.Config(vocab=256, width=64, layers=2, mlp=128, pattern=(GatedDeltaNet.Config(heads=2, head_dim=16),)),
+}  # fmt: skip
+FLA: dict[str, dict[str, Any]] = {
+    "like_fla": {
+        "hidden_size": 2048, "num_hidden_layers": 21, "num_heads": 16, "head_dim": 128, "expand_v": 1.0, "intermediate_size": 5632,
+        "tie_word_embeddings": False,
+    },
+    "gdn_1.3b": {
+        "hidden_size": 2400, "num_hidden_layers": 16, "num_heads": 9, "head_dim": 200, "expand_v": 2.0, "intermediate_size": 5888,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+_TRANSFORMER = SIZES["transformer_1.3b"].with_(pattern=(Attention.Config(heads=16, head_dim=128),))
+TRANSFORMER: dict[str, LM.Config] = {
+    "like_fla": _TRANSFORMER,
+    "gdn_1.3b": _TRANSFORMER,
+    "tiny": OURS["tiny"].with_(pattern=(Attention.Config(heads=2, head_dim=32),)),
+}
+"""1.299 B parameters, heads of 128: the width that flash attention is fastest with."""
+MODELS = ("ours compiled", "fla", "transformer compiled", "ours", "transformer")
 
 
-def fla(size: str, compiled: bool) -> tuple[nn.Module, Loss]:
+def config(model: str, size: str) -> LM.Config:
+    """Ours of the same shape, which counts the operations of FLA's too."""
+    return (TRANSFORMER if model.startswith("transformer") else OURS)[size]
+
+
+def gdn(model: str, size: str, device: str) -> tuple[nn.Module, Loss]:
+    with torch.device(device):
+        module = LM(config(model, size))
+    module.to(torch.bfloat16)  # the gates stay float32
+    run = torch.compile(module, fullgraph=True) if model.endswith("compiled") else module
+    return module, lambda tokens: run(tokens, targets=torch.roll(tokens, -1, 1)).loss
+
+
+def fla(model: str, size: str, device: str) -> tuple[nn.Module, Loss]:
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
-    shapes: dict[str, dict[str, Any]] = {
-        "gdn_1.3b": {
-            "hidden_size": 2400, "num_hidden_layers": 16, "num_heads": 9, "head_dim": 200, "expand_v": 2.0, "intermediate_size": 5888,
-            "tie_word_embeddings": True,
-        },
-        "like_fla": {
-            "hidden_size": 2048, "num_hidden_layers": 21, "num_heads": 16, "head_dim": 128, "expand_v": 1.0, "intermediate_size": 5632,
-            "tie_word_embeddings": False,
-        },
-    }  # fmt: skip
-    config = GatedDeltaNetConfig(vocab_size=32000, **shapes[size])
-    with torch.device("cuda"):
-        model = GatedDeltaNetForCausalLM(config).to(torch.bfloat16)
-    return model, lambda tokens: model(input_ids=tokens, labels=tokens).loss
+    with torch.device(device):
+        module = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(vocab_size=32000, **FLA[size])).to(torch.bfloat16)
+    return module, lambda tokens: module(input_ids=tokens, labels=tokens).loss
 
 
-MODELS = {"ours": ours, "fla": fla}
-
-
-def measure(name: str, size: str, batch: int, length: int, steps: int, compiled: bool) -> dict[str, Any]:
+def measure(model: str, size: str, batch: int, length: int, steps: int, device: str) -> dict[str, Any]:
+    where = torch.device(device)
     started = time.perf_counter()
-    torch.cuda.reset_peak_memory_stats()
-    model, loss = MODELS[name](size, compiled)
-    parameters = sum(p.numel() for p in model.parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    module, loss = (fla if model == "fla" else gdn)(model, size, device)
+    parameters = sum(p.numel() for p in module.parameters())
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     times, first, value = [], 0.0, 0.0
     for step in range(steps + 1):
-        tokens = torch.randint(32000, (batch, length), device="cuda")
-        torch.cuda.synchronize()
+        tokens = torch.randint(config(model, size).vocab, (batch, length), device=where)
+        clock.synchronize(where)
         begin = time.perf_counter()
         found = loss(tokens)
         found.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
+        clock.synchronize(where)
         if step == 0:
             first = time.perf_counter() - started
         else:
             times.append(time.perf_counter() - begin)
         value = found.item()
     median = statistics.median(times)
-    tokens_per_second = batch * length / median
-    return {
-        "model": name, "size": size, "compiled": compiled, "shape": f"{batch}x{length}", "parameters": parameters, "loss": round(value, 3),
-        "first_s": round(first, 1), "step_ms": round(median * 1e3, 1), "tokens_per_s": round(tokens_per_second),
-        "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1), "mfu": round(6 * parameters * tokens_per_second / 989e12, 3),
-        "torch": torch.__version__, "device": torch.cuda.get_device_name(),
+    result = {
+        "parameters": parameters, "loss": round(value, 3), "first_s": round(first, 1), "step_ms": round(median * 1e3, 1),
+        "tokens_per_s": round(batch * length / median),
     }  # fmt: skip
+    if where.type == "cuda":
+        result["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        result |= utilisation(config(model, size), length, parameters, batch * length / median, torch.cuda.get_device_name())
+    return result
+
+
+def utilisation(model: LM.Config, length: int, parameters: int, tokens_per_s: float, device: str) -> dict[str, float]:
+    """Shares of the device's rate; nothing where the rate is not known."""
+    rate = next((rate for name, rate in DENSE_BF16.items() if name in device), None)
+    if rate is None:
+        return {}
+    flops = 3 * model.flops_per_token(length)
+    return {"mfu": round(flops * tokens_per_s / rate, 3), "mfu_6n": round(6 * parameters * tokens_per_s / rate, 3)}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Thousands of tokens a second: a line for each model, a column for each shape."""
+    shapes = list(dict.fromkeys(r["shape"] for r in results))
+    lines = [f"{'thousand tokens/s':22s}" + "".join(f"{shape:>22s}" for shape in shapes)]
+    for model in dict.fromkeys(r["impl"] for r in results):
+        cells = {r["shape"]: cell(r) for r in results if r["impl"] == model}
+        lines.append(f"{model:22s}" + "".join(f"{cells.get(shape, '-'):>22s}" for shape in shapes))
+    return "\n".join(lines)
+
+
+def cell(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return result["failed"][:20]
+    memory = f" {result['peak_GiB']:.0f}G" if "peak_GiB" in result else ""
+    return f"{result['tokens_per_s'] / 1e3:.1f}{memory}" + (f" {result['mfu']:.0%}" if "mfu" in result else "")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = list(MODELS[:4])
+    parser.add_argument(
+        "--models", type=rows.chosen(MODELS), default=default, help=f"comma list of {', '.join(MODELS)} (default: the first four)"
+    )
+    parser.add_argument(
+        "--size", default="like_fla", choices=OURS,
+        help="like_fla (16 heads of 128, 21 layers, 1.3 B), gdn_1.3b (official: 9 heads of 200, values 400), or tiny, to try the script out",
+    )  # fmt: skip
+    parser.add_argument("--shapes", default="8x4096,16x2048,4x8192,2x16384", help="comma list of batch x length (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="steps that the median is of, after one that is not (default %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile every model of ours that is named without it")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    rows.add_arguments(parser, row_limit=300)
+    args = parser.parse_args(argv)
+    try:
+        args.shapes = [rows.batch_by_length(shape) for shape in args.shapes.split(",")]
+    except argparse.ArgumentTypeError as problem:
+        parser.error(f"--shapes: {problem}")
+    if args.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {args.steps}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no GPU that torch can use; --device cpu --size tiny tries the script out")
+    if args.compile:
+        args.models = list(dict.fromkeys(m if m == "fla" or m.endswith("compiled") else f"{m} compiled" for m in args.models))
+    return args
+
+
+def plan(args: argparse.Namespace) -> list[rows.Row]:
+    return [
+        rows.Row(
+            {"size": args.size, "shape": f"{batch}x{length}"},
+            model,
+            functools.partial(measure, model, args.size, batch, length, args.steps, args.device),
+        )
+        for batch, length in args.shapes
+        for model in args.models
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="ours", help="comma list of " + ", ".join(MODELS))
-    parser.add_argument(
-        "--size", default="like_fla", help="like_fla (16 heads of 128, 21 layers, 1.3 B) or gdn_1.3b (official: 9 heads of 200, values 400)"
-    )
-    parser.add_argument("--shapes", default="8x4096", help="comma list of batch x length")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) for ours")
-    parser.add_argument("--out", default="", help="jsonl file for results")
-    args = parser.parse_args()
-    for shape in args.shapes.split(","):
-        batch, length = map(int, shape.split("x"))
-        for name in args.models.split(","):
-            result = measure(name, args.size, batch, length, args.steps, args.compile and name == "ours")
-            print(json.dumps(result), flush=True)
-            torch.cuda.empty_cache()
-            if args.out:
-                with open(args.out, "a") as file:
-                    file.write(json.dumps(result) + "\n")
+    args = parse()
+    print(table(rows.run("train", plan(args), args, args.device)))
 
 
 if __name__ == "__main__":

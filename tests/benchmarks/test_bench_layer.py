@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import bench_layer_gpu as bench
+import pytest
+import rows
+
+from gdn import mixers
+
+
+def test_every_mixer_has_a_row():
+    files = {path.stem for path in Path(mixers.__file__).parent.glob("*.py")}
+    assert set(bench.PAIRS) == files - {"__init__", "base"}
+
+
+def test_a_run_measures_every_mixer_of_ours(tmp_path):
+    out = tmp_path / "layer.jsonl"
+    line = f"--device cpu --dtype fp32 --width 128 --shape 1x16 --repeats 3 --impls ours --out {out}"
+    args = bench.parse(line.split())
+    found = rows.run("layer", bench.plan(args), args, "cpu")
+    assert [r["mixer"] for r in found] == list(bench.PAIRS)
+    assert not [r for r in found if "failed" in r]
+    assert all(r["parameters"] > 0 and r["eager_ms"] > 0 and r["forward_ms"] > 0 for r in found)
+    assert [json.loads(text)["mixer"] for text in out.read_text().splitlines()] == list(bench.PAIRS)
+
+
+def test_the_table_shows_ratios_and_gaps():
+    both = [{"mixer": "gla", "impl": impl, "eager_ms": ms, "parameters": 7} for impl, ms in (("ours", 2.0), ("fla", 3.0))]
+    text = bench.table([*both, {"mixer": "swat", "impl": "ours", "failed": "broken"}]).splitlines()
+    assert "1.50" in text[1] and "7/7" in text[1]
+    assert text[2].startswith("swat") and "1.50" not in text[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("--width 100 --device cpu", "multiple of 128"), ("--mixers glaa", "'glaa': expected some of")]
+)
+def test_bad_arguments_are_named(line, message, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(line.split())
+    assert message in capsys.readouterr().err
+
+
+def test_no_pair_shares_a_config_by_accident():
+    built = {name: pair.ours(1024) for name, pair in bench.PAIRS.items()}
+    assert all(inspect.getmodule(type(config)).__name__ == f"gdn.mixers.{name}" for name, config in built.items())
