@@ -137,7 +137,7 @@ TRITON = (
 
 
 NEVER_CONTRACTS = "repeated keys at full strength"
-"""Where a key repeats with beta = 2 memory never contracts, and one draw's rounding grows to three times another's: judged over SEEDS draws."""
+"""Where a key repeats with beta = 2 memory never contracts, and one draw's rounding grows to three times another's: SEEDS draws count."""
 SEEDS = 4
 SEGMENTED = [(*case, segment) for case in TRITON for segment in (None, 1)]
 
