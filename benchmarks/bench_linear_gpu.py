@@ -8,6 +8,7 @@ Sizes are those of the mixers at width 1024: 8 rows of 4096 tokens, bfloat16. Me
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def row(impl: str) -> Rule:
 def peer() -> dict[str, Rule]:
     if not hardware.has_package("fla"):
         return {}
-    from fla.ops.simple_gla import chunk_simple_gla
+    chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
 
     def call(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))  # it takes no groups

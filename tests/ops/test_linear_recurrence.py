@@ -93,6 +93,19 @@ def test_triton_agrees_with_the_recurrence(
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@with_triton
+def test_triton_hands_nothing_on_past_a_boundary_inside_a_segment(gates: Gates, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")
+    monkeypatch.setattr(plans, "segment_chunks", lambda *sizes: 2)
+    plans.plan.cache_clear()
+    problem = Problem(name="", T=270, K=8, V=8, lengths=(130, 140), decay=0.01, initial=True)
+    actual = compare.run(OPS[gates], "portable", problem.build(gates, dtype=torch.float32, device=DEVICE))
+    plans.plan.cache_clear()
+    rounding, truth = (compare.run(OPS[gates], "reference", problem.build(gates, dtype=dtype)) for dtype in (torch.float32, torch.float64))
+    assert compare.complaints(actual, rounding, truth, torch.float32) == []
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_triton_divides_a_group_of_value_heads_among_programs(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")
