@@ -333,15 +333,16 @@ def convert(
     return int(found.logits_error > 1e-4)
 
 
-def doctor(*, device: str = "auto") -> int:
-    """Which implementations can run here, why others cannot, and the error of each against float64.
+def doctor(*, device: str = "auto", seconds: float = 55) -> int:
+    """Which implementations can run here, why others cannot, the error of each against float64, and its time.
 
     Args:
         device: "auto", "cpu" or "cuda".
+        seconds: Begin no operator after that many seconds; 0 is no limit.
     """
     from gdn.testing.doctor import examine
 
-    return examine(device)
+    return examine(device, seconds)
 
 
 def check(

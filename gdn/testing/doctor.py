@@ -1,6 +1,7 @@
-"""`gdn doctor`: which implementations can run here, why others cannot, and the error of each against float64.
+"""`gdn doctor`: which implementations can run here, why others cannot, the error of each against float64, and its time.
 
 Every operator is called on one small problem through each of its rows; `gdn.testing.compare` says what an error is and how large it may be.
+The time is that of a forward call as it is made, so on a GPU most of it is the host's.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from gdn import ops
 from gdn.core import device as hardware
 from gdn.core.dispatch import Op, use
 from gdn.core.dispatch import ops as tables
-from gdn.core.errors import GdnError
+from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 from gdn.ops.delta_fused import GateParameters
 from gdn.ops.linear_recurrence import problems as linear_recurrence
 from gdn.ops.linear_recurrence.problems import Gates
 from gdn.ops.linear_step import problems as linear_step
-from gdn.testing import compare
+from gdn.testing import compare, compile_ahead
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,25 @@ class Finding:
     error: float | None = None
     allowed: float | None = None
     milliseconds: float | None = None
+    examined: bool = True
+    """False where the time was up before this operator."""
 
     @property
     def ok(self) -> bool:
         return self.reason is not None or (self.error is not None and self.allowed is not None and self.error <= self.allowed)
 
 
-def examine(device: str = "auto") -> int:
-    """Print the machine and the findings; the exit status is 1 when a row that runs is wrong."""
+def examine(device: str = "auto", seconds: float = 55) -> int:
+    """Print the machine and the findings; the exit status is 1 when a row that runs is wrong.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        seconds: operators that are not begun by then are listed as not examined; 0 is no limit.
+    """
+    if seconds < 0:
+        raise ArgumentError(f"seconds: expected 0 (no limit) or more, got {seconds}")
+    begin = time.monotonic()
+    ends = begin + seconds if seconds else float("inf")
     chosen = hardware.named_device(device)
     console = Console()
     machine = hardware.machine()
@@ -59,21 +71,60 @@ def examine(device: str = "auto") -> int:
         f"torch {machine.torch}, triton {machine.triton or 'not installed'}; examining {chosen.type}"
     )
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    findings = [finding for op in tables().values() if op.name in EXAMPLES for finding in examine_op(op, chosen, dtype)]
+    names = [name for name in tables() if name in EXAMPLES]
+    findings: list[Finding] = []
+    with console.status("") as status:
+        truths = _prepare(names, chosen, dtype, ends, status.update)
+        for name in names:
+            status.update(name)
+            if time.monotonic() > ends:
+                findings.append(Finding(name, "", False, reason=f"not examined: {seconds:g} s are over", examined=False))
+            else:
+                findings += examine_op(tables()[name], chosen, dtype, truths[name])
     console.print(_table(findings, dtype))
-    wrong = [f for f in findings if not f.ok]
+    return _verdict(findings, console, time.monotonic() - begin)
+
+
+def _prepare(
+    names: list[str], device: torch.device, dtype: torch.dtype, ends: float, say: Callable[[str], None]
+) -> dict[str, compare.Results]:
+    """The truth of every operator, while Triton's kernels are compiled by other processes for at most half of the time."""
+    half = time.monotonic() + (ends - time.monotonic()) / 2
+    ahead = compile_ahead.start(names, device, dtype)
+    truths = {}
+    for name in names:
+        say(f"{name} in float64")
+        truths[name] = _truth(name)
+    if ahead is not None:
+        say("compiling Triton kernels")
+        ahead.join(half)
+    return truths
+
+
+def _verdict(findings: list[Finding], console: Console, seconds: float) -> int:
+    wrong, left = [f for f in findings if not f.ok], [f for f in findings if not f.examined]
     for finding in wrong:
         console.print(
             f"[red]{finding.op}: {finding.impl} is wrong here[/]: error {finding.error:.2g}, at most {finding.allowed:.2g} expected"
         )
-    console.print("[green]every implementation that runs here agrees with float64[/]" if not wrong else f"[red]{len(wrong)} wrong[/]")
+    if left:
+        console.print(f"[yellow]{len(left)} operators not examined[/]: again, or with --seconds 0; what was compiled is kept")
+    if wrong:
+        console.print(f"[red]{len(wrong)} wrong[/], after {seconds:.0f} s")
+    else:
+        what = "every implementation that was examined" if left else "every implementation that runs here"
+        console.print(f"[green]{what} agrees with float64[/], after {seconds:.0f} s")
     return 1 if wrong else 0
 
 
-def examine_op(op: Op, device: torch.device, dtype: torch.dtype) -> list[Finding]:
+def _truth(name: str) -> compare.Results:
+    return compare.run(tables()[name], "reference", EXAMPLES[name](torch.device("cpu"), torch.float64, torch.float64))
+
+
+def examine_op(op: Op, device: torch.device, dtype: torch.dtype, truth: compare.Results | None = None) -> list[Finding]:
     """One finding per row of a table."""
     make = EXAMPLES[op.name]
-    truth = compare.run(op, "reference", make(torch.device("cpu"), torch.float64, torch.float64))
+    truth = truth or _truth(op.name)
     allowed = compare.allowed(compare.distance(compare.run(op, "reference", make(device, dtype, torch.float32)), truth), dtype)
     dims = {"K": 64, "V": 64, "D": 64, "W": 4}
     verdicts = op.explain(device.type, dtype, index=device.index or 0, **dims)
@@ -84,11 +135,11 @@ def examine_op(op: Op, device: torch.device, dtype: torch.dtype) -> list[Finding
         if verdict.reason is None:
             try:
                 error = compare.distance(compare.run(op, verdict.name, make(device, dtype, torch.float32)), truth)
-                elapsed = _time(op, verdict.name, make(device, dtype, torch.float32), device)
+                elapsed = milliseconds(without_gradients(op, verdict.name, make(device, dtype, torch.float32)), device)
                 finding = dataclasses.replace(finding, error=error, allowed=allowed, milliseconds=elapsed)
-            except (GdnError, RuntimeError) as failure:
+            except Exception as failure:  # what a compiler raises has no common ancestor
                 finding = dataclasses.replace(finding, error=float("inf"), allowed=allowed, reason=None)
-                Console(stderr=True).print(f"[red]{op.name}: {verdict.name} failed[/]: {failure}")
+                Console(stderr=True).print(f"[red]{op.name}: {verdict.name} failed[/]: {type(failure).__name__}: {failure}", markup=True)
         findings.append(finding)
     return findings
 
@@ -96,26 +147,57 @@ def examine_op(op: Op, device: torch.device, dtype: torch.dtype) -> list[Finding
 Arguments = dict[str, Any]
 
 
-def _time(op: Op, impl: str, arguments: Arguments, device: torch.device) -> float:
-    """Median milliseconds of a call without gradients, five calls."""
+def without_gradients(op: Op, impl: str, arguments: Arguments) -> Callable[[], Any]:
+    """A call of the operator through one row, as it is timed."""
     arguments = {name: v.detach() if isinstance(v, Tensor) else v for name, v in arguments.items()}
-    samples = []
-    with use(**{op.name: impl}), torch.no_grad():
-        for _ in range(6):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            getattr(ops, op.name)(**arguments)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            samples.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(samples[1:])
+
+    def call() -> Any:
+        with use(**{op.name: impl}), torch.no_grad():
+            return getattr(ops, op.name)(**arguments)
+
+    return call
+
+
+CALLS, SECONDS = 20, 0.3
+"""A time is a median of so many calls, or of as many as fit in the seconds and at least 3."""
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Median time of a call after one that does not count: between events of the device where it has them, by the clock otherwise."""
+    _clocked(call, device, 1)
+    once = _clocked(call, device, 1)[0]
+    count = max(3, min(CALLS, int(1e3 * SECONDS / max(once, 1e-3))))
+    return statistics.median(_between_events(call, count) if device.type == "cuda" else _clocked(call, device, count))
+
+
+def _between_events(call: Callable[[], Any], count: int) -> list[float]:
+    pairs = []
+    for _ in range(count):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        pairs.append((begin, end))
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def _clocked(call: Callable[[], Any], device: torch.device, count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def _table(findings: list[Finding], dtype: torch.dtype) -> Table:
     table = Table(title=f"operators in {str(dtype).removeprefix('torch.')}; the arrow is what a call gets", title_justify="left")
     for column in ("operator", "implementation", "error", "allowed", "ms", ""):
-        table.add_column(column, justify="right" if column in ("error", "allowed", "ms") else "left")
+        numbers = column in ("error", "allowed", "ms")
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers or column == "operator")
     last = ""
     for f in findings:
         name, last = (f.op if f.op != last else ""), f.op
