@@ -27,6 +27,7 @@ from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 from gdn.models.sizes import size
 from gdn.models.store import load_model, save_model
+from gdn.testing.checkpoints import PEERS
 
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
 SIZES = {"vocab_size": 33, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4}
@@ -328,6 +329,9 @@ def test_every_family_covers_every_weight_once() -> None:
         config = family(name).read_config(NVLABS_CONFIG) if name == "nvlabs" else PLAIN
         if name == "olmo_hybrid":
             config = family(name).read_config(stock(name).config.to_dict())
+        if name in PEERS and PEERS[name].library == "fla.models":
+            mlp = None if name == "mamba2" else 40
+            config = family(name).read_config({**SIZES, **PEERS[name].sizes, "hidden_size": 64, "intermediate_size": mlp})
         rules = list(family(name).rules(config))
         ours = sorted(n for rule in rules for n in rule.ours)
         with torch.device("meta"):

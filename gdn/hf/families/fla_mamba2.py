@@ -1,4 +1,8 @@
-"""flash-linear-attention's Mamba2 (0.6): blocks of a norm and a mixer, without an MLP."""
+"""flash-linear-attention's Mamba2 (0.6): blocks of a norm and a mixer, without an MLP.
+
+Heads of one group stand side by side, as in the official kernels and in their own decoding. Where those kernels are not installed, their
+prefill deals the groups out to the heads in turn (`B.repeat`), which is another model unless there is one group or one head in each.
+"""
 
 from __future__ import annotations
 
