@@ -308,7 +308,7 @@ def test_a_matrix_of_another_number_of_rows_is_named(tmp_path: Path) -> None:
         (
             "model.layers.1.attn.f_proj.weight",
             torch.zeros(8, 24),
-            r"f_proj.weight .*: expected 72 rows, got 56: \[24, 24\], \[8, 24\], \[24, 24\]",
+            r"f_proj.weight .*: expected \[72, 24\], got \[56, 24\]",
         ),
     ):
         save_file({**by_hand("hgrn2", model), name: wrong}, tmp_path / "model.safetensors")
@@ -422,7 +422,7 @@ def test_every_field_of_theirs_is_read_or_refused_or_without_effect(name: str) -
     whole = random_model(name).config.to_dict()
     base = family(name).read_config(whole)
     for field, value in whole.items():
-        other: Any = {"bool": not value, "int": 3, "float": 0.75, "str": "other", "NoneType": 7}.get(type(value).__name__, ["other"])
+        other: Any = {"bool": not value, "int": 5, "float": 0.75, "str": "other", "NoneType": 7}.get(type(value).__name__, ["other"])
         try:
             changed = family(name).read_config({**whole, field: other}) != base
         except (ConfigError, ValueError, TypeError):
