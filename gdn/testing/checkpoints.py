@@ -103,10 +103,14 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> Any:
         library = _library(peer.library)
         config = getattr(library, f"{peer.name}TextConfig" if peer.name == "Qwen3_5" else f"{peer.name}Config")
         torch.manual_seed(seed)
-        model = getattr(library, f"{peer.name}ForCausalLM")(config(**sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+        return scattered(getattr(library, f"{peer.name}ForCausalLM")(config(**sizes)).eval())
+
+
+@torch.no_grad()
+def scattered(model: Any) -> Any:
+    """The model with no weight left at a special value."""
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 

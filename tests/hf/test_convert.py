@@ -236,6 +236,13 @@ def test_other_families_by_names_written_down_by_hand(tmp_path: Path, name: str,
     assert {k: after[k] for k in config if k != "attn"} == {k: v for k, v in config.items() if k != "attn"}
 
 
+def test_a_small_vocabulary_has_no_row_for_olmos_padding(tmp_path: Path) -> None:
+    config = family("olmo_hybrid").read_config(stock("olmo_hybrid").config.to_dict())
+    save_model(LM(config).eval(), tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "theirs", "olmo_hybrid")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").model.embed_tokens.padding_idx is None
+
+
 def test_a_multimodal_folder_gives_its_language_model(tmp_path: Path) -> None:
     model = stock("qwen3_5_text")
     model.save_pretrained(tmp_path / "text")

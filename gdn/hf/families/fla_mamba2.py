@@ -48,6 +48,7 @@ def _read(config: Mapping[str, Any]) -> LM.Config:
     if expand != int(expand):
         raise ConfigError(f"mamba2: expand={expand} is not supported; expected a whole number")
     f.only("num_heads", None, 0, int(expand * width) // head_dim)
+    low, high = f.get("A_init_range", (1, 16))
     mixer = Mamba2.Config(
         expand=int(expand),
         head_dim=head_dim,
@@ -56,7 +57,7 @@ def _read(config: Mapping[str, Any]) -> LM.Config:
         conv_size=f.get("conv_kernel", 4),
         conv_bias=f.get("use_conv_bias", True),
         norm_eps=f.get("norm_eps", 1e-5),
-        decay_range=tuple(map(float, f.get("A_init_range", (1, 16)))),
+        decay_range=(float(low), float(high)),
         dt_range=(f.get("dt_min", 0.001), f.get("dt_max", 0.1)),
     )
     read = LM.Config(
