@@ -237,6 +237,7 @@ _GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_d
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The original configuration where it says the same as the new one, else the new one's values in it."""
+    new = {k: v for k, v in new.items() if k not in _GENERATION or k not in old}
     if "text_config" in old:
         return {**new, **{k: v for k, v in old["text_config"].items() if k not in new}}
     nested = {k: {**old[k], **v} for k, v in new.items() if isinstance(v, dict) and isinstance(old.get(k), dict)}

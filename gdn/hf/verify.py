@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn.core.device import has_package
 from gdn.hf.convert import convert, load
 
 STOCK = ("qwen3_5_text", "qwen3_next", "olmo_hybrid", "gdn")
 """Families whose models transformers itself opens (with this package's class for the last)."""
+
+FLA = ("gated_deltanet", "delta_net", "gated_deltaproduct", "kda", "gla", "gsa", "retnet", "hgrn2", "mamba2")
+"""Families that flash-linear-attention opens, on a GPU, where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,16 @@ def verify(source: str | Path, target: str | Path, source_family: str, target_fa
 
 
 def _logits(folder: str | Path, family: str, tokens: Tensor) -> tuple[str, Tensor]:
-    if family not in STOCK:
+    theirs = family in FLA and has_package("fla") and torch.cuda.is_available()
+    if family not in STOCK and not theirs:
         model: Any = load(folder).eval()
         return "gdn", model(tokens).logits
     from transformers import AutoModelForCausalLM
 
-    import gdn.hf  # noqa: F401  registers the class of "gdn" folders
-
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return type(model).__name__, model(tokens, use_cache=False).logits
+    importlib.import_module("fla.models" if theirs else "gdn.hf")  # registers the classes that are not transformers' own
+    device = "cuda" if theirs else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+    return type(model).__name__, model(tokens.to(device), use_cache=False).logits.cpu()
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

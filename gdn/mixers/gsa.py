@@ -44,7 +44,7 @@ class GSA(Mixer):
         """tau, the divisor of the log decay: the larger, the longer the memory at the start."""
         norm_weight: bool = True
         """A weight for each channel in the output norm."""
-        norm_eps: float = 1e-6
+        norm_eps: float = 1e-5
         """Epsilon of the output norm, which spans all heads."""
 
         def check(self) -> None:

@@ -26,5 +26,5 @@ def normalise(x: Tensor, norm: QKNorm) -> Tensor:
     if norm == "l2":
         return l2norm(x)
     if norm == "l1":
-        return x / (x.abs().sum(-1, keepdim=True) + 1e-6)
+        return x / x.abs().sum(-1, keepdim=True).clamp_min(1e-6)
     return x

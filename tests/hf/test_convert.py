@@ -27,6 +27,7 @@ from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 from gdn.models.sizes import size
 from gdn.models.store import load_model, save_model
+from gdn.testing.checkpoints import PEERS
 
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
 SIZES = {"vocab_size": 33, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4}
@@ -235,6 +236,13 @@ def test_other_families_by_names_written_down_by_hand(tmp_path: Path, name: str,
     assert {k: after[k] for k in config if k != "attn"} == {k: v for k, v in config.items() if k != "attn"}
 
 
+def test_a_small_vocabulary_has_no_row_for_olmos_padding(tmp_path: Path) -> None:
+    config = family("olmo_hybrid").read_config(stock("olmo_hybrid").config.to_dict())
+    save_model(LM(config).eval(), tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "theirs", "olmo_hybrid")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").model.embed_tokens.padding_idx is None
+
+
 def test_a_multimodal_folder_gives_its_language_model(tmp_path: Path) -> None:
     model = stock("qwen3_5_text")
     model.save_pretrained(tmp_path / "text")
@@ -328,6 +336,9 @@ def test_every_family_covers_every_weight_once() -> None:
         config = family(name).read_config(NVLABS_CONFIG) if name == "nvlabs" else PLAIN
         if name == "olmo_hybrid":
             config = family(name).read_config(stock(name).config.to_dict())
+        if name in PEERS and PEERS[name].library == "fla.models":
+            mlp = None if name == "mamba2" else 40
+            config = family(name).read_config({**SIZES, **PEERS[name].sizes, "hidden_size": 64, "intermediate_size": mlp})
         rules = list(family(name).rules(config))
         ours = sorted(n for rule in rules for n in rule.ours)
         with torch.device("meta"):

@@ -49,7 +49,7 @@ def literal_layer(mixer: DeltaNet, x: torch.Tensor) -> torch.Tensor:
     }[c.qk_activation]
     size = {
         "l2": lambda a: torch.sqrt((a * a).sum(-1, keepdim=True) + 1e-6),
-        "l1": lambda a: a.abs().sum(-1, keepdim=True) + 1e-6,
+        "l1": lambda a: a.abs().sum(-1, keepdim=True).clamp_min(1e-6),
         "none": lambda a: 1.0,
     }[c.qk_norm]
     q, k = (feature(a) / size(feature(a)) for a in (q, k))

@@ -19,10 +19,19 @@ FAMILIES = {
     "qwen3_5_text": "gdn.hf.families.qwen:QWEN3_5_TEXT",
     "qwen3_next": "gdn.hf.families.qwen:QWEN3_NEXT",
     "olmo_hybrid": "gdn.hf.families.olmo:OLMO_HYBRID",
-    "gated_deltanet": "gdn.hf.families.fla:GATED_DELTANET",
+    "gated_deltanet": "gdn.hf.families.fla_delta:GATED_DELTANET",
+    "delta_net": "gdn.hf.families.fla_delta:DELTA_NET",
+    "gated_deltaproduct": "gdn.hf.families.fla_delta:GATED_DELTAPRODUCT",
+    "kda": "gdn.hf.families.fla_delta:KDA",
+    "gla": "gdn.hf.families.fla_linear:GLA",
+    "gsa": "gdn.hf.families.fla_linear:GSA",
+    "retnet": "gdn.hf.families.fla_linear:RETNET",
+    "hgrn2": "gdn.hf.families.fla_linear:HGRN2",
+    "mamba2": "gdn.hf.families.fla_mamba2:MAMBA2",
     "nvlabs": "gdn.hf.families.nvlabs:NVLABS",
 }
-"""gdn: this package's Hugging Face folder. run: its training folder. gated_deltanet: flash-linear-attention. nvlabs: the official code."""
+"""gdn: this package's Hugging Face folder. run: its training folder. nvlabs: the official code. From
+gated_deltanet to mamba2: flash-linear-attention, by its own names."""
 
 
 def family(name: str) -> Family:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.core.errors import ConfigError
+from gdn.core.errors import CheckpointError, ConfigError
 from gdn.mixers.base import MixerConfig
 from gdn.models.lm import LM
 
@@ -34,6 +34,8 @@ class Line:
     """Theirs are convolution filters `[channels, 1, taps]`."""
     norm: bool = False
     """A norm's weight, stored around the family's offset."""
+    flat: bool = False
+    """Theirs is one matrix with a row for each of our vectors."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,14 @@ class Rule:
     taps: bool = False
     shift: float = 0.0
     """Theirs minus ours."""
+    flat: bool = False
 
     def read(self, theirs: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
         """Our tensors, of so many rows each, from theirs."""
-        stack = _stack([t.squeeze(1) if self.taps else t for t in theirs])
+        stack = _stack([t.squeeze(1) if self.taps else t.flatten() if self.flat else t for t in theirs])
+        if len(rows) > 1 and len(stack) != sum(rows):
+            shapes = ", ".join(str(list(t.shape)) for t in theirs)
+            raise CheckpointError(f"{' '.join(self.theirs)}: expected {sum(rows)} rows, got {len(stack)}: {shapes}")
         if self.order is not None:
             stack = stack[self.order]
         parts = [p.contiguous() for p in stack.split(list(rows))] if len(rows) > 1 else [stack]
@@ -63,6 +69,7 @@ class Rule:
             stack = stack[self.order.argsort()]
         parts = [p.contiguous() for p in stack.split(list(self.rows))] if len(self.theirs) > 1 else [stack]
         parts = [p + self.shift for p in parts] if self.shift else parts
+        parts = [p.view(len(self.ours), -1) for p in parts] if self.flat else parts
         return [p.unsqueeze(1) for p in parts] if self.taps else parts
 
 
@@ -115,7 +122,7 @@ class Family:
         if not config.tie_embeddings:
             yield Rule(("head.weight",), (table.head,), ())
         for i, mixer in enumerate(config.mixers):
-            ours, theirs, sizes = table.ours.format(i=i), table.theirs.format(i=i), {"m": config.mlp, **_sizes(mixer)}
+            ours, theirs, sizes = table.ours.format(i=i), table.theirs.format(i=i), {"m": config.mlp, **_sizes(mixer, config.width)}
             for line in table.blocks.get(mixer.tag(), table.block):
                 yield _rule(line, ours, theirs, sizes, mixer, shift)
             for line in table.mixers[mixer.tag()]:
@@ -132,14 +139,24 @@ def _rule(line: Line, ours: str, theirs: str, sizes: Mapping[str, int], mixer: M
         order=None if line.order is None else line.order(mixer),
         taps=line.taps,
         shift=shift if line.norm else 0.0,
+        flat=line.flat,
     )
 
 
-def _sizes(mixer: Any) -> dict[str, int]:
+def _sizes(mixer: Any, width: int) -> dict[str, int]:
     """Rows of a mixer's matrices by letter: queries, keys, values."""
-    if mixer.tag() == "gated_deltanet":
-        return {"q": mixer.heads * mixer.head_dim, "k": mixer.heads * mixer.head_dim, "v": mixer.num_value_heads * mixer.value_dim}
-    if mixer.tag() == "attention":
+    tag = mixer.tag()
+    if tag in ("gated_deltanet", "deltanet", "kimi_delta"):
+        keys = mixer.heads * mixer.head_dim
+        return {"q": keys, "k": keys, "v": mixer.qkv_width - 2 * keys}
+    if tag == "deltaproduct":
+        return dict(zip("qkv", mixer.widths))
+    if tag in ("gla", "gsa", "retnet"):
+        keys, values = mixer.widths(width)
+        return {"q": keys, "k": keys, "v": values}
+    if tag == "hgrn2":
+        return {"q": width, "f": width, "i": width}
+    if tag == "attention":
         q, kv = mixer.heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
         return {"q": q, "2q": 2 * q, "k": kv, "v": kv}
     return {}
@@ -176,14 +193,14 @@ class Wishes:
     def refuse(self, what: str, expected: str) -> None:
         raise ConfigError(f"{self.family}: cannot express {what}; expected {expected}")
 
-    def one_of_each(self, config: LM.Config, *tags: str) -> dict[str, Any]:
-        """The mixer of each kind; all of a kind must be the same."""
+    def one_of_each(self, config: LM.Config, *tags: str, several: Sequence[str] = ()) -> dict[str, Any]:
+        """The mixer of each kind; all of a kind must be the same, except of kinds that may be `several`: there it is the first."""
         found: dict[str, Any] = {}
         for i, mixer in enumerate(config.mixers):
             tag = mixer.tag()
             if tag not in tags:
                 self.refuse(f"the mixer {tag} of block {i}", " or ".join(tags))
-            if found.setdefault(tag, mixer) != mixer:
+            if found.setdefault(tag, mixer) != mixer and tag not in several:
                 self.refuse(f"two different {tag} mixers", "all of a kind alike")
         return found
 
@@ -192,6 +209,41 @@ class Wishes:
         if len(set(values.values())) != 1:
             self.refuse(", ".join(f"{k}={v}" for k, v in values.items()), f"one {what} for all of them")
         return next(iter(values.values()))
+
+
+class Fields:
+    """A configuration that is read field by field. One that nobody asked for must be off, or it is refused: nothing is passed over."""
+
+    def __init__(self, config: Mapping[str, Any], family: str, where: str = "") -> None:
+        self.config, self.family, self.where = config, family, where
+        self.seen: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.seen.add(name)
+        if name not in self.config:
+            raise ConfigError(f"{self.family}: config.json has no {self.where}{name}")
+        return self.config[name]
+
+    def get(self, name: str, default: Any) -> Any:
+        """A field that has a default."""
+        return self[name] if name in self.config else default
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """A field of which only these values are supported here."""
+        self.seen.add(name)
+        if name in self.config and self.config[name] not in allowed:
+            what = f"{self.where}{name}={self.config[name]!r}"
+            raise ConfigError(f"{self.family}: {what} is not supported; expected {' or '.join(map(repr, allowed))}")
+
+    def free(self, *names: str) -> None:
+        """Fields that may say what they like: the model computes the same."""
+        self.seen.update(names)
+
+    def finish(self) -> None:
+        """Refuse what is left, unless it is off."""
+        for name, value in self.config.items():
+            if name not in self.seen and value is not None and value is not False:
+                raise ConfigError(f"{self.family}: {self.where}{name}={value!r} is not supported; expected no such field")
 
 
 def supported(config: Mapping[str, Any], family: str, **expected: Any) -> None:

@@ -111,6 +111,7 @@ def _write(config: LM.Config) -> dict[str, Any]:
     return {
         "model_type": "olmo_hybrid",
         "architectures": ["OlmoHybridForCausalLM"],
+        "pad_token_id": None,  # theirs would be a row of their own vocabulary, and a smaller one could not be opened
         "vocab_size": config.vocab,
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
