@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,8 @@ class Tokenizer(Protocol):
     """One more than the largest token."""
     end_id: int
     """The token that ends a document."""
+    begin_ids: tuple[int, ...]
+    """Control tokens that its file puts before a text, if any. `encode` leaves them out; our own tokenizers have none."""
     token_bytes: NDArray[np.int64]
     """`[vocab_size]`: bytes of text that each token stands for."""
     fingerprint: str
@@ -97,6 +100,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_id = 256
+    begin_ids: tuple[int, ...] = ()
     fingerprint = "bytes"
 
     def __init__(self) -> None:
@@ -138,6 +142,7 @@ class FileTokenizer:
         self.vocab_size = max(ids.values()) + 1
         self._pieces = _pieces(json.loads(self._tokenizer.to_str()), ids, self.vocab_size)
         self._pieces[self.end_id] = b""
+        self.begin_ids = self._begin_ids()
         self.token_bytes = np.array([len(piece) for piece in self._pieces])
         self.fingerprint = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
 
@@ -150,6 +155,12 @@ class FileTokenizer:
 
     def stream(self) -> TextStream:
         return TextStream(self._pieces)
+
+    def _begin_ids(self) -> tuple[int, ...]:
+        text = next((piece for piece in self._pieces if piece.isalpha() and piece.isascii()), b"a").decode()
+        encoded = self._tokenizer.encode(text, add_special_tokens=True)
+        control = zip(encoded.ids, encoded.special_tokens_mask)
+        return tuple(token for token, _ in itertools.takewhile(lambda each: each[1], control))
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
