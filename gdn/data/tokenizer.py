@@ -69,10 +69,15 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def __call__(self, token: int) -> str:
-        return self._decoder.decode(self._pieces[token])
+        return self._decoder.decode(_text_of(token, self._pieces))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+
+def _text_of(token: int, pieces: Sequence[bytes]) -> bytes:
+    """Vocabularies of models are often padded to a round number: tokens beyond the tokenizer's stand for no text."""
+    return pieces[token] if token < len(pieces) else b""
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -111,7 +116,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return b"".join(self._pieces[token] for token in tokens).decode("utf-8", errors="replace")
+        return b"".join(_text_of(token, self._pieces) for token in tokens).decode("utf-8", errors="replace")
 
     def stream(self) -> TextStream:
         return TextStream(self._pieces)

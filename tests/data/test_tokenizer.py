@@ -68,6 +68,11 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> 
     assert load_tokenizer(str(tmp_path / "run" / "tokenizer.json")).fingerprint == tokenizer.fingerprint
 
 
+def test_tokens_of_a_padded_vocabulary_stand_for_nothing(tokenizer: Tokenizer) -> None:
+    tokens = [*tokenizer.encode("on").tolist(), tokenizer.vocab_size, tokenizer.vocab_size + 40]
+    assert tokenizer.decode(tokens) == "on" == "".join(map(tokenizer.stream(), tokens))
+
+
 @given(text=st.text())
 def test_other_software_reads_the_byte_tokenizer(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.getbasetemp() / "bytes"

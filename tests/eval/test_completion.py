@@ -10,6 +10,7 @@ from text_models import PATTERNS, WORDS, model, tokenizer
 
 from gdn.core.errors import ArgumentError
 from gdn.data.tokenizer import Tokenizer
+from gdn.eval import completion
 from gdn.eval.completion import complete
 from gdn.models.lm import LM
 from gdn.models.sampling import Sampling
@@ -42,6 +43,17 @@ def test_each_prompt_is_completed_as_if_alone(tmp_path: Path, pattern: str, kind
     assert complete(lm, text, prompts, until=stops, tokens=12, batch=3) == cut
 
 
+def test_nothing_is_read_after_a_stop_that_spans_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tokenizer("bytes", tmp_path)
+    lm = model(vocab=text.vocab_size, seed=3).double()
+    whole, steps = directly(lm, text, list(b"one"), 12), []
+    assert len(set(whole)) > 3
+    prefill = completion.prefill
+    monkeypatch.setattr(completion, "prefill", lambda *given: steps.append(1) or prefill(*given))
+    assert complete(lm, text, [list(b"one")], until=[whole[2:5]], tokens=12) == [whole[:2]]
+    assert len(steps) == 5
+
+
 def test_the_end_of_a_document_ends_a_completion(tmp_path: Path) -> None:
     text = tokenizer("bytes", tmp_path)
     lm = model(vocab=text.vocab_size).double()
@@ -49,7 +61,7 @@ def test_the_end_of_a_document_ends_a_completion(tmp_path: Path) -> None:
     with torch.no_grad():  # the end wins after some prompts, not after others
         scores = [lm(torch.tensor([p])).logits[0, -1] for p in prompts]
         lift = sum(sorted(float(s.max() - s[text.end_id]) for s in scores)[9:11]) / 2
-        lm.embedding.weight[text.end_id] += lift * torch.linalg.lstsq(
+        lm.head.weight[text.end_id] += lift * torch.linalg.lstsq(
             torch.stack([lm.hidden(torch.tensor([p]))[0][0, -1] for p in prompts]), torch.ones(20, 1, dtype=torch.float64)
         ).solution.squeeze(1)
     found, whole = complete(lm, text, prompts, tokens=4), [directly(lm, text, p, 4) for p in prompts]

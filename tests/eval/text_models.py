@@ -27,9 +27,9 @@ def tokenizer(kind: str, folder: Path) -> Tokenizer:
 def model(pattern: str = "linear", vocab: int = 300, seed: int = 0) -> LM:
     """Far from uniform, so that scores differ."""
     torch.manual_seed(seed)
-    made = LM(LM.Config(vocab=vocab, width=24, layers=3, mlp=32, pattern=PATTERNS[pattern])).eval()
+    made = LM(LM.Config(vocab=vocab, width=24, layers=3, mlp=32, pattern=PATTERNS[pattern], tie_embeddings=False)).eval()
     with torch.no_grad():
-        made.embedding.weight.mul_(30)
+        made.head.weight.mul_(30)
     return made
 
 
