@@ -156,7 +156,9 @@ def evaluate(
     max_tokens: int = 262_144,
     device: str = "auto",
 ) -> int:
-    """Loss and bits per byte on held-out text, whole and by position, beyond the training length too.
+    """Loss and bits per byte on held-out text, whole and by position; with --tasks NAMES, tasks of lm-evaluation-harness.
+
+    Positions go beyond the training length. The options of --tasks: gdn eval --tasks --help.
 
     Args:
         run: A training directory or a folder with model.safetensors.
@@ -175,6 +177,60 @@ def evaluate(
     data = data if source is None else data.with_(validation_source=source)
     print_evaluation(model, tokenizer, data, trained and trained.length, length=length, max_tokens=max_tokens)
     return 0
+
+
+def evaluate_on_tasks(
+    run: RunPath,
+    *,
+    tasks: str,
+    limit: int = 0,
+    num_fewshot: int | None = None,
+    include_path: Path | None = None,
+    batch: int = 16,
+    max_length: int = 0,
+    bos: Literal["auto", "yes", "no"] = "auto",
+    device: str = "auto",
+) -> int:
+    """Tasks of lm-evaluation-harness. The results are printed, and written to evaluations/ in the folder of the run.
+
+    Args:
+        run: A training directory or a folder with model.safetensors.
+        tasks: Names separated by commas; patterns with *, groups, tags and yaml files too. "lm-eval ls tasks" lists them.
+        limit: Only the first documents of each task; 0 is all of them.
+        num_fewshot: Solved examples before each question; default: what each task says. A task that says 0 keeps 0.
+        include_path: A folder with more tasks.
+        batch: Texts that are read together.
+        max_length: Most tokens of context, to compare with models that have such a limit; 0 is no limit: long texts are read once.
+        bos: Whether each text follows the token that begins documents; auto does as the model was trained.
+        device: "auto", "cpu" or "cuda".
+    """
+    from gdn.eval.tasks import TaskOptions, evaluate_tasks, print_results, write_results
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    options = TaskOptions(
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+        batch=batch,
+        max_length=max_length,
+        bos=bos,
+        device=device,
+    )
+    results = evaluate_tasks(run, names, options)
+    print_results(results)
+    print(write_results(results, run))
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    if any(argument.partition("=")[0] == "--tasks" for argument in arguments):
+        if "--help" in arguments or "-h" in arguments:
+            arguments = ["--help"]
+        return tyro.cli(evaluate_on_tasks, args=arguments, prog="gdn eval")
+    return tyro.cli(evaluate, args=arguments, prog="gdn eval")
+
+
+_eval.__doc__ = evaluate.__doc__
 
 
 def _data_of(run: Path) -> Any:
@@ -435,7 +491,7 @@ def _command(function: Callable[..., int], name: str) -> Callable[[list[str]], i
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "generate": _command(generate, "generate"),
-    "eval": _command(evaluate, "eval"),
+    "eval": _eval,
     "drift": _command(drift, "drift"),
     "bench": _bench,
     "convert": _command(convert, "convert"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,8 @@ class Tokenizer(Protocol):
     """One more than the largest token."""
     end_id: int
     """The token that ends a document."""
+    begin_ids: tuple[int, ...]
+    """Control tokens that its file puts before a text, if any. `encode` leaves them out; our own tokenizers have none."""
     token_bytes: NDArray[np.int64]
     """`[vocab_size]`: bytes of text that each token stands for."""
     fingerprint: str
@@ -66,10 +69,15 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def __call__(self, token: int) -> str:
-        return self._decoder.decode(self._pieces[token])
+        return self._decoder.decode(_text_of(token, self._pieces))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+
+def _text_of(token: int, pieces: Sequence[bytes]) -> bytes:
+    """Vocabularies of models are often padded to a round number: tokens beyond the tokenizer's stand for no text."""
+    return pieces[token] if token < len(pieces) else b""
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -97,6 +105,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_id = 256
+    begin_ids: tuple[int, ...] = ()
     fingerprint = "bytes"
 
     def __init__(self) -> None:
@@ -107,7 +116,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return b"".join(self._pieces[token] for token in tokens).decode("utf-8", errors="replace")
+        return b"".join(_text_of(token, self._pieces) for token in tokens).decode("utf-8", errors="replace")
 
     def stream(self) -> TextStream:
         return TextStream(self._pieces)
@@ -138,6 +147,7 @@ class FileTokenizer:
         self.vocab_size = max(ids.values()) + 1
         self._pieces = _pieces(json.loads(self._tokenizer.to_str()), ids, self.vocab_size)
         self._pieces[self.end_id] = b""
+        self.begin_ids = self._begin_ids()
         self.token_bytes = np.array([len(piece) for piece in self._pieces])
         self.fingerprint = hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
 
@@ -150,6 +160,12 @@ class FileTokenizer:
 
     def stream(self) -> TextStream:
         return TextStream(self._pieces)
+
+    def _begin_ids(self) -> tuple[int, ...]:
+        text = next((piece for piece in self._pieces if piece.isalpha() and piece.isascii()), b"a").decode()
+        encoded = self._tokenizer.encode(text, add_special_tokens=True)
+        control = zip(encoded.ids, encoded.special_tokens_mask)
+        return tuple(token for token, _ in itertools.takewhile(lambda each: each[1], control))
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)

@@ -53,7 +53,7 @@ class ByPosition:
 def evaluate(model: LM, batches: Iterable[Batch]) -> Perplexity:
     """Loss over all valid targets of the batches. Puts the model in evaluation mode and back."""
     total = tokens = num_bytes = 0.0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             valid = int((batch.targets != IGNORE).sum())
             if not valid:
@@ -76,7 +76,7 @@ def evaluate_by_position(model: LM, batches: Iterable[Batch], edges: Sequence[in
     """
     bounds = torch.tensor(edges)
     sums, counts = torch.zeros(len(edges) + 1, dtype=torch.float64), torch.zeros(len(edges) + 1, dtype=torch.int64)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             batch = batch.to(model.embedding.weight.device)
             hidden, _ = model.hidden(batch.tokens, packing=batch.packing)
@@ -96,7 +96,7 @@ def _positions(batch: Batch) -> Tensor:
     return torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
 
 
-class _evaluating:
+class evaluating:
     """Evaluation mode inside the block, the earlier mode after it."""
 
     def __init__(self, model: LM) -> None:

@@ -19,7 +19,7 @@ from gdn.hf.families import family, find
 from gdn.hf.families.base import Family
 from gdn.hf.remote_code import add_remote_code
 from gdn.models.lm import LM
-from gdn.models.store import CONFIG, INDEX, model_folder
+from gdn.models.store import CONFIG, INDEX, ORIGIN, model_folder
 
 SHARD_BYTES = 4 << 30
 """Largest weights file; one tensor that is larger has a file of its own."""
@@ -36,9 +36,6 @@ COMPANIONS = (
     "generation_config.json",
 )
 """Files that go along as they are."""
-
-KEPT = "origin"
-"""Where a `gdn` folder keeps the configuration that it was converted from, so that the way back loses nothing."""
 
 
 @dataclass(frozen=True)
@@ -222,11 +219,11 @@ def _renamed(files: Files, theirs: Family, mine: Family, config: LM.Config) -> I
 
 def _configuration(given: dict[str, Any], theirs: Family, mine: Family, config: LM.Config) -> dict[str, Any]:
     """The target's config.json; going back to the family that a checkpoint came from, also the fields that gdn does not know."""
-    kept = given.get(KEPT) or {}
+    kept = given.get(ORIGIN) or {}
     values = mine.write_config(config)
     if mine.name == "gdn":
         named = {k: given.get("text_config", given)[k] for k in _GENERATION if k in given.get("text_config", given)}
-        return {**values, **named, KEPT: {"family": theirs.name, "config": given}}
+        return {**values, **named, ORIGIN: {"family": theirs.name, "config": given}}
     if kept.get("family") == mine.name:
         return _merged(kept["config"], values)
     return {**values, **{k: given[k] for k in _GENERATION if k in given}} if mine.name != "run" else values

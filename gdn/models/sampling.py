@@ -53,7 +53,7 @@ def generate(model: LM, prompt: Tensor, sampling: Sampling | None = None, *, sta
     while True:
         token = draw(logits, sampling, random)
         yield token
-        logits = _advance(model, token.unsqueeze(1), state)
+        logits = prefill(model, token.unsqueeze(1), state)
 
 
 @torch.no_grad()
@@ -69,30 +69,27 @@ def resume(model: LM, prompt: Tensor, state: LMState | None = None) -> tuple[Ten
     if prompt.shape[1] < 1:
         raise ArgumentError("prompt: expected at least one token, or a state with a pending one")
     if prompt.shape[1] > 1:
-        for piece in prompt[:, :-1].split(PREFILL, dim=1):
-            _hidden(model, piece, state)
+        read(model, prompt[:, :-1], state)
     state.pending = prompt[:, -1:]
     return state.pending, state
 
 
 @torch.no_grad()
-def prefill(model: LM, prompt: Tensor, state: LMState) -> Tensor:
-    """Read a prompt `[B, T]` into the state in pieces; logits `[B, vocab]` after its last token."""
-    pieces = prompt.split(PREFILL, dim=1)
-    for piece in pieces[:-1]:
-        _hidden(model, piece, state)
-    return _advance(model, pieces[-1], state)
-
-
-def _advance(model: LM, tokens: Tensor, state: LMState) -> Tensor:
-    last = _hidden(model, tokens, state)[:, -1]
+def prefill(model: LM, prompt: Tensor, state: LMState, mask: Tensor | None = None) -> Tensor:
+    """Read a prompt `[B, T]` into the state in pieces; logits `[B, vocab]` after its last token. `mask` is False at padding on the left."""
+    last = read(model, prompt, state, mask)[:, -1]
     return torch.nn.functional.linear(last, model.head_weight.to(last.dtype))
 
 
-def _hidden(model: LM, tokens: Tensor, state: LMState) -> Tensor:
-    x, after = model.hidden(tokens, state=state)
-    assert after is not None
-    state.length, state.pending = after.length, None
+@torch.no_grad()
+def read(model: LM, tokens: Tensor, state: LMState, mask: Tensor | None = None) -> Tensor:
+    """Read tokens `[B, T]` into the state in pieces; the hidden states `[B, t, width]` of the last piece."""
+    x = model.embedding.weight.new_empty(tokens.shape[0], 0, model.config.width)
+    for begin in range(0, tokens.shape[1], PREFILL):
+        piece = slice(begin, begin + PREFILL)
+        x, after = model.hidden(tokens[:, piece], state=state, mask=None if mask is None else mask[:, piece])
+        assert after is not None
+        state.length, state.pending = after.length, None
     return x
 
 

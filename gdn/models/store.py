@@ -27,6 +27,9 @@ HF_NAMES = {
 }
 """Fields of `LM.Config` that have a name of their own in a Hugging Face folder; the others stand there under "lm"."""
 
+ORIGIN = "origin"
+"""Where a converted folder keeps the family and the configuration that it was converted from, so that the way back loses nothing."""
+
 HF_PREFIX = "lm."
 """What the names of weights begin with in a Hugging Face folder."""
 
@@ -88,6 +91,12 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype:
 def stored_config(folder: Path) -> LM.Config:
     """The configuration of a stored model."""
     return read_config(_json(folder / CONFIG))
+
+
+def converted_from(folder: Path) -> str | None:
+    """The checkpoint family that a model was converted from; None for one that was made here."""
+    family = _json(folder / CONFIG).get(ORIGIN, {}).get("family")
+    return None if family in ("gdn", "run") else family
 
 
 def read_config(values: Mapping[str, Any]) -> LM.Config:

@@ -63,8 +63,14 @@ def test_a_saved_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> 
     tokenizer.save(tmp_path / "run")
     again = load_tokenizer(tmp_path / "run")
     assert type(again) is type(tokenizer)
+    assert again.begin_ids == tokenizer.begin_ids == ()
     assert (again.fingerprint, again.end_id, again.vocab_size) == (tokenizer.fingerprint, tokenizer.end_id, tokenizer.vocab_size)
     assert load_tokenizer(str(tmp_path / "run" / "tokenizer.json")).fingerprint == tokenizer.fingerprint
+
+
+def test_tokens_of_a_padded_vocabulary_stand_for_nothing(tokenizer: Tokenizer) -> None:
+    tokens = [*tokenizer.encode("on").tolist(), tokenizer.vocab_size, tokenizer.vocab_size + 40]
+    assert tokenizer.decode(tokens) == "on" == "".join(map(tokenizer.stream(), tokens))
 
 
 @given(text=st.text())
@@ -103,6 +109,7 @@ def test_a_tokenizer_with_byte_fallback(tmp_path: Path) -> None:
     tokenizer = FileTokenizer(sentencepiece_like(tmp_path) / "tokenizer.json")
     text = "a a é😀 </s> [tool]"
     tokens = tokenizer.encode(text)
+    assert tokenizer.begin_ids == (1,)
     assert tokenizer.end_id == 2 and 1 not in tokens and 2 not in tokens and len(tokens) > 4
     assert tokenizer.decode(tokens) == text
     assert tokenizer.token_bytes[tokens].sum() == len(text.encode())
