@@ -23,3 +23,17 @@ def rows(x: Tensor) -> tuple[Tensor, int, int, int]:
 def power_of_two(size: int) -> int:
     """The least power of two that is not less."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def token_rows(x: Tensor) -> Tensor:
+    """x [B, T, heads, width] with dense heads and one stride over all tokens: itself when it is a slice of wider rows, or a copy."""
+    token, head, last = x.stride()[1:]
+    if last == 1 and head == x.shape[3] and x.stride(0) == token * x.shape[1] and token % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return aligned(x)

@@ -68,7 +68,7 @@ def test_the_compiler_takes_every_kernel() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    packages = ("delta_fused", "delta_step", "gates", "loss", "norm", "short_conv")
+    packages = ("attention", "delta_fused", "delta_step", "gates", "loss", "norm", "short_conv")
     files = {f"gdn.ops.{package}.portable": Path(ops.__path__[0]) / package / "portable.py" for package in packages}
     kernels = {f"{module}.{name}" for module, file in files.items() for name in re.findall(r"def (\w+_kernel)\(", file.read_text())}
     assert set(done.stdout.split()) == kernels

@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from gdn.ops import delta_fused, delta_step, gates, loss, norm, short_conv
+from gdn.ops import attention, delta_fused, delta_step, gates, loss, norm, short_conv
+from gdn.ops.attention.problems import Problem as Attention
 from gdn.ops.delta_fused.problems import Problem as Core
 from gdn.ops.delta_step.problems import Problem as Step
 from gdn.ops.gates.problems import Problem as Gate
@@ -63,7 +64,7 @@ def arguments_of(built: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     rows = {}
-    for package in (delta_fused, delta_step, gates, loss, norm, short_conv):
+    for package in (attention, delta_fused, delta_step, gates, loss, norm, short_conv):
         module = importlib.import_module(f"{package.__name__}.portable")
         module.launch = translate
         rows[package] = module
@@ -98,6 +99,14 @@ def main() -> None:
     parameters = x["gates"]
     prepared = rows[delta_fused]._PREPARE(x["q"], x["k"], x["a"], x["b"], parameters.A_log, parameters.dt_bias, 1.0)
     train(prepared, x)
+    for attend in (
+        Attention(name="", T=9, H=2, window=3),
+        Attention(name="", T=9, H=2, window=3, lengths=(4, 5)),
+        Attention(name="", T=9, window=3, past=2, start=(3,)),
+    ):
+        x = arguments_of(attend.build(slopes=True, dtype=dtype))
+        packing = x.pop("packing", None)
+        train(rows[attention].windowed_sigmoid_attention(**{"start": None, **x}, scale=0.5, packing=packing), x)
 
 
 if __name__ == "__main__":

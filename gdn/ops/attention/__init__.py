@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
@@ -21,6 +21,11 @@ CAUSAL = Op(
 SIGMOID = Op(
     "windowed_sigmoid_attention",
     (
+        Impl(
+            "portable",
+            "gdn.ops.attention.portable:windowed_sigmoid_attention",
+            triton_gpu(K=range(1, 257), V=range(1, 257)),
+        ),
         Impl("chunked", "gdn.ops.attention.chunked:windowed_sigmoid_attention"),
         Impl("reference", "gdn.ops.attention.reference:windowed_sigmoid_attention"),
     ),

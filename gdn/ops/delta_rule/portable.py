@@ -41,6 +41,8 @@ from gdn.core import device as hardware
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
 from gdn.core.portable_launch import launch
+from gdn.core.portable_rows import aligned as _aligned
+from gdn.core.portable_rows import token_rows as _rows
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
 from gdn.ops.delta_rule.portable_prepare import gates_kernel, pair_kernel
@@ -327,20 +329,6 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor |
 def _key(p: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *absent: bool) -> tuple[Any, ...]:
     """What the compiled kernels depend on, beside what each launch is. All pointers are multiples of 16 bytes."""
     return p.code, q.dtype, g.dtype, beta.dtype, q.stride(1), k.stride(1), v.stride(1), absent
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x, contiguous and at a multiple of 16 bytes."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [B, T, heads, width] with dense heads and one stride over all tokens: itself when it is a slice of wider rows, or a copy."""
-    token, head, last = x.stride()[1:]
-    if last == 1 and head == x.shape[3] and x.stride(0) == token * x.shape[1] and token % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return _aligned(x)
 
 
 def _buffers(p: Plan, like: Tensor) -> Tensors:
