@@ -306,7 +306,7 @@ def convert(
     to: str,
     check: bool = False,
 ) -> int:
-    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, olmo_hybrid, nvlabs, run, or one of flash-linear-attention's:
+    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, olmo_hybrid, nvlabs, run, or one of FLA's:
     gated_deltanet, delta_net, gated_deltaproduct, kda, gla, gsa, retnet, hgrn2, mamba2.
 
     Args:
