@@ -362,7 +362,8 @@ def convert(
     to: str,
     check: bool = False,
 ) -> int:
-    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, olmo_hybrid, gated_deltanet (fla), nvlabs or run.
+    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, olmo_hybrid, nvlabs, run, or one of FLA's:
+    gated_deltanet, delta_net, gated_deltaproduct, kda, gla, gsa, retnet, hgrn2, mamba2.
 
     Args:
         source: A training directory, or a folder of any of those families.

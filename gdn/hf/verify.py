@@ -65,7 +65,8 @@ def _logits(folder: str | Path, family: str, tokens: Tensor) -> tuple[str, Tenso
 
     importlib.import_module("fla.models" if theirs else "gdn.hf")  # registers the classes that are not transformers' own
     device = "cuda" if theirs else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model = opened.eval().to(device)
     return type(model).__name__, model(tokens.to(device), use_cache=False).logits.cpu()
 
 
