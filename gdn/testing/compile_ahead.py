@@ -13,7 +13,7 @@ from multiprocessing import get_context
 
 import torch
 
-from gdn.core.dispatch import ops
+from gdn.core.dispatch import ops, use
 from gdn.testing import compare
 
 PROCESSES = 8
@@ -49,9 +49,10 @@ class Ahead:
         A row that fails is a finding of whoever examines it, not of this.
         """
         done, late = wait(self._jobs, timeout=max(0.0, until - time.monotonic()))
+        processes = dict(getattr(self._pool, "_processes", None) or {})  # forgotten by shutdown
         self._pool.shutdown(wait=False, cancel_futures=True)
         if late:
-            for process in list((getattr(self._pool, "_processes", None) or {}).values()):
+            for process in processes.values():
                 process.terminate()
         return sum(job.exception() is None for job in done)
 
@@ -62,4 +63,5 @@ def call(name: str, impl: str, device: str, dtype: torch.dtype) -> None:
 
     make = EXAMPLES[name]
     compare.run(ops()[name], impl, make(torch.device(device), dtype, torch.float32))
-    without_gradients(ops()[name], impl, make(torch.device(device), dtype, torch.float32))()
+    with use(**{name: impl}):
+        without_gradients(ops()[name], make(torch.device(device), dtype, torch.float32))()

@@ -135,7 +135,8 @@ def examine_op(op: Op, device: torch.device, dtype: torch.dtype, truth: compare.
         if verdict.reason is None:
             try:
                 error = compare.distance(compare.run(op, verdict.name, make(device, dtype, torch.float32)), truth)
-                elapsed = milliseconds(without_gradients(op, verdict.name, make(device, dtype, torch.float32)), device)
+                with use(**{op.name: verdict.name}):
+                    elapsed = milliseconds(without_gradients(op, make(device, dtype, torch.float32)), device)
                 finding = dataclasses.replace(finding, error=error, allowed=allowed, milliseconds=elapsed)
             except Exception as failure:  # what a compiler raises has no common ancestor
                 finding = dataclasses.replace(finding, error=float("inf"), allowed=allowed, reason=None)
@@ -147,12 +148,12 @@ def examine_op(op: Op, device: torch.device, dtype: torch.dtype, truth: compare.
 Arguments = dict[str, Any]
 
 
-def without_gradients(op: Op, impl: str, arguments: Arguments) -> Callable[[], Any]:
-    """A call of the operator through one row, as it is timed."""
+def without_gradients(op: Op, arguments: Arguments) -> Callable[[], Any]:
+    """A call of the operator as it is timed, inside `use` of the row: choosing by name costs more than a small operator."""
     arguments = {name: v.detach() if isinstance(v, Tensor) else v for name, v in arguments.items()}
 
     def call() -> Any:
-        with use(**{op.name: impl}), torch.no_grad():
+        with torch.no_grad():
             return getattr(ops, op.name)(**arguments)
 
     return call
@@ -195,18 +196,23 @@ def _clocked(call: Callable[[], Any], device: torch.device, count: int) -> list[
 
 def _table(findings: list[Finding], dtype: torch.dtype) -> Table:
     table = Table(title=f"operators in {str(dtype).removeprefix('torch.')}; the arrow is what a call gets", title_justify="left")
-    for column in ("operator", "implementation", "error", "allowed", "ms", ""):
-        numbers = column in ("error", "allowed", "ms")
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers or column == "operator")
+    table.add_column("operator", no_wrap=True)
+    for column in ("error", "allowed", "ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
     last = ""
     for f in findings:
-        name, last = (f.op if f.op != last else ""), f.op
-        if f.reason is not None:
-            table.add_row(name, f"  {f.impl}", "", "", "", f"[dim]{f.reason}[/]")
+        if f.op != last:
+            table.add_row(f"[bold]{f.op}[/]", "", "", "", "" if f.examined else f"[dim]{f.reason}[/]")
+            last = f.op
+        if not f.examined:
             continue
-        verdict = "[green]ok[/]" if f.ok else "[red]wrong[/]"
         row = f"{'→' if f.chosen else ' '} {f.impl}"
-        table.add_row(name, row, f"{f.error:.1e}", f"{f.allowed:.1e}", f"{f.milliseconds or 0:.2f}", verdict)
+        if f.reason is not None:
+            table.add_row(row, "", "", "", f"[dim]{f.reason}[/]")
+        else:
+            elapsed = "" if f.milliseconds is None else f"{f.milliseconds:.2f}"
+            table.add_row(row, f"{f.error:.1e}", f"{f.allowed:.1e}", elapsed, "[green]ok[/]" if f.ok else "[red]wrong[/]")
     return table
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gdn.core.dispatch import Impl, ops
+from gdn.core.errors import ArgumentError
 from gdn.testing import doctor
 
 CPU = torch.device("cpu")
@@ -36,3 +37,67 @@ def test_a_wrong_row_is_found(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert doctor.examine("cpu") == 1
     op._choices.clear()
     assert "l2norm: wrong is wrong here" in capsys.readouterr().out
+
+
+def raises(x: torch.Tensor, eps: float) -> torch.Tensor:
+    raise KeyError("a compiler's own error")
+
+
+def test_a_row_that_raises_anything_is_a_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    op = ops()["l2norm"]
+    monkeypatch.setattr(op, "impls", op.impls)
+    op.register(Impl("broken", f"{__name__}:raises"))
+    found = {f.impl: f for f in doctor.examine_op(op, CPU, torch.float32)}
+    op._choices.clear()
+    assert not found["broken"].ok and found["broken"].error == float("inf")
+    assert found["reference"].ok
+    assert "l2norm: broken failed: KeyError" in capsys.readouterr().err
+
+
+def test_operators_are_not_begun_after_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "EXAMPLES", {name: doctor.EXAMPLES[name] for name in ("l2norm", "rms_norm")})
+    assert doctor.examine("cpu", seconds=1e-6) == 0
+    shown = capsys.readouterr().out
+    assert "2 operators not examined" in shown and "every implementation that was examined agrees" in shown
+    assert doctor.examine("cpu", seconds=0) == 0
+    assert "every implementation that runs here agrees" in capsys.readouterr().out
+
+
+def test_skipped_rows_say_why_and_times_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "EXAMPLES", {"l2norm": doctor.EXAMPLES["l2norm"]})
+    monkeypatch.setattr(doctor, "milliseconds", lambda call, device: 12.34)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert doctor.examine("cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("portable" in line and "needs a cuda tensor, got cpu" in line for line in lines)
+    assert any("→ torch" in line and "12.34" in line and "ok" in line for line in lines)
+
+
+def test_bad_seconds_are_named() -> None:
+    with pytest.raises(ArgumentError, match="seconds: expected 0"):
+        doctor.examine("cpu", seconds=-1)
+
+
+class Event:
+    """A device whose clock moves by 2 ms a call."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = -1.0
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def elapsed_time(self, other: Event) -> float:
+        return other.at - self.at
+
+
+def test_a_gpu_is_timed_between_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+    def call() -> None:
+        Event.now += 2.0
+
+    assert doctor.milliseconds(call, torch.device("cuda")) == 2.0
