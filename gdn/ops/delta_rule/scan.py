@@ -385,9 +385,11 @@ def _flow(
         torch.bmm(dr, s.mT, out=db)
         ds.mul_(last).baddbmm_(both.mT, dr)
 
-    pairs = scratch("pairs", count, rows + size, rows)
-    pairs[:, :rows].baddbmm_(d_solved, written.mT, beta=0, alpha=-1)
-    pairs[:, rows:].baddbmm_(d_out, written.mT, beta=0, alpha=scale)
+    pairs = scratch("pairs", count, rows + size, rows)  # a batched product into a part of it would be one product a matrix
+    by_keys = torch.bmm(d_solved, written.mT, out=scratch("by_keys", count, rows, rows))
+    by_queries = torch.bmm(d_out, written.mT, out=scratch("by_queries", count, size, rows))
+    torch.mul(by_keys, -1, out=pairs[:, :rows])
+    torch.mul(by_queries, scale, out=pairs[:, rows:])
     return Flow(d_rows, d_tails, d_last, pairs, d_solved, error)
 
 
