@@ -58,6 +58,14 @@ def _launch(
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
 
 
+def integer_kind(n: int) -> int:
+    """What Triton specialises on in an integer argument: 1 is a constant of the code, of others it knows whether they are multiples of 16.
+
+    Numbers, since `True == 1`: keys of 1 and of a multiple of 16 must differ.
+    """
+    return 1 if n == 1 else 16 if n % 16 == 0 else 0
+
+
 def _kinds(kernel: Any, args: tuple[Any, ...]) -> list[Any]:
     constants = _CONSTANTS.get(kernel.fn)
     if constants is None:
@@ -70,5 +78,5 @@ def _kind(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
     if isinstance(argument, int):
-        return (argument if argument == 1 else argument % 16 == 0, argument > _LARGEST_INT32)
+        return (integer_kind(argument), argument > _LARGEST_INT32)
     return None if argument is None else type(argument)

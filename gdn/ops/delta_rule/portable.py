@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from gdn.core import device as hardware
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
-from gdn.core.portable_launch import launch
+from gdn.core.portable_launch import integer_kind, launch
 from gdn.core.portable_rows import aligned as _aligned
 from gdn.core.portable_rows import token_rows as _rows
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
@@ -132,7 +132,7 @@ def plan(
         wide=wide,
         S=S,
         launches=table,
-        code=(H, HV, K, V, S, packed, wide, *[n if n == 1 else n % 16 == 0 for n in (rows, per_row, chunks, documents, batch * length)]),
+        code=(H, HV, K, V, S, packed, wide, *[integer_kind(n) for n in (rows, per_row, chunks, documents, batch * length)]),
     )
 
 
