@@ -139,17 +139,22 @@ TRITON = (
 NEVER_CONTRACTS = "repeated keys at full strength"
 """Where a key repeats with beta = 2 memory never contracts, and one draw's rounding grows to three times another's: SEEDS draws count."""
 SEEDS = 4
-SEGMENTED = [(*case, segment) for case in TRITON for segment in (None, 1)]
+PARTS = {"whole": (None, None), "segments": (1, None), "slabs": (None, 1), "slabs of segments": (3, 2)}
+"""Chunks of a segment, and of a slab of the backward; None for what the rule says, which is one for sizes as small as these."""
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(("name", "dtype", "segment"), SEGMENTED, ids=str)
-def test_triton_agrees_with_the_recurrence(name: str, dtype: torch.dtype, segment: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and gradients, without segments and cut into segments of one chunk: at most twice as wrong as the textbook's chunks with
+@pytest.mark.parametrize(("name", "dtype"), TRITON, ids=str)
+@pytest.mark.parametrize("parts", PARTS)
+def test_triton_agrees_with_the_recurrence(name: str, dtype: torch.dtype, parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and gradients, in one piece, in segments and in slabs: at most twice as wrong as the textbook's chunks with
     operands of the same dtype."""
     portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    segment, slab = PARTS[parts]
     if segment is not None:
         monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
+    if slab is not None:
+        monkeypatch.setattr(portable, "slab_chunks", lambda *sizes: slab)
     portable.plan.cache_clear()
     draws = range(SEEDS if name == NEVER_CONTRACTS else 1)
     actual = [compare.run(OP, "portable", PROBLEMS[name].build(dtype=dtype, device=DEVICE, seed=seed)) for seed in draws]
