@@ -13,7 +13,7 @@ before the chunk and S' the one after it:
 Why this form. The inverse is taken with the gates inside, so nothing grows that the recurrence would not let grow, whatever the length
 of the keys. Only Phi, the correction, is rounded to the dtype of the inputs; the identity of R = (I - Phi diag(beta)) Z stays exact, and
 neither forward nor backward divides by beta. The backward keeps of the forward Phi, A and the gates (and, with segments, the states that
-enter them); it recomputes the states.
+enter them, and the states where slabs begin); it recomputes the states.
 
 Backward, from dO and dS' (formulas in portable_grad.py for the rest):
 
@@ -21,7 +21,8 @@ Backward, from dO and dS' (formulas in portable_grad.py for the rest):
     dS  = gamma_last dS' + scale Q^T diag(gamma) dO - K^T diag(gamma beta) dU
 
 Launches, forward: gates and pair (all chunks at once), output (chunk after chunk). Backward: states, backward, then pairs and gradient (all
-chunks at once). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
+chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states of all chunks
+(README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
 Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
 """
 
