@@ -49,7 +49,7 @@ class GdnPreTrainedModel(PreTrainedModel):
         self.lm.embedding = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module | None:
-        return getattr(self.lm, "head", None)  # tied models have one matrix, not two names for it
+        return getattr(self.lm, "head", None)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm.head = new_embeddings  # type: ignore[assignment]
@@ -167,6 +167,29 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
     def __init__(self, config: GdnConfig) -> None:
         super().__init__(config)
         self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The same module without the head, giving hidden states: TRL applies the head itself, to a part of the tokens at a time."""
+        trunk = GdnModel.__new__(GdnModel)
+        nn.Module.__init__(trunk)
+        own = {name: value for name, value in vars(self).items() if name != "forward" and "hook" not in name}
+        vars(trunk).update(own)
+        return trunk
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        if not self.config.tie_word_embeddings:
+            return super().get_output_embeddings()
+        embedding = self.lm.embedding  # the one matrix of a tied model, with what is asked of a head
+        if not hasattr(embedding, "bias"):
+            embedding.register_parameter("bias", None)
+        return embedding
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if self.config.tie_word_embeddings:
+            self.set_input_embeddings(new_embeddings)
+        else:
+            super().set_output_embeddings(new_embeddings)
 
     @classmethod
     def from_lm(cls, lm: LM, **config: Any) -> GdnForCausalLM:
