@@ -25,10 +25,11 @@ setattr(type(transformers), GdnForCausalLM.__name__, GdnForCausalLM)
 
 _WHERE = {
     "GdnCache": "cache",
+    "GdnStaticCache": "cache",
     "add_remote_code": "remote_code",
 }
 
-__all__ = ["GdnCache", "GdnConfig", "GdnForCausalLM", "GdnModel", "GdnPreTrainedModel", "add_remote_code"]
+__all__ = ["GdnCache", "GdnConfig", "GdnForCausalLM", "GdnModel", "GdnPreTrainedModel", "GdnStaticCache", "add_remote_code"]
 
 
 def __getattr__(name: str) -> Any:

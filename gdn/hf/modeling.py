@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from gdn.core.errors import ArgumentError
-from gdn.hf.cache import GdnCache
+from gdn.hf.cache import GdnCache, GdnStaticCache
 from gdn.hf.configuration import GdnConfig
 from gdn.hf.inputs import Boundaries, Layout, layout
 from gdn.mixers.base import FLOAT32
@@ -111,7 +111,7 @@ class GdnPreTrainedModel(PreTrainedModel):
         with _outputs_of(self.lm.blocks if hidden else ()) as seen:
             last, after = self.lm.hidden(how.arrange(x), packing=how.packing, state=state, mask=how.mask)
         if cache is not None:
-            cache.state = after
+            cache.close(after)
         last = how.restore(last)
         states = None
         if hidden:
@@ -252,18 +252,23 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
             return linear_cross_entropy(hidden, weight, targets)
         return linear_cross_entropy(hidden, weight, targets, reduction="sum") / items
 
+    @staticmethod
+    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None, is_first_iteration: bool, **kwargs: Any) -> Any:
+        """For a cache of fixed addresses: the mask as it is, and none for a step, whose token is never padding."""
+        return attention_mask if is_first_iteration or inputs_embeds.shape[1] > 1 else None
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ArgumentError(
-                f"cache_implementation: expected None, the state has a fixed size, got {generation_config.cache_implementation!r}"
-            )
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise ArgumentError(f'cache_implementation: expected None, "dynamic" or "static", got {kind!r}')
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = GdnCache()
+            room = max(max_cache_length, generation_config.max_cache_len or 0)
+            cache = model_kwargs["past_key_values"] = GdnStaticCache(room) if kind == "static" else GdnCache()
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
