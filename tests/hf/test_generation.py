@@ -185,10 +185,9 @@ def test_one_compiled_graph_serves_every_step_at_addresses_that_stay(mixers: str
         assert addresses == [t.data_ptr() for layer in cache.state.layers for t in layer.tensors.values()]
         assert int(cache.get_seq_length()) == cache.state.length == 20
         if mixers == "hybrid":
-            with pytest.raises(ArgumentError, match="room for 20 tokens"):
-                model(x[:, :2], past_key_values=cache)
-            with pytest.raises(IndexError, match="out of bounds"):
-                model(x[:, :1], past_key_values=cache)
+            for more in (1, 2):
+                with pytest.raises(ArgumentError, match="room for 20 tokens"):
+                    model(x[:, :more], past_key_values=cache)
 
 
 def test_what_cannot_be_is_refused() -> None:
