@@ -61,7 +61,7 @@ def conduct_all(
     console = console or Console(highlight=False)
     conducts = [Conduct.of(experiment, directory, toy, console) for experiment, directory in chosen]
     missing = [(conduct, run) for conduct in conducts for run in conduct.missing(only)]
-    missing.sort(key=lambda pair: pair[1].seed)
+    missing.sort(key=lambda pair: (pair[1].seed, pair[0].place(pair[1])))
     if only and not any(only in run.series for conduct in conducts for run in conduct.runs):
         series = dict.fromkeys(run.series for conduct in conducts for run in conduct.runs)
         raise ConfigError(f'only: no series contains "{only}": {", ".join(series)}')
@@ -78,9 +78,7 @@ def conduct_all(
     return [conduct.rows for conduct in conducts]
 
 
-def _do(
-    missing: Sequence[tuple[Conduct, Run]], device: torch.device, jobs: int, budget: float | None, console: Console
-) -> list[str]:
+def _do(missing: Sequence[tuple[Conduct, Run]], device: torch.device, jobs: int, budget: float | None, console: Console) -> list[str]:
     """Do the runs; the failures of those done in other processes."""
     began = time.monotonic()
 
@@ -149,6 +147,10 @@ class Conduct:
 
     def missing(self, only: str) -> list[Run]:
         return [run for run in self.runs if run.key not in self.finished and only in run.series]
+
+    def place(self, run: Run) -> int:
+        """Of its model among the models. Runs of one model follow each other, so that few wait for the same training set."""
+        return list(dict.fromkeys(each.series for each in self.runs)).index(run.series)
 
     def introduce(self, missing: int, device: torch.device) -> None:
         say = f"{self.experiment.name}: {self.experiment.claim}\n{len(self.runs)} runs, {missing} to do, on {device}; "

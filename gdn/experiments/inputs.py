@@ -15,7 +15,7 @@ from gdn.experiments.sets import Sets
 
 CPU = torch.device("cpu")
 WHOLE = 64
-"""On a GPU sequences are filled up at the end to a multiple of this, so that operators see whole chunks. Later tokens change nothing before."""
+"""On a GPU sequences are filled up at the end to a multiple of this: operators see whole chunks, and later tokens change nothing before."""
 
 
 class Inputs(NamedTuple):
@@ -53,9 +53,7 @@ class Inputs(NamedTuple):
         return tuple(None if x is None else x.shape for x in self)
 
 
-def stream(
-    tasks: Sequence[Task], training: Training, seed: int, device: torch.device = CPU, sets: Sets | None = None
-) -> Iterator[Inputs]:
+def stream(tasks: Sequence[Task], training: Training, seed: int, device: torch.device = CPU, sets: Sets | None = None) -> Iterator[Inputs]:
     """A batch for each step, from the tasks in turn: always new, or from a fixed set in a new order each epoch."""
     generator = torch.Generator().manual_seed(seed)
     fills = [device.type == "cuda" and not task.from_last for task in tasks]

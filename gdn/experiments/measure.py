@@ -28,9 +28,7 @@ class Score:
 
 
 @torch.no_grad()
-def score(
-    model: Model, test: Test, sample: Sample | None = None, *, precision: Precision = "fp32", examples: int | None = None
-) -> Score:
+def score(model: Model, test: Test, sample: Sample | None = None, *, precision: Precision = "fp32", examples: int | None = None) -> Score:
     """Put a model to a test, or to its first `examples`. `sample` are the test's sequences, if at hand. Puts the model in evaluation mode
     and back."""
     sample = Sets().test(test) if sample is None else sample

@@ -154,4 +154,3 @@ def devices(device: torch.device) -> list[torch.device]:
     if device.type != "cuda" or device.index is not None:
         return [device]
     return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-

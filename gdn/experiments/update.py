@@ -1,8 +1,8 @@
 """An update of a small model without a word between host and device, so that a CUDA graph can hold all of it.
 
-A model of two layers is some three hundred launches a step and none of them is long: a GPU waits for the host nine tenths of the time. Shapes
-are the same at every step, so forward pass, backward pass, clipping and optimizer are captured once and replayed. The learning rate and the
-loss live on the device. On a CPU, and where capturing fails, the same function is called each time.
+A model of two layers is some three hundred launches a step and none of them is long: a GPU waits for the host most of the time. Shapes are
+the same at every step, so forward pass, backward pass, clipping and optimizer are captured once and replayed. Learning rate and loss live on
+the device. On a CPU, and where capturing fails, the same function is called each time.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Update:
         if shape in self.captured:
             held, replay = self.captured[shape]
             for into, x in zip(held, inputs):
-                if into is not None:
+                if into is not None and x is not None:
                     into.copy_(x)
             replay()
             self.replayed += 1
@@ -118,4 +118,3 @@ def own_stream(device: torch.device) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
         torch.cuda.current_stream().wait_stream(stream)
-
