@@ -449,35 +449,34 @@ def _bench(arguments: list[str]) -> int:
 
 
 def experiment(
-    name: Annotated[str, tyro.conf.Positional] = "",
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     *,
     toy: bool = False,
     only: str = "",
     directory: Path | None = None,
     device: str = "auto",
+    jobs: int = 1,
+    budget: float | None = None,
 ) -> int:
-    """Test a claim on generated tasks: train the models it compares, then a table and a picture. Without a name: list them.
+    """Test claims on generated tasks: train the models they compare, then a table and a picture. Without a name: list them.
 
     Args:
-        name: One of those listed. The same command again goes on with the runs that are missing.
+        names: Some of those listed, or "all". The same command again goes on with the runs that are missing.
         toy: A few steps of tiny models, to see that it works; results go to runs/experiments/NAME-toy.
         only: Do only the models whose name contains this.
-        directory: Where results.jsonl, table.md and plot.png go. Default: experiments/NAME.
-        device: "auto", "cpu" or "cuda".
+        directory: Where results.jsonl, table.md and plot.png go; with several names each has a folder there. Default: experiments/NAME.
+        device: "auto", "cpu" or "cuda"; with several jobs "cuda" is every GPU.
+        jobs: Processes that the runs are spread over.
+        budget: Seconds after which no further run is begun. First seeds come before second ones.
     """
-    import torch
+    if not names:
+        from gdn import experiments
 
-    from gdn import experiments
-    from gdn.core.device import default_device
-
-    if not name:
         print("\n".join(f"{each:<20}{experiments.load(each).claim}" for each in experiments.names()))
         return 0
-    from gdn.experiments.conduct import conduct
+    from gdn.experiments.command import experiments as carry_out
 
-    chosen = experiments.load(name)
-    folder = directory or (Path("runs/experiments") / f"{name}-toy" if toy else Path("experiments") / name)
-    conduct(chosen, folder, default_device() if device == "auto" else torch.device(device), toy=toy, only=only)
+    carry_out(names, toy=toy, only=only, directory=directory, device=device, jobs=jobs, budget=budget)
     return 0
 
 
