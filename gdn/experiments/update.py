@@ -1,7 +1,7 @@
 """An update of a small model without a word between host and device, so that a CUDA graph can hold all of it.
 
 A model of two layers is some three hundred launches a step and none of them is long: a GPU waits for the host most of the time. Shapes are
-the same at every step, so forward pass, backward pass, clipping and optimizer are captured once and replayed. Learning rate and loss live on
+the same at every step, so forward pass, backward pass, clipping and optimizer are captured once and replayed. Learning rate and loss are on
 the device. On a CPU, and where capturing fails, the same function is called each time.
 """
 
