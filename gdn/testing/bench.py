@@ -239,8 +239,8 @@ def _status(field: str) -> int:
 def _table(problem: Problem, measurements: Sequence[Measurement]) -> Table:
     sizes = f"B={problem.B} T={problem.T} H={problem.H} HV={problem.HV} K={problem.K} V={problem.V}"
     table = Table(title=f"gated_delta_rule, {problem.name}: {sizes}", title_justify="left", caption=f"speed: {PEER} = 1")
-    for column in ("implementation", "what", "error", "allowed", "ms", "MiB", "speed"):
-        table.add_column(column, justify="left" if column in ("implementation", "what") else "right")
+    for column in ("row", "what", "error", "allowed", "ms", "MiB", "speed"):
+        table.add_column(column, justify="left" if column in ("row", "what") else "right")
     theirs = next((m for m in measurements if m.impl == PEER), None)
     for m in measurements:
         for mode in MODES:
