@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: gdn COMMAND [options]        (gdn COMMAND --help for its options)", ""]
-    lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<12}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
 
@@ -362,7 +362,9 @@ def convert(
     to: str,
     check: bool = False,
 ) -> int:
-    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, olmo_hybrid, nvlabs, run, or one of FLA's:
+    """Convert a checkpoint between this package, transformers, flash-linear-attention and the official code: gdn convert SRC DST --to NAME.
+
+    Names: gdn (for transformers), run (as a training run writes it), qwen3_5_text, qwen3_next, olmo_hybrid, nvlabs, and FLA's
     gated_deltanet, delta_net, gated_deltaproduct, kda, gla, gsa, retnet, hgrn2, mamba2.
 
     Args:
@@ -385,7 +387,8 @@ def convert(
 
     found = verify(source, target, done.source, done.target)
     print(f"opened by {found.opened_by}: largest difference of logits {found.logits_error:.1e} of the largest")
-    changed = f"{len(found.changed)} changed, the first {found.changed[0]}" if found.changed else "the same bytes"
+    moved = f" but for {found.moved} norms, which are stored around another constant and mean the same" if found.moved else ""
+    changed = f"{len(found.changed)} changed, the first {found.changed[0]}" if found.changed else f"the same bytes{moved}"
     print(f"converted back to {done.source}: {found.compared} tensors, {changed}")
     return int(found.logits_error > 1e-4)
 
