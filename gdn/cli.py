@@ -292,6 +292,70 @@ def _open(run: Path, device: str) -> tuple[Any, Any]:
     return load_model(folder, device=named_device(device)), load_tokenizer(str(folder))
 
 
+def tokenizer(
+    out: RunPath,
+    *,
+    source: str = "python",
+    vocab: int = 8192,
+    megabytes: float = 100.0,
+    text_field: str = "text",
+    validation_fraction: float = 0.02,
+) -> int:
+    """Learn a byte-level BPE tokenizer from text, for --data.tokenizer.
+
+    Only documents that are trained on are read, in random order, as `gdn train` splits them.
+
+    Args:
+        out: A new folder, or a file that ends in .json.
+        source: What --data.source of `gdn train` takes.
+        vocab: Number of tokens, the 256 bytes and the end of a document among them.
+        megabytes: Of text to learn from, at most.
+        text_field: Field or column of .jsonl, .parquet and hf: that holds the text.
+        validation_fraction: What data.validation_fraction of the run will be.
+    """
+    from gdn.data import ByteTokenizer, train_bpe
+    from gdn.data.find import open_source
+    from gdn.data.source import View, up_to
+
+    if megabytes <= 0:
+        raise ArgumentError(f"megabytes: expected above 0, got {megabytes}")
+    if not 0 <= validation_fraction < 1:
+        raise ArgumentError(f"validation_fraction: expected at least 0 and below 1, got {validation_fraction}")
+    if any(item.strip().startswith("tokens:") for item in source.split(",")):
+        raise ArgumentError(f"source: expected text, got tokens: {source}")
+    file = out if out.suffix == ".json" else out / "tokenizer.json"
+    if file.exists():
+        raise ArgumentError(f"out: {file} exists; expected a new one, since models depend on their tokenizer")
+    text = open_source(source, tokenizer=ByteTokenizer(), text_field=text_field, fraction=validation_fraction)
+    made = train_bpe(up_to(text.documents(View(side="train")), megabytes * 1e6), vocab, out)
+    print(f"{file}: {made.vocab_size:,} tokens")
+    print(f"gdn train --data.tokenizer {out} --model.vocab {made.vocab_size} --data.source {source}")
+    return 0
+
+
+def tokens(
+    out: RunPath,
+    *,
+    source: str = "python",
+    tokenizer: str = "bytes",
+    text_field: str = "text",
+) -> int:
+    """Tokenise text once, into a memory-mapped file for --data.source tokens:FILE.
+
+    Args:
+        out: The file, NAME.bin; NAME.json beside it says how to read it.
+        source: What --data.source of `gdn train` takes.
+        tokenizer: "bytes", a tokenizer.json, or a folder that holds one.
+        text_field: Field or column of .jsonl, .parquet and hf: that holds the text.
+    """
+    from gdn.data import load_tokenizer, prepare
+
+    prepare(source, load_tokenizer(tokenizer), out, text_field=text_field)
+    about = json.loads(out.with_suffix(".json").read_text())
+    print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['bytes']:,} bytes of text")
+    return 0
+
+
 def info(
     name: Annotated[str, tyro.conf.Positional],
     *,
@@ -499,6 +563,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "drift": _command(drift, "drift"),
     "bench": _bench,
     "convert": _command(convert, "convert"),
+    "tokenizer": _command(tokenizer, "tokenizer"),
+    "tokens": _command(tokens, "tokens"),
     "info": _info,
     "doctor": _command(doctor, "doctor"),
     "experiment": _command(experiment, "experiment"),
