@@ -361,6 +361,7 @@ def info(
     *,
     length: int = 4096,
     precision: Literal["fp32", "bf16"] = "fp32",
+    exports: bool = False,
 ) -> int:
     """The resolved configuration of a size, recipe or run, with parameters, operations, state and memory; --mixers lists every mixer.
 
@@ -368,12 +369,26 @@ def info(
         name: A size (gdn_0.4b, gdn_1.3b, gdn_d8), a recipe, or a training directory.
         length: Context length for operations, state and memory.
         precision: Of activations.
+        exports: Instead: which formats of `gdn convert` the model can be written in, and what the others cannot express.
     """
     from gdn.eval.report import print_config
 
     if length < 1:
         raise ArgumentError(f"length: expected at least 1, got {length}")
+    if exports:
+        return _print_exports(_config_of(name))
     print_config(_config_of(name), title=name, length=length, itemsize=4 if precision == "fp32" else 2)
+    return 0
+
+
+def _print_exports(config: Any) -> int:
+    from gdn.core.errors import require
+
+    require("transformers", "hf", "gdn info --exports")
+    from gdn.hf.families import refusals
+
+    for name, reason in refusals(config).items():
+        print(f"{name:<20}{reason or 'yes'}")
     return 0
 
 
