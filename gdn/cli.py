@@ -292,11 +292,76 @@ def _open(run: Path, device: str) -> tuple[Any, Any]:
     return load_model(folder, device=named_device(device)), load_tokenizer(str(folder))
 
 
+def tokenizer(
+    out: RunPath,
+    *,
+    source: str = "python",
+    vocab: int = 8192,
+    megabytes: float = 100.0,
+    text_field: str = "text",
+    validation_fraction: float = 0.02,
+) -> int:
+    """Learn a byte-level BPE tokenizer from text, for --data.tokenizer.
+
+    Only documents that are trained on are read, in random order, as `gdn train` splits them.
+
+    Args:
+        out: A new folder, or a file that ends in .json.
+        source: What --data.source of `gdn train` takes.
+        vocab: Number of tokens, the 256 bytes and the end of a document among them.
+        megabytes: Of text to learn from, at most.
+        text_field: Field or column of .jsonl, .parquet and hf: that holds the text.
+        validation_fraction: What data.validation_fraction of the run will be.
+    """
+    from gdn.data import ByteTokenizer, train_bpe
+    from gdn.data.find import open_source
+    from gdn.data.source import View, up_to
+
+    if megabytes <= 0:
+        raise ArgumentError(f"megabytes: expected above 0, got {megabytes}")
+    if not 0 <= validation_fraction < 1:
+        raise ArgumentError(f"validation_fraction: expected at least 0 and below 1, got {validation_fraction}")
+    if any(item.strip().startswith("tokens:") for item in source.split(",")):
+        raise ArgumentError(f"source: expected text, got tokens: {source}")
+    file = out if out.suffix == ".json" else out / "tokenizer.json"
+    if file.exists():
+        raise ArgumentError(f"out: {file} exists; expected a new one, since models depend on their tokenizer")
+    text = open_source(source, tokenizer=ByteTokenizer(), text_field=text_field, fraction=validation_fraction)
+    made = train_bpe(up_to(text.documents(View(side="train")), megabytes * 1e6), vocab, out)
+    print(f"{file}: {made.vocab_size:,} tokens")
+    print(f"gdn train --data.tokenizer {out} --model.vocab {made.vocab_size} --data.source {source}")
+    return 0
+
+
+def tokens(
+    out: RunPath,
+    *,
+    source: str = "python",
+    tokenizer: str = "bytes",
+    text_field: str = "text",
+) -> int:
+    """Tokenise text once, into a memory-mapped file for --data.source tokens:FILE.
+
+    Args:
+        out: The file, NAME.bin; NAME.json beside it says how to read it.
+        source: What --data.source of `gdn train` takes.
+        tokenizer: "bytes", a tokenizer.json, or a folder that holds one.
+        text_field: Field or column of .jsonl, .parquet and hf: that holds the text.
+    """
+    from gdn.data import load_tokenizer, prepare
+
+    prepare(source, load_tokenizer(tokenizer), out, text_field=text_field)
+    about = json.loads(out.with_suffix(".json").read_text())
+    print(f"{out}: {about['tokens']:,} tokens of {about['documents']:,} documents, {about['bytes']:,} bytes of text")
+    return 0
+
+
 def info(
     name: Annotated[str, tyro.conf.Positional],
     *,
     length: int = 4096,
     precision: Literal["fp32", "bf16"] = "fp32",
+    exports: bool = False,
 ) -> int:
     """The resolved configuration of a size, recipe or run, with parameters, operations, state and memory; --mixers lists every mixer.
 
@@ -304,12 +369,26 @@ def info(
         name: A size (gdn_0.4b, gdn_1.3b, gdn_d8), a recipe, or a training directory.
         length: Context length for operations, state and memory.
         precision: Of activations.
+        exports: Instead: which formats of `gdn convert` the model can be written in, and what the others cannot express.
     """
     from gdn.eval.report import print_config
 
     if length < 1:
         raise ArgumentError(f"length: expected at least 1, got {length}")
+    if exports:
+        return _print_exports(_config_of(name))
     print_config(_config_of(name), title=name, length=length, itemsize=4 if precision == "fp32" else 2)
+    return 0
+
+
+def _print_exports(config: Any) -> int:
+    from gdn.core.errors import require
+
+    require("transformers", "hf", "gdn info --exports")
+    from gdn.hf.families import refusals
+
+    for name, reason in refusals(config).items():
+        print(f"{name:<20}{reason or 'yes'}")
     return 0
 
 
@@ -498,6 +577,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "drift": _command(drift, "drift"),
     "bench": _bench,
     "convert": _command(convert, "convert"),
+    "tokenizer": _command(tokenizer, "tokenizer"),
+    "tokens": _command(tokens, "tokens"),
     "info": _info,
     "doctor": _command(doctor, "doctor"),
     "experiment": _command(experiment, "experiment"),

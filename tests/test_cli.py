@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from gdn.cli import COMMANDS, main
-from gdn.data import ByteTokenizer, DataConfig
+from gdn.data import ByteTokenizer, DataConfig, load_tokenizer
+from gdn.data.find import open_source
+from gdn.data.source import View
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 from gdn.models.store import save_model
@@ -171,3 +173,33 @@ def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     out = says(capsys, "train", "--list")
     for name in ("demo", "corpus", "gdn_0.4b", "gdn_1.3b"):
         assert re.search(rf"^{re.escape(name)} +\w.*\.$", out, re.M), name
+
+
+def test_a_tokenizer_is_learned_used_and_tokenises_a_corpus_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text, bpe, corpus = tmp_path / "text", tmp_path / "bpe", tmp_path / "corpus.bin"
+    text.mkdir()
+    for i in range(30):
+        (text / f"{i}.txt").write_text(f"document {i} of the same words and the same words again\n" * 3)
+    arguments = ("--source", text, "--vocab", 270, "--validation-fraction", 0.3)
+    printed = says(capsys, "tokenizer", bpe, *arguments)
+    assert printed == f"{bpe / 'tokenizer.json'}: 270 tokens\ngdn train --data.tokenizer {bpe} --model.vocab 270 --data.source {text}\n"
+    assert "exists; expected a new one" in says(capsys, "tokenizer", bpe, *arguments, status=1)
+    assert "megabytes: expected above 0, got 0" in says(capsys, "tokenizer", tmp_path / "x", "--megabytes", 0, status=1)
+    printed = says(capsys, "tokens", corpus, "--source", text, "--tokenizer", bpe)
+    learned = load_tokenizer(bpe)
+    expected = sum(len(learned.encode(path.read_text())) + 1 for path in text.iterdir())
+    assert printed.startswith(f"{corpus}: {expected:,} tokens of 30 documents, ")
+    assert len(list(open_source(f"tokens:{corpus}", tokenizer=learned).documents())) == 30
+    assert "source: expected text, got tokens" in says(capsys, "tokenizer", tmp_path / "x", "--source", f"tokens:{corpus}", status=1)
+
+
+def test_a_tokenizer_learns_nothing_from_text_that_is_held_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"{chr(0x3041 + i) * 6}\n")
+    says(capsys, "tokenizer", tmp_path / "bpe", "--source", tmp_path / "*.txt", "--vocab", 2000, "--validation-fraction", 0.5)
+    source = open_source(str(tmp_path / "*.txt"), tokenizer=ByteTokenizer(), fraction=0.5)
+    for side, learned in (("train", True), ("validation", False)):
+        documents = list(source.documents(View(side=side)))
+        assert documents
+        lengths = [len(load_tokenizer(tmp_path / "bpe").encode(text)) for text in documents]
+        assert all((length < 6) == learned for length in lengths), (side, lengths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,6 +113,17 @@ class JoinedSource(IndexedSource):
     def read(self, unit: int, side: Side) -> Sequence[Document]:
         part = int(np.searchsorted(self._first, unit, side="right")) - 1
         return self.parts[part].read(unit - int(self._first[part]), side)
+
+
+def up_to(documents: Iterable[Document], num_bytes: float) -> Iterator[str]:
+    """The first documents of text, until they have so many bytes."""
+    left = num_bytes
+    for document in documents:
+        assert isinstance(document, str)
+        if left <= 0:
+            return
+        left -= len(document.encode())
+        yield document
 
 
 def shuffled(documents: Sequence[Document], seed: int, epoch: int) -> Sequence[Document]:

@@ -120,7 +120,7 @@ def _open(path: str, tokenizer: Tokenizer) -> NDArray[Any]:
         about = json.loads(sidecar.read_text())
         dtype, tokens, made_with = DTYPES[about["dtype"]], int(about["tokens"]), about["tokenizer"]
     except FileNotFoundError:
-        raise DataError(f"{path}: {sidecar.name} is missing beside it; write token files with gdn.data.prepare") from None
+        raise DataError(f"{path}: {sidecar.name} is missing beside it; write token files with `gdn tokens` or gdn.data.prepare") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{sidecar}: expected a description with dtype, tokens and tokenizer, cannot use it: {error!r}") from None
     if made_with != tokenizer.fingerprint or about.get("end_id") != tokenizer.end_id:

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from gdn.cli import main
 from gdn.core.errors import CheckpointError, ConfigError
 from gdn.data.bpe import train_bpe
 from gdn.hf.convert import convert, load
@@ -329,6 +330,14 @@ def test_what_a_family_cannot_express_is_named(tmp_path: Path, to: str, config: 
     with pytest.raises(ConfigError, match=words):
         convert(tmp_path / "run", tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_model_exports_as_is_known_before_it_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "gdn_qwen_0.4b", "--exports"]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(said) == list(FAMILIES)
+    assert {name for name, words in said.items() if words == "yes"} == {"gdn", "run", "qwen3_5_text", "qwen3_next"}
+    assert said["gated_deltanet"] == "cannot express attention.qk_norm=True; expected False"
 
 
 def test_what_is_not_supported_or_damaged_is_named(tmp_path: Path) -> None:

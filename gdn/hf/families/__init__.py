@@ -2,6 +2,7 @@
 
 find(config)            the family of a folder's config.json
 family("qwen3_5_text")  by name
+refusals(LM.Config())   what each cannot express
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from gdn.core.errors import ConfigError, nearest
 from gdn.hf.families.base import Family
+from gdn.models.lm import LM
 
 FAMILIES = {
     "gdn": "gdn.hf.families.own:GDN",
@@ -49,3 +51,15 @@ def find(config: Mapping[str, Any]) -> Family:
         kind = config.get("model_type", "no model_type")
         raise ConfigError(f"config.json: no known checkpoint family ({kind}). Known: {', '.join(FAMILIES)}")
     return family(found[0])
+
+
+def refusals(config: LM.Config) -> dict[str, str]:
+    """By family: what of a model it cannot express; empty where it can express all of it."""
+    found: dict[str, str] = {}
+    for name in FAMILIES:
+        try:
+            family(name).write_config(config)
+            found[name] = ""
+        except ConfigError as error:
+            found[name] = str(error).removeprefix(f"{name}: ")
+    return found
