@@ -1,7 +1,7 @@
 """Runs spread over processes that share the device, or the devices.
 
-Each worker has a pipe: the parent sends it a run and gets the row, or why there is none. A worker that dies takes its run with it and is
-replaced, so that neither a fault of the device nor a lack of memory ends the others.
+Each worker has a pipe: the parent sends it runs, as many at a time as it has lanes, and gets rows, or why there is none. A worker that dies
+is replaced, so that neither a fault of the device nor a lack of memory ends the others.
 """
 
 from __future__ import annotations
@@ -9,90 +9,84 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 
-from gdn.experiments.definition import Row, Run
-from gdn.experiments.learn import learn
+from gdn.experiments.definition import Run
+from gdn.experiments.lanes import Lanes, Outcome, outcome
+from gdn.experiments.learn import rows
 from gdn.experiments.sets import Sets
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    number: int
-    """Its place among the runs."""
-    row: Row | None
-    """The result."""
-    failure: str = ""
-    """Why there is none."""
-
-
 class Worker:
-    """A process that does one run at a time."""
+    """A process that does some runs at a time."""
 
-    def __init__(self, device: torch.device, threads: int, folder: Path) -> None:
+    def __init__(self, device: torch.device, lanes: int, threads: int, folder: Path) -> None:
         context = torch.multiprocessing.get_context("spawn")
-        self.device = device
+        self.device, self.lanes = device, lanes
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, str(device), threads, str(folder)), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, str(device), lanes, threads, str(folder)), daemon=True)
         self.process.start()
         theirs.close()  # so that the pipe ends with the process
-        self.number: int | None = None
-
-    def give(self, number: int, run: Run) -> None:
-        """Begin a run."""
-        self.number = number
-        with suppress(BrokenPipeError):  # it has died; `take` says so
-            self.pipe.send(run.to_dict())
-
-    def take(self) -> Outcome:
-        """The end of its run. Waits for it."""
-        number, self.number = self.number, None
-        assert number is not None
-        try:
-            row, failure = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            code = self.process.exitcode or 0
-            row, failure = None, f"its process ended ({signal.Signals(-code).name if code < 0 else f'status {code}'})"
-        return Outcome(number, row, failure)
+        self.runs: dict[int, Run] = {}
+        """What it is doing."""
+        self.alone = False
 
     @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
+    def free(self) -> int:
+        """How many further runs there is room for."""
+        return 0 if self.alone and self.runs else self.lanes - len(self.runs)
+
+    def give(self, number: int, run: Run, *, alone: bool = False) -> None:
+        """Begin a run; `alone` keeps others away until it ends."""
+        self.runs[number], self.alone = run, alone
+        with suppress(BrokenPipeError):  # it has died; `take` says so
+            self.pipe.send((number, run.to_dict()))
+
+    def take(self) -> Outcome | None:
+        """The end of one of its runs, which is waited for. None when the process has ended."""
+        try:
+            found: Outcome = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            return None
+        del self.runs[found.number]
+        return found
+
+    @property
+    def end(self) -> str:
+        """How the process ended."""
+        code = self.process.exitcode or 0
+        return f"its process ended ({signal.Signals(-code).name if code < 0 else f'status {code}'})"
 
     def stop(self) -> None:
         self.process.terminate()
         self.pipe.close()
 
 
-def work(pipe: Connection, device: str, threads: int, folder: str) -> None:
+def work(pipe: Connection, device: str, count: int, threads: int, folder: str) -> None:
     """What a worker does until its pipe is closed. Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    sets = Sets(Path(folder))
     where = torch.device(device)
-    while True:
-        try:
-            run = Run.from_dict(pipe.recv())
-        except EOFError:
-            return
-        try:
-            pipe.send((learn(run, where, sets=sets), ""))
-        except Exception as error:
-            pipe.send((None, "".join(traceback.format_exception_only(error)).strip()))
-            if not usable(where):
+    lanes = Lanes(count, where, Sets(Path(folder)))
+    with rows(where):
+        while True:
+            try:
+                while not lanes.busy or (lanes.free and pipe.poll()):
+                    number, described = pipe.recv()
+                    lanes.begin(number, Run.from_dict(described))
+            except EOFError:
                 return
-        if where.type == "cuda":
-            torch.cuda.empty_cache()
+            for number, end in lanes.advance():
+                pipe.send(outcome(number, end))
+                if isinstance(end, Exception) and not usable(where):
+                    return
 
 
 def usable(device: torch.device) -> bool:
@@ -105,31 +99,40 @@ def usable(device: torch.device) -> bool:
 
 
 def outcomes(
-    runs: Iterable[tuple[int, Run]], device: torch.device, jobs: int, *, more: Callable[[], bool] = lambda: True
+    runs: Iterable[tuple[int, Run]], device: torch.device, jobs: int, lanes: int, *, left: Callable[[], float | None] = lambda: None
 ) -> Iterator[Outcome]:
-    """The ends of runs as they come. No further run is begun once `more` says no."""
-    with pool(device, jobs) as (idle, begin):
-        waiting, busy = iter(runs), []
-        while True:
-            while idle and more() and (following := next(waiting, None)):
-                worker = idle.pop()
-                if not worker.alive:
-                    worker.stop()
-                    worker = begin(worker.device)
-                worker.give(*following)
-                busy.append(worker)
+    """The ends of runs as they come. When `left`, the seconds that are left, reaches 0, what is going on is dropped.
+
+    A run whose process ended is begun once more, alone: it may have been another's fault.
+    """
+    waiting, again = deque(runs), set[int]()
+    with pool(device, jobs, lanes) as (workers, begin):
+        while (seconds := left()) is None or seconds > 0:
+            while waiting and (worker := max(workers, key=lambda each: each.free)).free:
+                alone = waiting[0][0] in again
+                if alone and worker.runs:
+                    break
+                worker.give(*waiting.popleft(), alone=alone)
+            busy = [worker for worker in workers if worker.runs]
             if not busy:
                 return
-            ready = wait([worker.pipe for worker in busy])
+            ready = wait([worker.pipe for worker in busy], timeout=seconds)
             for worker in [worker for worker in busy if worker.pipe in ready]:
-                busy.remove(worker)
-                outcome = worker.take()
-                idle.append(worker)
-                yield outcome
+                found = worker.take()
+                if found is not None:
+                    yield found
+                    continue
+                workers[workers.index(worker)] = begin(worker.device)
+                for number, run in worker.runs.items():
+                    if number in again:
+                        yield Outcome(number, None, worker.end)
+                    else:
+                        again.add(number)
+                        waiting.append((number, run))
 
 
 @contextmanager
-def pool(device: torch.device, jobs: int) -> Iterator[tuple[list[Worker], Callable[[torch.device], Worker]]]:
+def pool(device: torch.device, jobs: int, lanes: int) -> Iterator[tuple[list[Worker], Callable[[torch.device], Worker]]]:
     """Workers, and how to begin another; all are stopped in the end. Several GPUs are used in turn."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     places = devices(device)
@@ -137,7 +140,7 @@ def pool(device: torch.device, jobs: int) -> Iterator[tuple[list[Worker], Callab
     with tempfile.TemporaryDirectory(prefix="gdn-experiment-") as folder:
 
         def begin(where: torch.device) -> Worker:
-            begun.append(Worker(where, threads, Path(folder)))
+            begun.append(Worker(where, lanes, threads, Path(folder)))
             return begun[-1]
 
         try:
