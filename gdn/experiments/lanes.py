@@ -68,8 +68,10 @@ class Lane:
             with self._here():
                 reads = next(self.steps)
                 self.turns += 1
-                if self.stream is not None:
-                    self.reached = self.stream.record_event() if reads or self.turns % AHEAD == 0 else None
+                self.reached = None
+                if self.stream is not None and (reads or self.turns % AHEAD == 0):
+                    self.reached = torch.cuda.Event()
+                    self.reached.record(self.stream)
         except StopIteration as end:
             self.end()
             return end.value
@@ -139,7 +141,7 @@ def default(device: torch.device) -> int:
     return ON_GPU if device.type == "cuda" else 1
 
 
-def in_turns(runs: Iterable[tuple[int, Run, Watch]], device: torch.device, count: int, sets: Sets) -> Iterator[Outcome | None]:
+def in_turns(runs: Iterable[tuple[int, Run, Watch]], device: torch.device, count: int, sets: Sets) -> Generator[Outcome | None, None, None]:
     """The ends of runs that are done in this process, and None after each turn. What fails is raised."""
     lanes, waiting = Lanes(count, device, sets), iter(runs)
     with closing(lanes), rows(device):
