@@ -102,7 +102,7 @@ def _do(
         return f"{conduct.experiment.name}, {run.title}"
 
     runs = [run for _, run in missing]
-    ends = _here(runs, device, lanes, left, console) if jobs == 1 else outcomes(enumerate(runs), device, jobs, lanes, left=left)
+    ends = _here(runs, device, lanes, left, console) if jobs == 1 else outcomes(enumerate(runs), device, jobs, lanes, left=left, tell=say)
     done, failures = 0, []
     for end in ends:
         done += 1

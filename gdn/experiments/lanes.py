@@ -22,6 +22,10 @@ AHEAD = 50
 """Turns that a lane may be ahead of its device."""
 ON_GPU = 16
 """Lanes of a process on a GPU if nothing else is said: about as many models of a millisecond's replay as the host can keep fed."""
+OF_A_LANE = 2 << 30
+"""Bytes of a GPU that a lane has to have: the largest updates of the experiments take 1 GiB, and training sets are there with them."""
+OF_A_PROCESS = 1 << 30
+"""Bytes that a process takes before it does anything."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Outcome:
     """The result."""
     failure: str = ""
     """Why there is none."""
+    crowded: bool = False
+    """Whether that was a lack of memory, so that it might be done with nothing beside it."""
 
 
 class Lane:
@@ -78,10 +84,11 @@ class Lane:
         return None
 
     def end(self) -> None:
-        """Forget the run."""
+        """Forget the run, and give back the memory that it held."""
         if self.steps is not None:
             self.steps.close()
         self.number = self.steps = self.reached = None
+        release(self.device)
 
     def _here(self) -> AbstractContextManager[object]:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
@@ -117,6 +124,7 @@ class Lanes:
             try:
                 row = lane.advance()
             except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # they hold the model
                 lane.end()
                 yield number, error
             else:
@@ -132,7 +140,8 @@ class Lanes:
 def outcome(number: int, end: Row | Exception) -> Outcome:
     """How a run ended, in words."""
     if isinstance(end, Exception):
-        return Outcome(number, None, "".join(traceback.format_exception_only(end)).strip())
+        text = "".join(traceback.format_exception_only(end)).strip()
+        return Outcome(number, None, text, crowded=isinstance(end, torch.OutOfMemoryError))
     return Outcome(number, end)
 
 
@@ -141,9 +150,24 @@ def default(device: torch.device) -> int:
     return ON_GPU if device.type == "cuda" else 1
 
 
+def room(count: int, device: torch.device, sharing: int) -> int:
+    """How many of `count` lanes a process can have when `sharing` processes have an equal part of a GPU's memory. At least one."""
+    if device.type != "cuda":
+        return count
+    mine = torch.cuda.get_device_properties(device).total_memory // sharing - OF_A_PROCESS
+    return max(1, min(count, mine // OF_A_LANE))
+
+
+def release(device: torch.device) -> None:
+    """Give back memory that is kept for reuse. What was captured has memory of its own that no other run could use, and what is kept for
+    one stream is not used on another."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def in_turns(runs: Iterable[tuple[int, Run, Watch]], device: torch.device, count: int, sets: Sets) -> Generator[Outcome | None, None, None]:
     """The ends of runs that are done in this process, and None after each turn. What fails is raised."""
-    lanes, waiting = Lanes(count, device, sets), iter(runs)
+    lanes, waiting = Lanes(room(count, device, 1), device, sets), iter(runs)
     with closing(lanes), rows(device):
         while True:
             while lanes.free and (following := next(waiting, None)):

@@ -1,7 +1,8 @@
 """Runs spread over processes that share the device, or the devices.
 
-Each worker has a pipe: the parent sends it runs, as many at a time as it has lanes, and gets rows, or why there is none. A worker that dies
-is replaced, so that neither a fault of the device nor a lack of memory ends the others.
+Each worker has a pipe: it says how many lanes it has once the device has answered, the parent sends it as many runs at a time and gets
+rows, or why there is none. A worker that dies is replaced, so that neither a fault of the device nor a lack of memory ends the others. One that
+cannot begin is not: the others have the work, and no run was given to it.
 """
 
 from __future__ import annotations
@@ -10,32 +11,56 @@ import os
 import signal
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 
+from gdn.core.errors import ExperimentError
 from gdn.experiments.definition import Run
-from gdn.experiments.lanes import Lanes, Outcome, outcome
+from gdn.experiments.lanes import Lanes, Outcome, outcome, room
 from gdn.experiments.learn import rows
 from gdn.experiments.sets import Sets
+
+HINT = """
+  (Processes under MPS share a limited number of connections, and each takes CUDA_DEVICE_MAX_CONNECTIONS of them. Where there are
+  not as many left, CUDA may say that it is out of memory or that the device is busy: lower that number, or the number of jobs.)"""
+"""A cause that CUDA's message does not tell."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a worker says first."""
+
+    lanes: int
+    """How many runs it can do at a time. 0: none, it could not use the device."""
+    failure: str = ""
+    """Why not."""
 
 
 class Worker:
     """A process that does some runs at a time."""
 
-    def __init__(self, device: torch.device, lanes: int, threads: int, folder: Path) -> None:
+    def __init__(self, device: torch.device, lanes: int, sharing: int, threads: int, folder: Path) -> None:
         context = torch.multiprocessing.get_context("spawn")
-        self.device, self.lanes = device, lanes
+        self.device = device
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, str(device), lanes, threads, str(folder)), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, str(device), lanes, sharing, threads, str(folder)), daemon=True)
         self.process.start()
         theirs.close()  # so that the pipe ends with the process
+        self.lanes = 0
+        """How many runs it does at a time; none before it has begun."""
         self.runs: dict[int, Run] = {}
         """What it is doing."""
         self.alone = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether it will say something."""
+        return bool(self.runs) or not self.lanes
 
     @property
     def free(self) -> int:
@@ -48,14 +73,17 @@ class Worker:
         with suppress(BrokenPipeError):  # it has died; `take` says so
             self.pipe.send((number, run.to_dict()))
 
-    def take(self) -> Outcome | None:
-        """The end of one of its runs, which is waited for. None when the process has ended."""
+    def take(self) -> Outcome | Begun | None:
+        """What it says next, which is waited for: that it has begun, or the end of one of its runs. None when the process has ended."""
         try:
-            found: Outcome = self.pipe.recv()
+            found: Outcome | Begun = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
             return None
-        del self.runs[found.number]
+        if isinstance(found, Begun):
+            self.lanes = found.lanes
+        else:
+            del self.runs[found.number]
         return found
 
     @property
@@ -69,12 +97,18 @@ class Worker:
         self.pipe.close()
 
 
-def work(pipe: Connection, device: str, count: int, threads: int, folder: str) -> None:
+def work(pipe: Connection, device: str, count: int, sharing: int, threads: int, folder: str) -> None:
     """What a worker does until its pipe is closed. Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     where = torch.device(device)
-    lanes = Lanes(count, where, Sets(Path(folder)))
+    try:
+        torch.ones(1, device=where).add(1).cpu()  # makes the context, where a process that is one too many is refused
+        lanes = Lanes(room(count, where, sharing), where, Sets(Path(folder)))
+    except RuntimeError as error:
+        pipe.send(Begun(0, str(error).strip().splitlines()[0]))
+        return
+    pipe.send(Begun(len(lanes.lanes)))
     with rows(where):
         while True:
             try:
@@ -84,8 +118,9 @@ def work(pipe: Connection, device: str, count: int, threads: int, folder: str) -
             except EOFError:
                 return
             for number, end in lanes.advance():
-                pipe.send(outcome(number, end))
-                if isinstance(end, Exception) and not usable(where):
+                found = outcome(number, end)
+                pipe.send(found)
+                if found.row is None and not usable(where):
                     return
 
 
@@ -98,37 +133,77 @@ def usable(device: torch.device) -> bool:
     return True
 
 
+class Plan:
+    """What is to be done, in order, and what is to be done once more, alone: the death of its process may have been another's fault."""
+
+    def __init__(self, runs: Iterable[tuple[int, Run]]) -> None:
+        self.runs = dict(runs)
+        self.waiting, self.suspects, self.again = deque(self.runs), deque[int](), set[int]()
+
+    @property
+    def left(self) -> bool:
+        """Whether anything has not begun."""
+        return bool(self.waiting or self.suspects)
+
+    def hand_out(self, workers: Sequence[Worker]) -> None:
+        """Give runs to who has most room. A worker without any, such as one that replaces another, takes suspects first."""
+        while (worker := max(workers, key=lambda each: each.free)).free:
+            queue = self.suspects if self.suspects and not worker.runs else self.waiting
+            if not queue:
+                return
+            number = queue.popleft()
+            worker.give(number, self.runs[number], alone=queue is self.suspects)
+
+    def suspect(self, number: int) -> bool:
+        """Do a run once more. False if this was the second time."""
+        if number in self.again:
+            return False
+        self.again.add(number)
+        self.suspects.append(number)
+        return True
+
+
 def outcomes(
-    runs: Iterable[tuple[int, Run]], device: torch.device, jobs: int, lanes: int, *, left: Callable[[], float | None] = lambda: None
+    runs: Iterable[tuple[int, Run]],
+    device: torch.device,
+    jobs: int,
+    lanes: int,
+    *,
+    left: Callable[[], float | None] = lambda: None,
+    tell: Callable[[str], object] = lambda text: None,
 ) -> Iterator[Outcome]:
     """The ends of runs as they come. When `left`, the seconds that are left, reaches 0, what is going on is dropped.
 
-    A run whose process ended is begun once more, alone: it may have been another's fault.
+    A run whose process ended, or that lacked memory, is begun once more, alone. `tell` hears of processes that are missing.
+
+    Raises:
+        ExperimentError: no process could use the device.
     """
-    waiting, again = deque(runs), set[int]()
+    plan = Plan(runs)
     with pool(device, jobs, lanes) as (workers, begin):
         while (seconds := left()) is None or seconds > 0:
-            while waiting and (worker := max(workers, key=lambda each: each.free)).free:
-                alone = waiting[0][0] in again
-                if alone and worker.runs:
-                    break
-                worker.give(*waiting.popleft(), alone=alone)
-            busy = [worker for worker in workers if worker.runs]
-            if not busy:
+            plan.hand_out(workers)
+            if not plan.left and not any(worker.runs for worker in workers):
                 return
-            ready = wait([worker.pipe for worker in busy], timeout=seconds)
-            for worker in [worker for worker in busy if worker.pipe in ready]:
+            ready = wait([worker.pipe for worker in workers if worker.busy], timeout=seconds)
+            for worker in [worker for worker in workers if worker.pipe in ready]:
                 found = worker.take()
-                if found is not None:
+                if not worker.lanes:
+                    workers.remove(worker)
+                    tell(without(worker, found, workers))
+                elif found is None:
+                    workers[workers.index(worker)] = begin(worker.device)
+                    yield from [Outcome(number, None, worker.end) for number in worker.runs if not plan.suspect(number)]
+                elif isinstance(found, Outcome) and not (found.crowded and plan.suspect(found.number)):
                     yield found
-                    continue
-                workers[workers.index(worker)] = begin(worker.device)
-                for number, run in worker.runs.items():
-                    if number in again:
-                        yield Outcome(number, None, worker.end)
-                    else:
-                        again.add(number)
-                        waiting.append((number, run))
+
+
+def without(worker: Worker, found: Outcome | Begun | None, others: Sequence[Worker]) -> str:
+    """Says that a worker could not begin, and why."""
+    why = found.failure if isinstance(found, Begun) else worker.end
+    if not others:
+        raise ExperimentError(f"no process could use {worker.device}: {why}{HINT}")
+    return f"{len(others)} processes instead of {len(others) + 1}: one could not use {worker.device}: {why}{HINT}"
 
 
 @contextmanager
@@ -136,11 +211,12 @@ def pool(device: torch.device, jobs: int, lanes: int) -> Iterator[tuple[list[Wor
     """Workers, and how to begin another; all are stopped in the end. Several GPUs are used in turn."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     places = devices(device)
+    sharing = -(-jobs // len(places))
     begun: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="gdn-experiment-") as folder:
 
         def begin(where: torch.device) -> Worker:
-            begun.append(Worker(where, lanes, threads, Path(folder)))
+            begun.append(Worker(where, lanes, sharing, threads, Path(folder)))
             return begun[-1]
 
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +12,9 @@ import torch
 
 from gdn.data.synthetic import MQAR, Parity
 from gdn.experiments import lanes as module
+from gdn.experiments import learn as learn_module
 from gdn.experiments.definition import Row, Run, Test, Training
-from gdn.experiments.lanes import AHEAD, Lane, default, in_turns
+from gdn.experiments.lanes import AHEAD, Lane, default, in_turns, room
 from gdn.experiments.learn import learn, learning, rows, silent
 from gdn.experiments.sets import Sets
 from gdn.mixers.attention import Attention
@@ -113,3 +117,39 @@ def test_several_writes_are_a_longer_sequence_on_a_gpu() -> None:
     with rows(torch.device("cuda")):
         assert PRODUCT.forced == "stretched"
     assert PRODUCT.forced is None
+
+
+def test_a_run_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that fails: its traceback holds no model. Memory is given back once all of it is free."""
+    built: list[weakref.ref[Any]] = []
+    alive_at_release: list[bool] = []
+    real = learn_module.build
+
+    def build(*args: Any) -> Any:
+        model = real(*args)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(learn_module, "build", build)
+    monkeypatch.setattr(module, "release", lambda device: alive_at_release.append(built[-1]() is not None))
+    failing = run().with_(tests=(Test(name="score", task=PARITY, measure="legal", examples=8),))
+    for each in (run(examples=8), failing):
+        lane = module.Lanes(1, CPU, Sets())
+        lane.begin(0, each)
+        ends: list[Any] = []
+        gc.disable()
+        try:
+            while lane.busy:
+                ends += lane.advance()
+        finally:
+            gc.enable()
+        assert isinstance(ends[0][1], Exception) is (each is failing)
+    assert alive_at_release == [False, False]
+
+
+def test_lanes_fit_into_the_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+    assert [room(16, cuda, sharing) for sharing in (1, 4, 16, 200)] == [16, 9, 2, 1]
+    assert room(3, cuda, 1) == 3
+    assert room(16, CPU, 200) == 16

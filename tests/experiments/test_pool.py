@@ -9,7 +9,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from gdn.experiments import conduct as module
 from gdn.experiments import pool, sets
 from gdn.experiments.conduct import conduct_all, read
 from gdn.experiments.definition import Experiment, Run, Test, Training
-from gdn.experiments.lanes import Outcome
+from gdn.experiments.lanes import Outcome, outcome
 from gdn.experiments.sets import Sets
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
@@ -86,7 +86,55 @@ def test_a_process_that_dies_is_told_replaced_and_costs_no_other_run(lanes: int,
     assert ends.pop(lanes - 1) == Outcome(lanes - 1, None, "its process ended (SIGKILL)")
     assert {number: end.row is not None for number, end in ends.items()} == dict.fromkeys(ends, True)
     assert len(ends) == lanes
-    assert given == ([(0, False), (1, False), (0, True)] if lanes == 1 else [(0, False), (1, False), (2, False), (0, True), (1, True)])
+    assert given == ([(0, False), (0, True), (1, False)] if lanes == 1 else [(0, False), (1, False), (0, True), (1, True), (2, False)])
+
+
+def test_a_process_that_cannot_begin_costs_no_run_and_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, told, begun = list[int](), list[str](), list[pool.Worker]()
+
+    class Refused(pool.Worker):
+        def __init__(self, device: torch.device, *rest: Any) -> None:
+            super().__init__(torch.device("meta") if len(begun) < 2 else device, *rest)  # no number can be read back from "meta"
+            begun.append(self)
+
+        def give(self, number: int, run: Run, *, alone: bool = False) -> None:
+            super().give(number, run, alone=alone)
+            given.append(number)
+
+    monkeypatch.setattr(pool, "Worker", Refused)
+    ends = [end.number for end in pool.outcomes(enumerate([run(seed=seed) for seed in range(3)]), CPU, jobs=3, lanes=1, tell=told.append)]
+    assert ends == given == [0, 1, 2]
+    assert len(begun) == 3
+    assert [line.split(":")[0] for line in told] == ["2 processes instead of 3", "1 processes instead of 2"]
+
+
+def test_that_no_process_can_begin_is_an_error() -> None:
+    with pytest.raises(ExperimentError, match=r"no process could use meta: (?s:.)*CUDA_DEVICE_MAX_CONNECTIONS"):
+        list(pool.outcomes(enumerate([run()]), torch.device("meta"), jobs=1, lanes=1))
+
+
+def test_a_lack_of_memory_is_tried_once_more_alone() -> None:
+    class Worker:
+        free, runs, given = 2, dict[int, Run](), list[tuple[int, bool]]()
+
+        def give(self, number: int, run: Run, *, alone: bool = False) -> None:
+            self.runs[number] = run
+            self.free = 0 if alone else self.free - 1
+            self.given.append((number, alone))
+
+    plan, worker, chosen = pool.Plan(enumerate([run()] * 3)), Worker(), cast("list[pool.Worker]", [])
+    chosen.append(cast("pool.Worker", worker))
+    plan.hand_out(chosen)
+    lacking = outcome(0, torch.OutOfMemoryError("CUDA out of memory"))
+    assert lacking.crowded
+    assert not outcome(0, ValueError("something else")).crowded
+    assert plan.suspect(0)
+    worker.runs, worker.free = {1: run()}, 1
+    plan.hand_out(chosen)  # not while another is there
+    worker.runs, worker.free = {}, 2
+    plan.hand_out(chosen)
+    assert worker.given == [(0, False), (1, False), (2, False), (0, True)]
+    assert not plan.suspect(0)
 
 
 def test_first_seeds_come_first_then_what_can_wait(tmp_path: Path) -> None:
