@@ -538,6 +538,7 @@ def experiment(
     directory: Path | None = None,
     device: str = "auto",
     jobs: int = 1,
+    lanes: int | None = None,
     budget: float | None = None,
 ) -> int:
     """Test claims on generated tasks: train the models they compare, then a table and a picture. Without a name: list them.
@@ -549,7 +550,8 @@ def experiment(
         directory: Where results.jsonl, table.md and plot.png go; with several names each has a folder there. Default: experiments/NAME.
         device: "auto", "cpu" or "cuda"; with several jobs "cuda" is every GPU.
         jobs: Processes that the runs are spread over.
-        budget: Seconds after which no further run is begun. First seeds come before second ones.
+        lanes: Runs that each process advances in turns. Default: one, on a GPU 16, each on a stream of its own.
+        budget: Seconds after which what is not finished is dropped. First seeds come before second ones.
     """
     if not names:
         from gdn import experiments
@@ -558,7 +560,7 @@ def experiment(
         return 0
     from gdn.experiments.command import experiments as carry_out
 
-    carry_out(names, toy=toy, only=only, directory=directory, device=device, jobs=jobs, budget=budget)
+    carry_out(names, toy=toy, only=only, directory=directory, device=device, jobs=jobs, lanes=lanes, budget=budget)
     return 0
 
 

@@ -19,6 +19,7 @@ def experiments(
     directory: Path | None = None,
     device: str = "auto",
     jobs: int = 1,
+    lanes: int | None = None,
     budget: float | None = None,
 ) -> None:
     """Carry out experiments, "all" for every one. Results go to experiments/NAME (of toys: runs/experiments/NAME-toy), or to `directory`,
@@ -31,4 +32,4 @@ def experiments(
     loaded = [find.load(name) for name in names]
     home = directory or Path("runs/experiments" if toy else "experiments")
     folders = [home if directory and len(names) == 1 else home / (f"{name}-toy" if toy and not directory else name) for name in names]
-    conduct_all(list(zip(loaded, folders)), named_device(device), toy=toy, only=only, jobs=jobs, budget=budget)
+    conduct_all(list(zip(loaded, folders)), named_device(device), toy=toy, only=only, jobs=jobs, lanes=lanes, budget=budget)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from rich.console import Console
 from gdn.core.errors import ConfigError, DataError, ExperimentError
 from gdn.experiments import report
 from gdn.experiments.definition import Experiment, Row, Run
-from gdn.experiments.learn import learn
+from gdn.experiments.lanes import Outcome, default, in_turns
 from gdn.experiments.pool import outcomes
+from gdn.experiments.sets import Sets
 from gdn.train.display import duration
 
 RESULTS, TABLE, PLOT = "results.jsonl", "table.md", "plot.png"
@@ -36,12 +38,14 @@ def conduct_all(
     toy: bool = False,
     only: str = "",
     jobs: int = 1,
+    lanes: int | None = None,
     budget: float | None = None,
     console: Console | None = None,
 ) -> list[list[Row]]:
     """The rows of all runs of some experiments. Each is written as soon as it is finished, so that stopping loses only what is going on.
 
-    Every run with the first seed comes before any with the second, so that a run cut short has something to say about every claim.
+    Every run with the first seed comes before any with the second, so that what is cut short has something to say about every claim.
+    Among those the order is that of the experiments and of their runs. What an experiment calls `later` waits for all seeds of the rest.
 
     Args:
         chosen: what to do, and where results.jsonl, table.md and plot.png of each go.
@@ -49,26 +53,29 @@ def conduct_all(
         toy: a few steps of each model instead.
         only: do only runs whose series contains this.
         jobs: processes that runs are spread over. With one, runs are done in this process.
-        budget: seconds after which no further run is begun.
+        lanes: runs that each process advances in turns. Default: one, on a GPU `lanes.ON_GPU`.
+        budget: seconds after which what is not finished is dropped.
 
     Raises:
         ExperimentError: runs failed in other processes; all others have been done.
     """
-    if jobs < 1:
-        raise ConfigError(f"jobs: expected at least 1, got {jobs}")
+    lanes = default(device) if lanes is None else lanes
+    for name, value in (("jobs", jobs), ("lanes", lanes)):
+        if value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
     if budget is not None and not budget > 0:
         raise ConfigError(f"budget: expected a number of seconds above 0, got {budget}")
     console = console or Console(highlight=False)
     conducts = [Conduct.of(experiment, directory, toy, console) for experiment, directory in chosen]
     missing = [(conduct, run) for conduct in conducts for run in conduct.missing(only)]
-    missing.sort(key=lambda pair: (pair[1].seed, pair[0].place(pair[1])))
+    missing.sort(key=lambda pair: (pair[0].experiment.later(pair[1]), pair[1].seed))
     if only and not any(only in run.series for conduct in conducts for run in conduct.runs):
         series = dict.fromkeys(run.series for conduct in conducts for run in conduct.runs)
         raise ConfigError(f'only: no series contains "{only}": {", ".join(series)}')
     for conduct in conducts:
         conduct.introduce(len(conduct.missing(only)), device)
     try:
-        failures = _do(missing, device, jobs, budget, console)
+        failures = _do(missing, device, jobs, lanes, budget, console)
     finally:
         # Also when stopped half-way: what there is can be looked at.
         for conduct in conducts:
@@ -78,12 +85,14 @@ def conduct_all(
     return [conduct.rows for conduct in conducts]
 
 
-def _do(missing: Sequence[tuple[Conduct, Run]], device: torch.device, jobs: int, budget: float | None, console: Console) -> list[str]:
+def _do(
+    missing: Sequence[tuple[Conduct, Run]], device: torch.device, jobs: int, lanes: int, budget: float | None, console: Console
+) -> list[str]:
     """Do the runs; the failures of those done in other processes."""
     began = time.monotonic()
 
-    def more() -> bool:
-        return budget is None or time.monotonic() - began < budget
+    def left() -> float | None:
+        return None if budget is None else budget - (time.monotonic() - began)
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
@@ -92,33 +101,36 @@ def _do(missing: Sequence[tuple[Conduct, Run]], device: torch.device, jobs: int,
         conduct, run = missing[number]
         return f"{conduct.experiment.name}, {run.title}"
 
-    def left(done: int) -> str:
-        spent = time.monotonic() - began
-        return f", about {duration(spent / done * (len(missing) - done))} left" if 0 < done < len(missing) else ""
-
+    runs = [run for _, run in missing]
+    ends = _here(runs, device, lanes, left, console) if jobs == 1 else outcomes(enumerate(runs), device, jobs, lanes, left=left, tell=say)
     done, failures = 0, []
-    if jobs == 1:
-        for number, (conduct, run) in enumerate(missing):
-            if not more():
-                break
-            say(f"run {number + 1} of {len(missing)}: {title(number)}{left(number)}")
-            row = learn(run, device, Watcher(run, console))
-            conduct.add(run, row)
-            say(f"    {result(row)}")
-            done += 1
-    else:
-        for outcome in outcomes(enumerate(run for _, run in missing), device, jobs, more=more):
-            done += 1
-            if outcome.row is None:
-                failures.append(f"{title(outcome.number)}: {outcome.failure}")
-                say(f"{done} of {len(missing)}: {failures[-1]}")
-                continue
-            conduct, run = missing[outcome.number]
-            conduct.add(run, outcome.row)
-            say(f"{done} of {len(missing)}: {title(outcome.number)}: {result(outcome.row)}{left(done)}")
+    for end in ends:
+        done += 1
+        spent = time.monotonic() - began
+        after = f", about {duration(spent / done * (len(missing) - done))} left" if done < len(missing) else ""
+        if end.row is None:
+            failures.append(f"{title(end.number)}: {end.failure}")
+            say(f"{done} of {len(missing)}: {failures[-1]}")
+            continue
+        conduct, run = missing[end.number]
+        conduct.add(run, end.row)
+        say(f"{done} of {len(missing)}: {title(end.number)}: {result(end.row)}{after}")
     if done < len(missing):
-        say(f"{len(missing) - done} runs were not begun: the budget of {budget:g} s is spent. The same command again goes on with them.")
+        say(f"{len(missing) - done} runs are not finished: the budget of {budget:g} s is spent. The same command again does them.")
     return failures
+
+
+def _here(runs: Sequence[Run], device: torch.device, lanes: int, left: Callable[[], float | None], console: Console) -> Iterator[Outcome]:
+    """The ends of runs that are done in this process."""
+    watched = ((number, run, Watcher(run, console)) for number, run in enumerate(runs))
+    with closing(in_turns(watched, device, lanes, Sets())) as ends:
+        while (seconds := left()) is None or seconds > 0:
+            try:
+                end = next(ends)
+            except StopIteration:
+                return
+            if end is not None:
+                yield end
 
 
 def result(row: Row) -> str:
@@ -147,10 +159,6 @@ class Conduct:
 
     def missing(self, only: str) -> list[Run]:
         return [run for run in self.runs if run.key not in self.finished and only in run.series]
-
-    def place(self, run: Run) -> int:
-        """Of its model among the models. Runs of one model follow each other, so that few wait for the same training set."""
-        return list(dict.fromkeys(each.series for each in self.runs)).index(run.series)
 
     def introduce(self, missing: int, device: torch.device) -> None:
         say = f"{self.experiment.name}: {self.experiment.claim}\n{len(self.runs)} runs, {missing} to do, on {device}; "
@@ -223,5 +231,7 @@ class Watcher:
             self.last = time.monotonic()
             test = self.run.tests[0].name
             self.console.print(
-                f"    step {step:,} of {self.run.training.steps:,}  loss {loss:.4f}  {test} {value:.3f}", markup=False, soft_wrap=True
+                f"    {self.run.title}: step {step:,} of {self.run.training.steps:,}  loss {loss:.4f}  {test} {value:.3f}",
+                markup=False,
+                soft_wrap=True,
             )

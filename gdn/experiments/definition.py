@@ -124,6 +124,8 @@ class Experiment:
     """All runs. True: toy sizes, a few steps of each model on a CPU, to see that everything works."""
     figure: Callable[[Sequence[Row]], Figure]
     """The picture."""
+    later: Callable[[Run], bool] = lambda run: False
+    """Runs that wait until all others have been done: those that say least for their time."""
     x_name: str = ""
     """What is varied."""
     published: Mapping[str, str] = field(default_factory=dict)

@@ -29,15 +29,15 @@ class Inputs(NamedTuple):
     """int64 `[B, n]`: where targets are, if every sequence has as many and they are few"""
 
     @classmethod
-    def of(cls, sample: Sample, device: torch.device = CPU, *, fill: bool = False) -> Inputs:
-        """A sample, on a device; `fill` to a multiple of `WHOLE`."""
+    def of(cls, sample: Sample, device: torch.device = CPU, *, fill: int = 1) -> Inputs:
+        """A sample, on a device, filled up to a multiple of `fill` tokens."""
         tokens, targets = sample.tokens, sample.targets
         asked = targets != IGNORE
         counts, places = asked.sum(1), None
         if 0 < 2 * int(counts[0]) <= targets.shape[1] and bool((counts == counts[0]).all()):
             places = asked.nonzero()[:, 1].view(len(tokens), -1)
             targets = targets.gather(1, places)
-        short = -tokens.shape[1] % WHOLE if fill else 0
+        short = -tokens.shape[1] % fill
         if short:
             tokens = F.pad(tokens, (0, short))
             targets = targets if places is not None else F.pad(targets, (0, short), value=IGNORE)
@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
 def stream(tasks: Sequence[Task], training: Training, seed: int, device: torch.device = CPU, sets: Sets | None = None) -> Iterator[Inputs]:
     """A batch for each step, from the tasks in turn: always new, or from a fixed set in a new order each epoch."""
     generator = torch.Generator().manual_seed(seed)
-    fills = [device.type == "cuda" and not task.from_last for task in tasks]
+    fills = [WHOLE if device.type == "cuda" and not task.from_last else 1 for task in tasks]
     if training.examples is None:
         for step in range(training.steps):
             turn = step % len(tasks)
@@ -64,10 +64,18 @@ def stream(tasks: Sequence[Task], training: Training, seed: int, device: torch.d
         return
     sets = sets or Sets()
     fixed = [Inputs.of(sets.training(task, training.examples, seed), device, fill=fill) for task, fill in zip(tasks, fills)]
-    left: list[list[Tensor]] = [[] for _ in tasks]
+    rows = torch.stack(list(_orders(len(tasks), training, generator))).to(device)  # at once: a copy on the way would wait for the device
     for step in range(training.steps):
-        turn = step % len(tasks)
-        if not left[turn]:
-            order = torch.randperm(training.examples, generator=generator).to(device)
-            left[turn] = [piece for piece in order.split(training.batch) if len(piece) == training.batch]
-        yield fixed[turn].chosen(left[turn].pop())
+        yield fixed[step % len(tasks)].chosen(rows[step])
+
+
+def _orders(tasks: int, training: Training, generator: torch.Generator) -> Iterator[Tensor]:
+    """For each step which sequences of the training set of its task it takes."""
+    assert training.examples is not None
+    left: list[list[Tensor]] = [[] for _ in range(tasks)]
+    for step in range(training.steps):
+        mine = left[step % tasks]
+        if not mine:
+            order = torch.randperm(training.examples, generator=generator)
+            mine += [piece for piece in order.split(training.batch) if len(piece) == training.batch]
+        yield mine.pop()

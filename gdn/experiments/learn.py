@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from gdn import __version__
 from gdn.core.device import machine
+from gdn.core.dispatch import use
 from gdn.core.errors import NonFiniteError
 from gdn.experiments.definition import Row, Run
 from gdn.experiments.inputs import stream
-from gdn.experiments.measure import score
+from gdn.experiments.measure import Score, scoring, whole
 from gdn.experiments.readout import build
 from gdn.experiments.sets import Sets
 from gdn.experiments.update import Update, cuda_graph, own_stream
@@ -26,31 +28,47 @@ LOOK = 256
 """Sequences of the first test that a look on the way takes, at most."""
 
 
-def learn(run: Run, device: torch.device, watch: Watch = lambda step, loss, value: None, sets: Sets | None = None) -> Row:
+def silent(step: int, loss: float, value: float) -> None:
+    """Watches nothing."""
+
+
+def learn(run: Run, device: torch.device, watch: Watch = silent, sets: Sets | None = None) -> Row:
     """Train and test; the row of results."""
-    with own_stream(device):
-        return _learn(run, device, watch, sets or Sets())
+    with rows(device), own_stream(device):
+        return whole(learning(run, device, watch, sets or Sets()))
 
 
-def _learn(run: Run, device: torch.device, watch: Watch, sets: Sets) -> Row:
+def learning(run: Run, device: torch.device, watch: Watch, sets: Sets) -> Generator[bool, None, Row]:
+    """`learn` in steps: pauses after each update, so that others can have their turn. True says that what comes next waits for the device.
+
+    Everything that is drawn from the generators of the process is drawn before the first pause: no run depends on those beside it.
+    """
     began, training = time.monotonic(), run.training
     random_state.seed(run.seed)
     model = build(run.model, run.tasks[0]).to(device)
     update = Update(model, training, cuda_graph if device.type == "cuda" else None)
     samples = [sets.test(test) for test in run.tests]
+    yield False
+    for task in run.tasks:
+        while training.examples is not None and sets.being_drawn(task, training.examples, run.seed):
+            yield False
     curve: list[tuple[int, float]] = []
     step = 0
     for step, inputs in enumerate(stream(run.tasks, training, run.seed, device, sets), start=1):
         update(step, inputs)
+        yield False
         if step % training.check_every == 0 or step == training.steps:
+            yield True
             loss = finite(update.losses[:step], step)
-            value = score(model, run.tests[0], samples[0], precision=training.precision, examples=LOOK).value
+            value = (yield from pausing(scoring(model, run.tests[0], samples[0], training.precision, LOOK))).value
             curve.append((step, round(value, 4)))
             watch(step, loss, value)
             if training.enough is not None and len(curve) > 1 and min(value, curve[-2][1]) >= training.enough:
                 break
     last = update.losses[max(0, step - 20) : step].double().mean()
-    scores = {test.name: score(model, test, sample, precision=training.precision) for test, sample in zip(run.tests, samples)}
+    scores = {}
+    for test, sample in zip(run.tests, samples):
+        scores[test.name] = yield from pausing(scoring(model, test, sample, training.precision))
     here = machine()
     return {
         "series": run.series,
@@ -70,6 +88,22 @@ def _learn(run: Run, device: torch.device, watch: Watch, sets: Sets) -> Row:
         "gdn": __version__,
         "run": run.to_dict(),
     }
+
+
+def pausing(steps: Generator[None, None, Score]) -> Generator[bool, None, Score]:
+    """Pauses where `steps` does; the device has nothing to do then."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        yield False
+
+
+def rows(device: torch.device) -> AbstractContextManager[None]:
+    """Chooses implementations for the body. On a GPU several writes a token are a longer sequence of single ones, which has kernels: a step
+    with two writes takes a third of the time."""
+    return use(gated_delta_product="stretched") if device.type == "cuda" else nullcontext()
 
 
 def finite(losses: torch.Tensor, step: int) -> float:

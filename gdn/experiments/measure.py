@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from gdn.experiments.readout import Model
 from gdn.experiments.sets import Sets
 from gdn.train.step import Precision, autocast
 
+T = TypeVar("T")
 POINTS = 64
 """A profile has at most this many places."""
 
@@ -27,22 +29,36 @@ class Score:
     """By place: the measure of the targets there (sequences: with all targets up to there hit). For hits only."""
 
 
-@torch.no_grad()
 def score(model: Model, test: Test, sample: Sample | None = None, *, precision: Precision = "fp32", examples: int | None = None) -> Score:
     """Put a model to a test, or to its first `examples`. `sample` are the test's sequences, if at hand. Puts the model in evaluation mode
     and back."""
-    sample = Sets().test(test) if sample is None else sample
+    return whole(scoring(model, test, Sets().test(test) if sample is None else sample, precision, examples))
+
+
+@torch.no_grad()
+def scoring(model: Model, test: Test, sample: Sample, precision: Precision, examples: int | None = None) -> Generator[None, None, Score]:
+    """`score` in steps: pauses after each batch."""
     tally, count = Tally(), min(examples or test.examples, test.examples)
-    training = model.training
-    model.eval()
     for begin in range(0, count, test.batch):
         part = Sample(*(None if x is None else x[begin : min(begin + test.batch, count)] for x in sample))  # type: ignore[arg-type]
         asked = part.targets != IGNORE
+        training = model.training
+        model.eval()
         with autocast(model.device, precision):
             logits = model.logits(part.tokens.to(model.device), asked.to(model.device)).float()
+        model.train(training)
         tally.add(part, asked, logits)
-    model.train(training)
+        yield
     return Score(MEASURES[test.measure](tally), tally.profile(whole=test.measure == "sequences"))
+
+
+def whole(steps: Generator[Any, None, T]) -> T:
+    """What something done in steps returns in the end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 @dataclass

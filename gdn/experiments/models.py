@@ -15,6 +15,11 @@ from gdn.mixers.gsa import GSA
 from gdn.mixers.mamba2 import Mamba2
 from gdn.mixers.swat import Swat
 
+SLOW_DECAY = (0.01, 1.0)
+"""Rates that decay starts with. With the published 16 at most, a model of two heads forgets within a dozen tokens wherever it begins: it
+had not begun to recall 64 pairs after 2000 steps, where the delta rule without decay took 600."""
+DEAR = ("GSA",)
+"""No kernel serves it: its step is three to seven times as long as the others', so it has one seed."""
 Pattern = tuple[MixerConfig, ...]
 T = TypeVar("T")
 
@@ -30,7 +35,7 @@ def pattern(name: str, width: int, heads: int, window: int) -> Pattern:
 
 
 def _gdn(width: int, heads: int) -> GatedDeltaNet.Config:
-    return GatedDeltaNet.Config(heads=heads, head_dim=width // heads, expand_v=1.0)
+    return GatedDeltaNet.Config(heads=heads, head_dim=width // heads, expand_v=1.0, decay_range=SLOW_DECAY)
 
 
 def _attention(width: int, heads: int, window: int | None = None) -> Attention.Config:
@@ -43,7 +48,7 @@ def _product(width: int, heads: int) -> DeltaProduct.Config:
 
 def _mamba2(width: int) -> Mamba2.Config:
     """The published expansion of 2; heads and states as wide as fit."""
-    return Mamba2.Config(head_dim=min(64, width), state_dim=min(64, width))
+    return Mamba2.Config(head_dim=min(64, width), state_dim=min(64, width), decay_range=SLOW_DECAY)
 
 
 MODELS: dict[str, Callable[[int, int, int], Pattern]] = {
@@ -70,8 +75,8 @@ def depth(mixers: Pattern, least: int) -> int:
     return max(least, len(mixers))
 
 
-def every(settings: Sequence[T], *, toy: bool) -> Iterator[tuple[str, T]]:
-    """Every model at every setting; for a toy every model at the first and one model at the others."""
+def every(settings: Sequence[T], *, seed: int, toy: bool) -> Iterator[tuple[str, T]]:
+    """Every model at every setting, those that take long first; for a toy every model at the first and one model at the others."""
     for i, setting in enumerate(settings):
-        for name in names()[: 1 if toy and i else None]:
+        for name in [*(DEAR if seed == 0 else ()), *names(*DEAR)][: 1 if toy and i else None]:
             yield name, setting

@@ -1,8 +1,8 @@
 """S-NIAH-1, 2 and 3 at small scale: train on needles in haystacks of 512 tokens, test at up to eight times that.
 
 The published figures are from language models of 1.3 B parameters that never saw such a prompt before (Gated DeltaNet, arXiv 2412.06464,
-table 2). Here models of two layers (H2 has three) of width 128 learn the task itself in 2000 steps, from words of generated sentences, so
-that only the memory is compared. A row counts as found if every character of its value is right.
+table 2). Here models of two layers (H2 has three) of width 128 learn the task itself in 1000 steps on 8000 prompts, from words of generated
+sentences, so that only the memory is compared. A row counts as found if every character of its value is right.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEADS, VOCAB, LENGTH = 128, 2, 1024, 512
-EXAMPLES = 16_000
+EXAMPLES = 8000
 FACTORS = (1, 2, 4, 8)
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 def runs(toy: bool) -> list[Run]:
-    return [_run(series, level, seed, toy) for seed in range(1 if toy else 3) for series, level in models.every(LEVELS, toy=toy)]
+    seeds = range(1 if toy else 3)
+    return [_run(series, level, seed, toy) for seed in seeds for series, level in models.every(LEVELS, seed=seed, toy=toy)]
 
 
 def _run(series: str, level: Level, seed: int, toy: bool) -> Run:
     width, length = (16, 192) if toy else (WIDTH, LENGTH)
     task = Needle(level=level, length=length, vocab=VOCAB)
     training = Training(
-        steps=2 if toy else 2000,
+        steps=2 if toy else 1000,
         batch=2 if toy else 32,
         optim=AdamW(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1),
         schedule=Schedule(warmup=100, final_fraction=0.1),
         precision="fp32" if toy else "bf16",
         check_every=250,
         examples=4 if toy else EXAMPLES,
-        enough=0.999,
     )
     factors = (1,) if toy else FACTORS
     mixers = models.pattern(series, width, HEADS, length // 4)
@@ -79,6 +79,7 @@ EXPERIMENT = Experiment(
     claim="Without decay memory survives repeated filler best (level 1); with a real haystack it has to forget (levels 2 and 3).",
     runs=runs,
     figure=figure,
+    later=lambda run: run.x == "S-NIAH-3",
     x_name="task",
     published={
         "Gated DeltaNet, S-NIAH-1": "98.4 88.4 91.4 91.8",

@@ -1,7 +1,8 @@
 """Runs spread over processes that share the device, or the devices.
 
-Each worker has a pipe: the parent sends it a run and gets the row, or why there is none. A worker that dies takes its run with it and is
-replaced, so that neither a fault of the device nor a lack of memory ends the others.
+Each worker has a pipe: it says how many lanes it has once the device has answered, the parent sends it as many runs at a time and gets
+rows, or why there is none. A worker that dies is replaced, so that neither a fault of the device nor a lack of memory ends the others. One that
+cannot begin is not: the others have the work, and no run was given to it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -18,81 +19,109 @@ from pathlib import Path
 
 import torch
 
-from gdn.experiments.definition import Row, Run
-from gdn.experiments.learn import learn
+from gdn.core.errors import ExperimentError
+from gdn.experiments.definition import Run
+from gdn.experiments.lanes import Lanes, Outcome, outcome, room
+from gdn.experiments.learn import rows
 from gdn.experiments.sets import Sets
+
+HINT = """
+  (Processes under MPS share a limited number of connections, and each takes CUDA_DEVICE_MAX_CONNECTIONS of them. Where there are
+  not as many left, CUDA may say that it is out of memory or that the device is busy: lower that number, or the number of jobs.)"""
+"""A cause that CUDA's message does not tell."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
+class Begun:
+    """What a worker says first."""
 
-    number: int
-    """Its place among the runs."""
-    row: Row | None
-    """The result."""
+    lanes: int
+    """How many runs it can do at a time. 0: none, it could not use the device."""
     failure: str = ""
-    """Why there is none."""
+    """Why not."""
 
 
 class Worker:
-    """A process that does one run at a time."""
+    """A process that does some runs at a time."""
 
-    def __init__(self, device: torch.device, threads: int, folder: Path) -> None:
+    def __init__(self, device: torch.device, lanes: int, sharing: int, threads: int, folder: Path) -> None:
         context = torch.multiprocessing.get_context("spawn")
         self.device = device
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, str(device), threads, str(folder)), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, str(device), lanes, sharing, threads, str(folder)), daemon=True)
         self.process.start()
         theirs.close()  # so that the pipe ends with the process
-        self.number: int | None = None
-
-    def give(self, number: int, run: Run) -> None:
-        """Begin a run."""
-        self.number = number
-        with suppress(BrokenPipeError):  # it has died; `take` says so
-            self.pipe.send(run.to_dict())
-
-    def take(self) -> Outcome:
-        """The end of its run. Waits for it."""
-        number, self.number = self.number, None
-        assert number is not None
-        try:
-            row, failure = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
-            code = self.process.exitcode or 0
-            row, failure = None, f"its process ended ({signal.Signals(-code).name if code < 0 else f'status {code}'})"
-        return Outcome(number, row, failure)
+        self.lanes = 0
+        """How many runs it does at a time; none before it has begun."""
+        self.runs: dict[int, Run] = {}
+        """What it is doing."""
+        self.alone = False
 
     @property
-    def alive(self) -> bool:
-        return self.process.is_alive()
+    def busy(self) -> bool:
+        """Whether it will say something."""
+        return bool(self.runs) or not self.lanes
+
+    @property
+    def free(self) -> int:
+        """How many further runs there is room for."""
+        return 0 if self.alone and self.runs else self.lanes - len(self.runs)
+
+    def give(self, number: int, run: Run, *, alone: bool = False) -> None:
+        """Begin a run; `alone` keeps others away until it ends."""
+        self.runs[number], self.alone = run, alone
+        with suppress(BrokenPipeError):  # it has died; `take` says so
+            self.pipe.send((number, run.to_dict()))
+
+    def take(self) -> Outcome | Begun | None:
+        """What it says next, which is waited for: that it has begun, or the end of one of its runs. None when the process has ended."""
+        try:
+            found: Outcome | Begun = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            return None
+        if isinstance(found, Begun):
+            self.lanes = found.lanes
+        else:
+            del self.runs[found.number]
+        return found
+
+    @property
+    def end(self) -> str:
+        """How the process ended."""
+        code = self.process.exitcode or 0
+        return f"its process ended ({signal.Signals(-code).name if code < 0 else f'status {code}'})"
 
     def stop(self) -> None:
         self.process.terminate()
         self.pipe.close()
 
 
-def work(pipe: Connection, device: str, threads: int, folder: str) -> None:
+def work(pipe: Connection, device: str, count: int, sharing: int, threads: int, folder: str) -> None:
     """What a worker does until its pipe is closed. Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    sets = Sets(Path(folder))
     where = torch.device(device)
-    while True:
-        try:
-            run = Run.from_dict(pipe.recv())
-        except EOFError:
-            return
-        try:
-            pipe.send((learn(run, where, sets=sets), ""))
-        except Exception as error:
-            pipe.send((None, "".join(traceback.format_exception_only(error)).strip()))
-            if not usable(where):
+    try:
+        torch.ones(1, device=where).add(1).cpu()  # makes the context, where a process that is one too many is refused
+        lanes = Lanes(room(count, where, sharing), where, Sets(Path(folder)))
+    except RuntimeError as error:
+        pipe.send(Begun(0, str(error).strip().splitlines()[0]))
+        return
+    pipe.send(Begun(len(lanes.lanes)))
+    with rows(where):
+        while True:
+            try:
+                while not lanes.busy or (lanes.free and pipe.poll()):
+                    number, described = pipe.recv()
+                    lanes.begin(number, Run.from_dict(described))
+            except EOFError:
                 return
-        if where.type == "cuda":
-            torch.cuda.empty_cache()
+            for number, end in lanes.advance():
+                found = outcome(number, end)
+                pipe.send(found)
+                if found.row is None and not usable(where):
+                    return
 
 
 def usable(device: torch.device) -> bool:
@@ -104,40 +133,90 @@ def usable(device: torch.device) -> bool:
     return True
 
 
-def outcomes(
-    runs: Iterable[tuple[int, Run]], device: torch.device, jobs: int, *, more: Callable[[], bool] = lambda: True
-) -> Iterator[Outcome]:
-    """The ends of runs as they come. No further run is begun once `more` says no."""
-    with pool(device, jobs) as (idle, begin):
-        waiting, busy = iter(runs), []
-        while True:
-            while idle and more() and (following := next(waiting, None)):
-                worker = idle.pop()
-                if not worker.alive:
-                    worker.stop()
-                    worker = begin(worker.device)
-                worker.give(*following)
-                busy.append(worker)
-            if not busy:
+class Plan:
+    """What is to be done, in order, and what is to be done once more, alone: the death of its process may have been another's fault."""
+
+    def __init__(self, runs: Iterable[tuple[int, Run]]) -> None:
+        self.runs = dict(runs)
+        self.waiting, self.suspects, self.again = deque(self.runs), deque[int](), set[int]()
+
+    @property
+    def left(self) -> bool:
+        """Whether anything has not begun."""
+        return bool(self.waiting or self.suspects)
+
+    def hand_out(self, workers: Sequence[Worker]) -> None:
+        """Give runs to who has most room. A worker without any, such as one that replaces another, takes suspects first."""
+        while (worker := max(workers, key=lambda each: each.free)).free:
+            queue = self.suspects if self.suspects and not worker.runs else self.waiting
+            if not queue:
                 return
-            ready = wait([worker.pipe for worker in busy])
-            for worker in [worker for worker in busy if worker.pipe in ready]:
-                busy.remove(worker)
-                outcome = worker.take()
-                idle.append(worker)
-                yield outcome
+            number = queue.popleft()
+            worker.give(number, self.runs[number], alone=queue is self.suspects)
+
+    def suspect(self, number: int) -> bool:
+        """Do a run once more. False if this was the second time."""
+        if number in self.again:
+            return False
+        self.again.add(number)
+        self.suspects.append(number)
+        return True
+
+
+def outcomes(
+    runs: Iterable[tuple[int, Run]],
+    device: torch.device,
+    jobs: int,
+    lanes: int,
+    *,
+    left: Callable[[], float | None] = lambda: None,
+    tell: Callable[[str], object] = lambda text: None,
+) -> Iterator[Outcome]:
+    """The ends of runs as they come. When `left`, the seconds that are left, reaches 0, what is going on is dropped.
+
+    A run whose process ended, or that lacked memory, is begun once more, alone. `tell` hears of processes that are missing.
+
+    Raises:
+        ExperimentError: no process could use the device.
+    """
+    plan = Plan(runs)
+    with pool(device, jobs, lanes) as (workers, begin):
+        while (seconds := left()) is None or seconds > 0:
+            plan.hand_out(workers)
+            if not plan.left and not any(worker.runs for worker in workers):
+                return
+            ready = wait([worker.pipe for worker in workers if worker.busy], timeout=seconds)
+            for worker in [worker for worker in workers if worker.pipe in ready]:
+                found = worker.take()
+                if not worker.lanes:
+                    workers.remove(worker)
+                    tell(without(worker, found, workers))
+                elif found is None:
+                    workers[workers.index(worker)] = begin(worker.device)
+                    yield from [Outcome(number, None, worker.end) for number in worker.runs if not plan.suspect(number)]
+                elif isinstance(found, Outcome) and not (found.crowded and plan.suspect(found.number)):
+                    yield found
+
+
+def without(worker: Worker, found: Outcome | Begun | None, others: Sequence[Worker]) -> str:
+    """Says that a worker could not begin, and why."""
+    why = found.failure if isinstance(found, Begun) else worker.end
+    if not others:
+        raise ExperimentError(f"no process could use {worker.device}: {why}{HINT}")
+    return f"{len(others)} processes instead of {len(others) + 1}: one could not use {worker.device}: {why}{HINT}"
 
 
 @contextmanager
-def pool(device: torch.device, jobs: int) -> Iterator[tuple[list[Worker], Callable[[torch.device], Worker]]]:
+def pool(device: torch.device, jobs: int, lanes: int) -> Iterator[tuple[list[Worker], Callable[[torch.device], Worker]]]:
     """Workers, and how to begin another; all are stopped in the end. Several GPUs are used in turn."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     places = devices(device)
+    sharing = -(-jobs // len(places))
     begun: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="gdn-experiment-") as folder:
 
         def begin(where: torch.device) -> Worker:
-            begun.append(Worker(where, threads, Path(folder)))
+            begun.append(Worker(where, lanes, sharing, threads, Path(folder)))
             return begun[-1]
 
         try:

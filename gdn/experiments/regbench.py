@@ -27,7 +27,8 @@ EXAMPLES = (1000, 5000)
 
 def runs(toy: bool) -> list[Run]:
     settings = (4,) if toy else EXAMPLES
-    return [_run(series, examples, seed, toy) for seed in range(1 if toy else 3) for series, examples in models.every(settings, toy=toy)]
+    seeds = range(1 if toy else 3)
+    return [_run(series, examples, seed, toy) for seed in seeds for series, examples in models.every(settings, seed=seed, toy=toy)]
 
 
 def _run(series: str, examples: int, seed: int, toy: bool) -> Run:
@@ -74,5 +75,6 @@ EXPERIMENT = Experiment(
     claim="The delta rule learns automata in context from fewer sequences than other recurrences, nearly as few as attention needs.",
     runs=runs,
     figure=figure,
+    later=lambda run: True,
     x_name="sequences",
 )

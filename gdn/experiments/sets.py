@@ -37,11 +37,27 @@ class Sets:
         """The sequences of a test; they depend on the test only."""
         return self._get(test.task, test.examples, test.batch, TEST_SEED, "test")
 
+    def being_drawn(self, task: Task, examples: int, seed: int) -> bool:
+        """Whether another process is drawing this training set now, so that asking for it means waiting."""
+        if self.folder is None:
+            return False
+        file = self._file(self.folder, task, examples, AT_A_TIME, seed, "train")
+        with open(file.with_suffix(".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return not file.exists()
+        return False
+
+    @staticmethod
+    def _file(folder: Path, task: Task, examples: int, at_a_time: int, seed: int, split: Split) -> Path:
+        described = json.dumps([task.to_dict(), type(task).__name__, examples, at_a_time, seed, split], sort_keys=True)
+        return folder / f"{hashlib.blake2b(described.encode(), digest_size=12).hexdigest()}.pt"
+
     def _get(self, task: Task, examples: int, at_a_time: int, seed: int, split: Split) -> Sample:
         if self.folder is None:
             return draw(task, examples, at_a_time, seed, split)
-        described = json.dumps([task.to_dict(), type(task).__name__, examples, at_a_time, seed, split], sort_keys=True)
-        file = self.folder / f"{hashlib.blake2b(described.encode(), digest_size=12).hexdigest()}.pt"
+        file = self._file(self.folder, task, examples, at_a_time, seed, split)
         with open(file.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits and reads; the lock ends with its holder
             if not file.exists():

@@ -14,10 +14,11 @@ from rich.console import Console
 from gdn.core.errors import ConfigError, DataError
 from gdn.data.synthetic import MQAR, Parity
 from gdn.experiments import conduct as module
+from gdn.experiments import lanes
 from gdn.experiments.conduct import conduct, read
 from gdn.experiments.definition import Experiment, Run, Test, Training
 from gdn.experiments.inputs import stream
-from gdn.experiments.learn import learn
+from gdn.experiments.learn import learn, learning
 from gdn.experiments.report import Table
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
@@ -52,9 +53,9 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
 
     def counted(run: Run, *rest: Any) -> Any:
         done.append(run.title)
-        return learn(run, *rest)
+        return learning(run, *rest)
 
-    monkeypatch.setattr(module, "learn", counted)
+    monkeypatch.setattr(lanes, "learning", counted)
     conduct(experiment(run(), run(seed=1)), tmp_path, CPU, console=quiet())
     assert done == ["model, seed 0", "model, seed 1"]
     rows = conduct(experiment(run(seed=1), run(seed=2), run(seed=0)), tmp_path, CPU, console=quiet())
@@ -69,15 +70,15 @@ def test_a_stopped_experiment_keeps_what_is_finished_and_goes_on(tmp_path: Path,
     def stopped(run: Run, *rest: Any) -> Any:
         if run.seed == 1:
             raise KeyboardInterrupt
-        return learn(run, *rest)
+        return learning(run, *rest)
 
     runs = [run(seed=seed) for seed in range(3)]
-    monkeypatch.setattr(module, "learn", stopped)
+    monkeypatch.setattr(lanes, "learning", stopped)
     with pytest.raises(KeyboardInterrupt):
         conduct(experiment(*runs), tmp_path, CPU, console=quiet())
     assert [row["seed"] for row in read(tmp_path / "results.jsonl")] == [0]
     assert "Not all runs are finished" in (tmp_path / "table.md").read_text()
-    monkeypatch.setattr(module, "learn", learn)
+    monkeypatch.setattr(lanes, "learning", learning)
     assert len(conduct(experiment(*runs), tmp_path, CPU, console=quiet())) == 3
     assert "Not all runs are finished" not in (tmp_path / "table.md").read_text()
 

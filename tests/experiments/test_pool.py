@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import itertools
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,10 +18,10 @@ from rich.console import Console
 from gdn.core.errors import ConfigError, ExperimentError
 from gdn.data.synthetic import MQAR, Parity
 from gdn.experiments import conduct as module
-from gdn.experiments import sets
+from gdn.experiments import pool, sets
 from gdn.experiments.conduct import conduct_all, read
 from gdn.experiments.definition import Experiment, Run, Test, Training
-from gdn.experiments.pool import Outcome, Worker
+from gdn.experiments.lanes import Outcome, outcome
 from gdn.experiments.sets import Sets
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
@@ -63,34 +66,113 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def test_a_worker_that_dies_is_told_and_replaced(tmp_path: Path) -> None:
-    worker = Worker(CPU, 1, tmp_path)
-    worker.give(7, run(training=Training(steps=10**6, batch=4)))
-    assert worker.process.pid is not None
-    os.kill(worker.process.pid, signal.SIGKILL)
-    assert worker.take() == Outcome(7, None, "its process ended (SIGKILL)")
-    assert not worker.alive
-    worker.stop()
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_process_that_dies_is_told_replaced_and_costs_no_other_run(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, bool]] = []
+
+    class Mortal(pool.Worker):
+        def give(self, number: int, run: Run, *, alone: bool = False) -> None:
+            super().give(number, run, alone=alone)
+            given.append((number, alone))
+            if run.series == "deadly" and len(self.runs) == (1 if alone else lanes):
+                assert self.process.pid is not None
+                os.kill(self.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(pool, "Worker", Mortal)
+    runs = [run(training=Training(steps=10**6, batch=4))] * (lanes - 1) + [run("deadly"), run("good")]
+    if lanes == 2:
+        runs[0] = run("beside", training=Training(steps=40, batch=4))
+    ends = {end.number: end for end in pool.outcomes(enumerate(runs), CPU, jobs=1, lanes=lanes)}
+    assert ends.pop(lanes - 1) == Outcome(lanes - 1, None, "its process ended (SIGKILL)")
+    assert {number: end.row is not None for number, end in ends.items()} == dict.fromkeys(ends, True)
+    assert len(ends) == lanes
+    assert given == ([(0, False), (0, True), (1, False)] if lanes == 1 else [(0, False), (1, False), (0, True), (1, True), (2, False)])
 
 
-def test_first_seeds_come_first_and_the_budget_ends_what_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-    real, now = module.learn, [0.0]
+def test_a_process_that_cannot_begin_costs_no_run_and_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, told, begun = list[int](), list[str](), list[pool.Worker]()
 
-    def counted(run: Run, *rest: Any) -> Any:
-        done.append(run.title)
-        now[0] += 10
-        return real(run, *rest)
+    class Refused(pool.Worker):
+        def __init__(self, device: torch.device, *rest: Any) -> None:
+            super().__init__(torch.device("meta") if len(begun) < 2 else device, *rest)  # no number can be read back from "meta"
+            begun.append(self)
 
-    monkeypatch.setattr(module, "learn", counted)
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+        def give(self, number: int, run: Run, *, alone: bool = False) -> None:
+            super().give(number, run, alone=alone)
+            given.append(number)
+
+    monkeypatch.setattr(pool, "Worker", Refused)
+    ends = [end.number for end in pool.outcomes(enumerate([run(seed=seed) for seed in range(3)]), CPU, jobs=3, lanes=1, tell=told.append)]
+    assert ends == given == [0, 1, 2]
+    assert len(begun) == 3
+    assert [line.split(":")[0] for line in told] == ["2 processes instead of 3", "1 processes instead of 2"]
+
+
+def test_that_no_process_can_begin_is_an_error() -> None:
+    with pytest.raises(ExperimentError, match=r"no process could use meta: (?s:.)*CUDA_DEVICE_MAX_CONNECTIONS"):
+        list(pool.outcomes(enumerate([run()]), torch.device("meta"), jobs=1, lanes=1))
+
+
+def test_a_lack_of_memory_is_tried_once_more_alone() -> None:
+    class Worker:
+        free, runs, given = 2, dict[int, Run](), list[tuple[int, bool]]()
+
+        def give(self, number: int, run: Run, *, alone: bool = False) -> None:
+            self.runs[number] = run
+            self.free = 0 if alone else self.free - 1
+            self.given.append((number, alone))
+
+    plan, worker, chosen = pool.Plan(enumerate([run()] * 3)), Worker(), cast("list[pool.Worker]", [])
+    chosen.append(cast("pool.Worker", worker))
+    plan.hand_out(chosen)
+    lacking = outcome(0, torch.OutOfMemoryError("CUDA out of memory"))
+    assert lacking.crowded
+    assert not outcome(0, ValueError("something else")).crowded
+    assert plan.suspect(0)
+    worker.runs, worker.free = {1: run()}, 1
+    plan.hand_out(chosen)  # not while another is there
+    worker.runs, worker.free = {}, 2
+    plan.hand_out(chosen)
+    assert worker.given == [(0, False), (1, False), (2, False), (0, True)]
+    assert not plan.suspect(0)
+
+
+def test_first_seeds_come_first_then_what_can_wait(tmp_path: Path) -> None:
+    chosen = [(experiment(name, run(name), run(name, 1)), tmp_path / name) for name in ("one", "two", "last")]
+    chosen[2] = (replace(chosen[2][0], later=lambda run: True), chosen[2][1])
     told = io.StringIO()
-    chosen = [(experiment(name, run(name), run(name, 1)), tmp_path / name) for name in ("one", "two")]
-    conduct_all(chosen, CPU, budget=25, console=Console(file=told, width=200))
-    assert done == ["one, seed 0", "two, seed 0", "one, seed 1"]
-    assert "1 runs were not begun: the budget of 25 s is spent" in told.getvalue()
+    conduct_all(chosen, CPU, console=Console(file=told, width=200))
+    order = [line.split(": ")[1] for line in told.getvalue().splitlines() if " of 6: " in line]
+    assert order == [f"{name}, {name}, seed {seed}" for names in (("one", "two"), ("last",)) for seed in (0, 1) for name in names]
+
+
+ENDLESS = run("endless", training=Training(steps=10**6, batch=4, check_every=10**6))
+
+
+def test_the_budget_drops_what_is_not_finished_and_keeps_what_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0, 0.125)
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    told = io.StringIO()
+    chosen = [(experiment("one", run("short"), ENDLESS, run("not begun", 1)), tmp_path)]
+    conduct_all(chosen, CPU, budget=9, console=Console(file=told, width=200))
+    assert [row["series"] for row in read(tmp_path / "results.jsonl")] == ["short"]
+    assert "2 runs are not finished: the budget of 9 s is spent" in told.getvalue()
+
+
+def test_processes_are_stopped_when_the_time_is_over() -> None:
+    seconds: list[float | None] = [None]
+    ends = pool.outcomes(enumerate([run("short"), ENDLESS, ENDLESS]), CPU, jobs=1, lanes=2, left=lambda: seconds[0])
+    assert next(ends).row is not None
+    seconds[0] = 0.0
+    assert list(ends) == []
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    chosen = [(experiment("one", run()), tmp_path)]
     with pytest.raises(ConfigError, match="jobs: expected at least 1"):
         conduct_all(chosen, CPU, jobs=0)
+    with pytest.raises(ConfigError, match="lanes: expected at least 1"):
+        conduct_all(chosen, CPU, lanes=0)
     with pytest.raises(ConfigError, match="budget: expected a number of seconds above 0"):
         conduct_all(chosen, CPU, budget=0)
 
@@ -106,3 +188,15 @@ def test_sets_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert all(torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) for a, b in zip(drawn, fresh))
     with pytest.raises(pytest.fail.Exception, match="drawn again"):
         kept.training(task, 10, seed=4)
+
+
+def test_a_set_that_another_draws_can_be_waited_for(tmp_path: Path) -> None:
+    task, kept = MQAR(vocab=16, length=16, pairs=3), Sets(tmp_path)
+    assert not Sets().being_drawn(task, 10, seed=3)
+    assert not kept.being_drawn(task, 10, seed=3)
+    (lock,) = tmp_path.glob("*.lock")
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert kept.being_drawn(task, 10, seed=3)
+    kept.training(task, 10, seed=3)
+    assert not kept.being_drawn(task, 10, seed=3)

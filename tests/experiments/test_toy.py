@@ -15,7 +15,7 @@ from gdn.experiments.conduct import conduct
 from gdn.experiments.definition import Run
 
 PARTS = {"command", "conduct", "definition", "find", "inputs", "learn", "measure", "models", "plots", "pool", "readout", "report", "sets"}
-PARTS |= {"update"}
+PARTS |= {"lanes", "update"}
 
 
 def test_every_experiment_is_listed() -> None:

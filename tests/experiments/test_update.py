@@ -13,7 +13,7 @@ from gdn.data.synthetic import MQAR, GroupWords, Parity
 from gdn.data.synthetic.base import IGNORE, Sample
 from gdn.data.synthetic.mad_compression import Compression
 from gdn.experiments.definition import Training
-from gdn.experiments.inputs import Inputs, stream
+from gdn.experiments.inputs import WHOLE, Inputs, stream
 from gdn.experiments.learn import finite
 from gdn.experiments.readout import Model, build
 from gdn.experiments.update import WARM, Update
@@ -81,14 +81,14 @@ def test_few_targets_are_taken_out_and_give_the_same_loss() -> None:
     model = build(MODEL, TASKS[0])
     whole = model(sample.tokens, targets=sample.targets).loss
     torch.testing.assert_close(model(inputs.tokens, targets=inputs.targets, places=inputs.places).loss, whole)
-    filled = Inputs.of(sample, fill=True)
+    filled = Inputs.of(sample, fill=WHOLE)
     assert filled.tokens.shape == (4, 64)
     torch.testing.assert_close(model(filled.tokens, targets=filled.targets, places=filled.places).loss, whole)
 
 
 def test_many_targets_or_unequally_many_stay_where_they_are() -> None:
     words = GroupWords(group="S3", elements=9).sample(2, torch.Generator().manual_seed(0))
-    filled = Inputs.of(words, fill=True)
+    filled = Inputs.of(words, fill=WHOLE)
     assert filled.places is None
     assert torch.equal(filled.targets[:, :10], words.targets)
     assert bool((filled.targets[:, 10:] == IGNORE).all())
