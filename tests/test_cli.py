@@ -203,3 +203,26 @@ def test_a_tokenizer_learns_nothing_from_text_that_is_held_out(capsys: pytest.Ca
         assert documents
         lengths = [len(load_tokenizer(tmp_path / "bpe").encode(text)) for text in documents]
         assert all((length < 6) == learned for length in lengths), (side, lengths)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_configuration_is_named_by_every_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str) -> None:
+    save_model(LM(TINY), tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    for arguments in (("generate",), ("check",), ("convert", tmp_path / "out", "--to", "gdn")):
+        command, *rest = arguments
+        assert f"{tmp_path / 'config.json'} cannot be read: " in says(capsys, command, tmp_path, *rest, status=1)
+
+
+def test_damaged_weights_are_named_in_a_conversion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_model(LM(TINY), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
+    printed = says(capsys, "convert", tmp_path, tmp_path / "out", "--to", "gdn", status=1)
+    assert f"{tmp_path / 'model.safetensors'} cannot be read: " in printed
+
+
+def test_a_file_that_cannot_be_opened_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_model(LM(TINY), tmp_path)
+    ByteTokenizer().save(tmp_path)
+    absent = tmp_path / "absent.txt"
+    assert says(capsys, "drift", tmp_path, "--source", absent, status=1) == f"gdn drift: {absent}: No such file or directory\n"

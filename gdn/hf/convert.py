@@ -22,7 +22,7 @@ from gdn.hf.families import family, find
 from gdn.hf.families.base import Family
 from gdn.hf.remote_code import add_remote_code
 from gdn.models.lm import LM
-from gdn.models.store import CONFIG, INDEX, ORIGIN, model_folder
+from gdn.models.store import CONFIG, INDEX, ORIGIN, model_folder, read_json
 
 SHARD_BYTES = 4 << 30
 """Largest weights file; one tensor that is larger has a file of its own."""
@@ -67,7 +67,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
         CheckpointError: a tensor is missing, of another shape, or has no place in the family.
     """
     source, target = _folder(source), Path(target)
-    given = json.loads((source / CONFIG).read_text())
+    given = read_json(source / CONFIG)
     theirs, mine = find(given), family(to)
     if (target / CONFIG).exists():
         raise CheckpointError(f"{target} already holds a checkpoint; expected a new folder")
@@ -98,7 +98,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
 def load(folder: str | Path) -> LM:
     """The model of a folder of any known family, in memory. Gates are float32."""
     folder = _folder(folder)
-    given = json.loads((folder / CONFIG).read_text())
+    given = read_json(folder / CONFIG)
     theirs = find(given)
     config = theirs.read_config(given)
     with torch.device("meta"):
@@ -116,14 +116,17 @@ class Files:
     """The tensors of a folder by canonical name, read when asked for; each is asked for once."""
 
     def __init__(self, folder: Path, family: Family, stack: ExitStack) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.where: dict[str, tuple[Any, str]] = {}
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
             raise CheckpointError(f"{folder} holds no *.safetensors")
         for path in paths:
-            file = stack.enter_context(safe_open(path, "pt"))
+            try:
+                file = stack.enter_context(safe_open(path, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
             for name in file.keys():  # noqa: SIM118
                 self.where[family.canonical(name)] = (file, name)
         self.folder, self.aliases = folder, family.aliases

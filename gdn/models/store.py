@@ -90,12 +90,12 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype:
 
 def stored_config(folder: Path) -> LM.Config:
     """The configuration of a stored model."""
-    return read_config(_json(folder / CONFIG))
+    return read_config(read_json(folder / CONFIG))
 
 
 def converted_from(folder: Path) -> str | None:
     """The checkpoint family that a model was converted from; None for one that was made here."""
-    family = _json(folder / CONFIG).get(ORIGIN, {}).get("family")
+    family = read_json(folder / CONFIG).get(ORIGIN, {}).get("family")
     return None if family in ("gdn", "run") else family
 
 
@@ -108,11 +108,15 @@ def read_config(values: Mapping[str, Any]) -> LM.Config:
     return LM.Config.from_dict(values)
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} cannot be read: expected an object, got {type(found).__name__}")
+    return found
 
 
 def _weights(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
@@ -121,7 +125,7 @@ def _weights(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     index = folder / INDEX
-    names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
     weights: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():

@@ -15,6 +15,7 @@ and on those of transformers, stock or accelerated.
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -310,17 +311,17 @@ def report(model: Any, *, title: str, length: int = 96, seed: int = 0, console: 
 
 def load_any(path: str, device: torch.device) -> Any:
     """Our saved run or model folder, or a folder or name that transformers can load, in float32."""
-    import json
-
     from gdn.core.errors import CheckpointError, require
 
     config = Path(path) / "config.json"
     if not Path(path).exists() and _looks_local(path):
         raise CheckpointError(f"{path}: no such folder")
-    foreign = not Path(path).exists() or (config.is_file() and "model_type" in json.loads(config.read_text()))
-    if not foreign:
+    kind = store.read_json(config).get("model_type") if config.is_file() else None
+    if Path(path).exists() and kind is None:
         return store.load_model(store.model_folder(path), device=device)
     transformers = require("transformers", "test", f'"{path}" is no run of gdn, and loading it')
+    if kind == "gdn":
+        importlib.import_module("gdn.hf")  # knows the class, so the code in the folder is not asked for
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
     except (OSError, ValueError) as error:

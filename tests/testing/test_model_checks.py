@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import gdn
 from gdn import cli
 from gdn.core.errors import ArgumentError
+from gdn.hf.convert import convert
 from gdn.mixers import GatedDeltaNet
 from gdn.models import LM, store
 from gdn.testing.model_checks import Finding, OwnModel, check_model
@@ -158,3 +161,14 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     with pytest.raises(SystemExit):
         cli.main(["check", "--help"])
     assert "exit status is 1 when something leaks" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_our_model_for_transformers_is_opened_without_the_code_in_its_folder(tmp_path: Path) -> None:
+    """In another process, since a test may have registered the class in this one."""
+    store.save_model(own(), tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "gdn", "gdn")
+    command = [sys.executable, "-m", "gdn.cli", "check", str(tmp_path / "gdn"), "--length", "24"]
+    done = subprocess.run(command, input="n\n", capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+    assert "rollback by cache.crop" in done.stdout
+    assert "nothing leaks" in done.stdout
