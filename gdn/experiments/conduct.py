@@ -53,7 +53,7 @@ def conduct_all(
         toy: a few steps of each model instead.
         only: do only runs whose series contains this.
         jobs: processes that runs are spread over. With one, runs are done in this process.
-        lanes: runs that each process advances in turns. Default: one, on a GPU `lanes.ON_GPU`.
+        lanes: runs that each process advances in turns, on a GPU no more than fit (`lanes.room`). Default: one, on a GPU `lanes.ON_GPU`.
         budget: seconds after which what is not finished is dropped.
 
     Raises:
