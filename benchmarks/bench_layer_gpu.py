@@ -2,7 +2,8 @@
 
 For each mixer: ours as it is called, FLA's (when `fla` can be imported), ours compiled. "step" is forward and backward with gradients of the
 input and of every parameter, "forward" is without gradients; medians of single calls in eager mode and, with `--graph`, as a CUDA graph. Peak
-memory is what a step takes beyond weights and input. Parameter counts stand beside each other: equal ones say that the widths are.
+memory is what a step takes beyond weights and input. Parameter counts stand beside each other: equal ones say that the widths are. "error"
+gives both layers the same weights and says how far their outputs are from ours in fp32.
 
 Every command prints what it cannot run and goes on. For an H200: `--budget 540 --out results.jsonl`; FLA tunes a new layer for up to a minute.
 """
@@ -29,7 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdn import mixers
+from gdn.hf.families import family
 from gdn.mixers.base import MixerConfig
+from gdn.models.lm import LM
 
 Layer = Callable[[Tensor], Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -83,7 +86,10 @@ PAIRS: dict[str, Pair] = {
 }  # fmt: skip
 """In the order in which they are measured."""
 
-IMPLS = ("ours", "fla", "ours compiled")
+IMPLS = ("ours", "fla", "ours compiled", "error")
+FORMATS = {name: name for name in ("gated_deltanet", "gla", "gsa", "retnet", "hgrn2", "mamba2")}
+FORMATS |= {"deltanet": "delta_net", "deltaproduct": "gated_deltaproduct", "kimi_delta": "kda", "attention": "gated_deltanet"}
+"""The checkpoint format that says how a mixer's weights are laid out in FLA's layer."""
 
 
 def ours(pair: Pair, width: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[nn.Module, Layer]:
@@ -100,6 +106,33 @@ def fla(pair: Pair, width: int, device: torch.device, dtype: torch.dtype) -> tup
     with torch.device(device):
         module = getattr(layers, pair.name)(hidden_size=width, layer_idx=0, **pair.arguments(width)).to(dtype)
     return module, lambda x: module(x)[0]
+
+
+def their_weights(name: str, config: MixerConfig, module: nn.Module, width: int) -> dict[str, Tensor]:
+    """The weights of our layer, named and laid out as in FLA's."""
+    model = LM.Config(vocab=8, width=width, layers=1, mlp=0, pattern=(config,))
+    mine, found = {f"blocks.0.mixer.{key}": value for key, value in module.state_dict().items()}, {}
+    for rule in family(FORMATS[name]).rules(model):
+        if all(key in mine for key in rule.ours):
+            # after "model.layers.0.attn." or "backbone.layers.0.mixer."
+            found |= zip((key.split(".", 4)[-1] for key in rule.theirs), rule.write([mine.pop(key) for key in rule.ours]))
+    if mine:
+        raise ValueError(f"the format {FORMATS[name]} has no place for {', '.join(mine)}")
+    return found
+
+
+def errors(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """How far the outputs of both layers with the same weights are from ours in fp32: root mean squares, relative."""
+    pair, dtype, device = PAIRS[name], DTYPES[args.dtype], torch.device(args.device)
+    torch.manual_seed(0)
+    module, mine = ours(pair, args.width, device, dtype, False)
+    other, theirs = fla(pair, args.width, device, dtype)
+    other.load_state_dict(their_weights(name, pair.ours(args.width), module, args.width))
+    x = torch.randn(*args.shape, args.width, device=device, dtype=dtype)
+    with torch.no_grad():
+        found = {"error_ours": mine(x).float(), "error_fla": theirs(x).float()}
+        truth = module.float()(x.float())[0]
+    return {key: float((y - truth).norm() / truth.norm()) for key, y in found.items()} | footnote(pair)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
@@ -152,7 +185,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [
         f"{'mixer':16s} {'parameters':>22s} {'ours ms':>9s} {'compiled':>9s} {'FLA ms':>9s} {'FLA/ours':>9s} {'compiled':>9s} {'MiB':>13s}"
     ]
-    for name in dict.fromkeys(r["mixer"] for r in results):
+    for name in dict.fromkeys(r["mixer"] for r in results if r["impl"] != "error"):
         mine, compiled, peer = (
             {r["impl"]: r for r in results if r["mixer"] == name}.get(impl, {}) for impl in ("ours", "ours compiled", "fla")
         )
@@ -162,13 +195,20 @@ def table(results: list[dict[str, Any]]) -> str:
         memory = f"{mine.get('peak_MiB', '-')}/{peer.get('peak_MiB', '-')}"
         numbers = [*(f"{t:9.3f}" if t else f"{'-':>9s}" for t in times), *(f"{r:9.2f}" if r else f"{'-':>9s}" for r in ratios)]
         lines.append(f"{name:16s} {parameters:>22s} {' '.join(numbers)} {memory:>13s}")
+    for r in results:
+        if "error_fla" in r:
+            lines.append(
+                f"{r['mixer']:16s} relative error of outputs with the same weights: ours {r['error_ours']:.2e}, FLA {r['error_fla']:.2e}"
+            )
     return "\n".join(lines)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixers", type=rows.chosen(list(PAIRS)), default=list(PAIRS), help="comma list of " + ", ".join(PAIRS))
-    parser.add_argument("--impls", type=rows.chosen(IMPLS), default=list(IMPLS), help='comma list of "ours", "fla", "ours compiled"')
+    parser.add_argument(
+        "--impls", type=rows.chosen(IMPLS), default=list(IMPLS), help='comma list of "ours", "fla", "ours compiled", "error"'
+    )
     parser.add_argument("--width", type=int, default=1024, help="channels of the residual stream (default %(default)s)")
     parser.add_argument("--shape", type=rows.batch_by_length, default=(8, 4096), help="batch x length (default 8x4096)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -189,10 +229,10 @@ def plan(args: argparse.Namespace) -> list[rows.Row]:
     return [
         rows.Row(
             {"mixer": name, "width": args.width, "shape": f"{batch}x{length}", "dtype": args.dtype}, impl,
-            lambda name=name, impl=impl: measure(name, impl, args),
+            lambda name=name, impl=impl: errors(name, args) if impl == "error" else measure(name, impl, args),
         )
         for name in args.mixers for impl in args.impls
-        if impl != "fla" or PAIRS[name].name
+        if impl not in ("fla", "error") or PAIRS[name].name
     ]  # fmt: skip
 
 

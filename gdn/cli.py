@@ -555,7 +555,7 @@ def experiment(
         directory: Where results.jsonl, table.md and plot.png go; with several names each has a folder there. Default: experiments/NAME.
         device: "auto", "cpu" or "cuda"; with several jobs "cuda" is every GPU.
         jobs: Processes that the runs are spread over.
-        lanes: Runs that each process advances in turns. Default: one, on a GPU 16, each on a stream of its own.
+        lanes: Runs that each process advances in turns, on a GPU no more than its memory holds. Default: one, on a GPU 16.
         budget: Seconds after which what is not finished is dropped. First seeds come before second ones.
     """
     if not names:

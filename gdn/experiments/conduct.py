@@ -53,7 +53,7 @@ def conduct_all(
         toy: a few steps of each model instead.
         only: do only runs whose series contains this.
         jobs: processes that runs are spread over. With one, runs are done in this process.
-        lanes: runs that each process advances in turns. Default: one, on a GPU `lanes.ON_GPU`.
+        lanes: runs that each process advances in turns, on a GPU no more than fit (`lanes.room`). Default: one, on a GPU `lanes.ON_GPU`.
         budget: seconds after which what is not finished is dropped.
 
     Raises:
@@ -176,17 +176,21 @@ class Conduct:
 
     def present(self) -> None:
         if self.rows:
-            present(self.experiment, self.rows, self.directory, self.console, complete=len(self.rows) == len(self.runs))
+            present(self.experiment, report.arranged(self.rows, self.runs), self.directory, self.console, of=len(self.runs))
 
 
-def present(experiment: Experiment, rows: Sequence[Row], directory: Path, console: Console, *, complete: bool) -> None:
-    """Print the table, write it, and draw the picture."""
+def present(experiment: Experiment, rows: Sequence[Row], directory: Path, console: Console, *, of: int) -> None:
+    """Print the table, write it, and draw the picture. `of`: how many runs there are when all are finished."""
     table = report.Table.of(experiment, rows)
-    console.print(table.rich())
-    (directory / TABLE).write_text(table.markdown(complete=complete))
-    drawn = report.draw(experiment.figure, rows, directory / PLOT)
+    for part in table.rich(console.width):
+        console.print(part)
+    console.print("\n".join(table.notes), markup=False, soft_wrap=True)
+    (directory / TABLE).write_text(table.markdown(of=of))
+    drawn = report.draw(experiment.figure, rows, directory / PLOT, of=of)
     console.print(
-        f"{directory / TABLE}" + (f", {directory / PLOT}" if drawn else '; for the plot: pip install "gated-delta-networks[train]"')
+        f"{directory / TABLE}" + (f", {directory / PLOT}" if drawn else '; for the plot: pip install "gated-delta-networks[train]"'),
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -68,9 +68,10 @@ def figure(rows: Sequence[Row]) -> Figure:
     drawn, panels = plots.panels(3, title="A needle in a haystack: fraction of values found, trained at 512 tokens")
     tests = {f"{LENGTH * factor} tokens": float(LENGTH * factor) for factor in FACTORS}
     for axes, level in zip(panels, LEVELS):
-        plots.over_tests(axes, [row for row in rows if row["x"] == f"S-NIAH-{level}"], tests)
+        plots.over_tests(axes, rows, tests, f"S-NIAH-{level}")
         axes.set_xscale("log", base=2)
-        plots.finish(axes, x="tokens", title=f"S-NIAH-{level}", legend=level == 1)
+        plots.finish(axes, x="tokens", title=f"S-NIAH-{level}")
+    plots.legend(drawn, panels)
     return drawn
 
 

@@ -25,27 +25,38 @@ def panels(count: int, *, title: str, height: float = 4.2) -> tuple[Figure, list
     return figure, list(axes)
 
 
+def place(series: str, rows: Sequence[Row]) -> int:
+    """A model's number, by order of appearance."""
+    return list(dict.fromkeys(row["series"] for row in rows)).index(series)
+
+
 def colour(series: str, rows: Sequence[Row]) -> str:
-    """By order of appearance."""
-    return f"C{list(dict.fromkeys(row['series'] for row in rows)).index(series) % 10}"
+    """A model's colour; the rows are those of the whole picture."""
+    return f"C{place(series, rows) % 10}"
+
+
+def marker(series: str, rows: Sequence[Row]) -> str:
+    """A model's marker, likewise."""
+    return MARKERS[place(series, rows) % len(MARKERS)]
 
 
 def over_x(axes: Axes, rows: Sequence[Row], test: str) -> None:
     """A line for each series: the score of a test against x."""
-    for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
+    for series in dict.fromkeys(row["series"] for row in rows):
         points = {
             float(x): [row["scores"][test] for row in group]
             for (name, x), group in grouped(rows).items()
             if name == series and all(test in row["scores"] for row in group)
         }
-        lines(axes, sorted(points.items()), colour(series, rows), series, marker=MARKERS[i % len(MARKERS)])
+        lines(axes, sorted(points.items()), colour(series, rows), series, marker=marker(series, rows))
 
 
-def over_tests(axes: Axes, rows: Sequence[Row], tests: Mapping[str, float]) -> None:
-    """A line for each series: its score against what the tests vary."""
-    for i, series in enumerate(dict.fromkeys(row["series"] for row in rows)):
-        found = {x: [row["scores"][test] for row in rows if row["series"] == series and test in row["scores"]] for test, x in tests.items()}
-        lines(axes, [(x, values) for x, values in found.items() if values], colour(series, rows), series, marker=MARKERS[i % len(MARKERS)])
+def over_tests(axes: Axes, rows: Sequence[Row], tests: Mapping[str, float], x: float | str = "") -> None:
+    """A line for each series: its score at `x` against what the tests vary."""
+    for series in dict.fromkeys(row["series"] for row in rows):
+        mine = [row["scores"] for row in rows if (row["series"], row["x"]) == (series, x)]
+        found = {at: [scores[test] for scores in mine if test in scores] for test, at in tests.items()}
+        lines(axes, [(at, v) for at, v in found.items() if v], colour(series, rows), series, marker=marker(series, rows))
 
 
 def over_steps(axes: Axes, rows: Sequence[Row]) -> None:
@@ -57,14 +68,14 @@ def over_steps(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot(steps, values, color=colour(series, rows), linewidth=1.1, alpha=0.8, label=series if i == 0 else None)
 
 
-def over_places(axes: Axes, rows: Sequence[Row], test: str) -> None:
-    """A line for each series: a test's measure at each place of the sequence."""
+def over_places(axes: Axes, rows: Sequence[Row], test: str, x: float | str = "") -> None:
+    """A line for each series: a test's measure at each place of the sequence, for the rows of one `x`."""
     for series in dict.fromkeys(row["series"] for row in rows):
         points: dict[float, list[float]] = {}
         for row in rows:
-            if row["series"] == series:
-                for place, value in row["profiles"][test]:
-                    points.setdefault(place + 1, []).append(value)
+            if (row["series"], row["x"]) == (series, x):
+                for at, value in row["profiles"][test]:
+                    points.setdefault(at + 1, []).append(value)
         lines(axes, sorted(points.items()), colour(series, rows), series)
 
 
@@ -101,5 +112,12 @@ def finish(axes: Axes, *, x: str, y: str = "", title: str = "", chance: float | 
     if chance is not None:
         axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
         axes.annotate("guessing", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="grey")
-    if legend:
+    if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
+
+
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend below all panels, with what any of them shows."""
+    found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    if found:
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=5, frameon=False, fontsize=8)

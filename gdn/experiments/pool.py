@@ -1,8 +1,8 @@
 """Runs spread over processes that share the device, or the devices.
 
 Each worker has a pipe: it says how many lanes it has once the device has answered, the parent sends it as many runs at a time and gets
-rows, or why there is none. A worker that dies is replaced, so that neither a fault of the device nor a lack of memory ends the others. One that
-cannot begin is not: the others have the work, and no run was given to it.
+rows, or why there is none. A worker that dies is replaced, so that neither a fault of the device nor a lack of memory ends the others. One
+that cannot begin is not: the others have the work, and no run was given to it.
 """
 
 from __future__ import annotations

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 import rich.table
 
 from gdn.core.device import has_package
-from gdn.experiments.definition import Experiment, Row
+from gdn.experiments.definition import Experiment, Row, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LEAST = ("parameters", "steps", "published")
+"""Columns that a narrow terminal can do without, the first one first."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     notes: list[str]
+    runs: int
+    """Finished ones."""
+    x_name: str = ""
+    """The column of what is varied."""
 
     @classmethod
     def of(cls, experiment: Experiment, rows: Sequence[Row]) -> Table:
@@ -44,22 +51,60 @@ class Table:
         machines = ", ".join(dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in rows))
         notes = [f"Mean over seeds (least to most). {sum(row['seconds'] for row in rows) / 60:.1f} minutes in all on {machines}."]
         notes += [f"Published: {experiment.source}"] if experiment.published else []
-        return cls(columns, lines, notes)
+        return cls(columns, lines, notes, len(rows), experiment.x_name)
 
-    def rich(self) -> rich.table.Table:
-        """For a terminal."""
-        table = rich.table.Table(caption="\n".join(self.notes), caption_justify="left")
-        for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+    def rich(self, width: int) -> list[rich.table.Table]:
+        """For a terminal. Where all columns do not fit side by side: a table for each thing that is varied, no ranges, and then without the
+        columns that say least."""
+        columns, rows = list(self.columns), self.rows
+        if natural(columns, rows) <= width:
+            return [shown(columns, rows)]
+        xs = [row[1] for row in rows] if self.x_name else []
+        rows = drop(columns, rows, self.x_name) if xs else rows
+        if natural(columns, rows) > width:
+            rows = [[cell.split(" (")[0] for cell in row] for row in rows]
+        for name in LEAST:
+            if natural(columns, rows) > width and name in columns:
+                rows = drop(columns, rows, name)
+        if not xs:
+            return [shown(columns, rows)]
+        return [shown(columns, [row for row, at in zip(rows, xs) if at == x], f"{self.x_name}: {x}") for x in dict.fromkeys(xs)]
 
-    def markdown(self, *, complete: bool) -> str:
-        """For a file."""
+    def markdown(self, *, of: int) -> str:
+        """For a file. `of`: how many runs there are when all are finished."""
         lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        notes = [*self.notes, *([] if complete else ["Not all runs are finished."])]
+        notes = [*([] if self.runs == of else [f"Incomplete: {self.runs} of {of} runs are finished."]), *self.notes]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def shown(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> rich.table.Table:
+    """A table for a terminal, with a word of a heading on each line."""
+    table = rich.table.Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column("\n".join(column.split()), justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def natural(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Characters that a table takes on a terminal if nothing is cut."""
+    return 1 + sum(3 + max(map(len, [*column.split(), *(row[i] for row in rows)])) for i, column in enumerate(columns))
+
+
+def drop(columns: list[str], rows: Sequence[Sequence[str]], name: str) -> list[list[str]]:
+    """The rows without a column, which is taken from `columns`."""
+    at = columns.index(name)
+    del columns[at]
+    return [[*row[:at], *row[at + 1 :]] for row in rows]
+
+
+def arranged(rows: Sequence[Row], runs: Sequence[Run]) -> list[Row]:
+    """Rows by what is varied, numbers from small to large, then by model and seed, each in the order of the runs."""
+    xs = list(dict.fromkeys(run.x for run in runs))
+    xs.sort(key=lambda x: x if isinstance(x, float) else 0.0)
+    series = list(dict.fromkeys(run.series for run in runs))
+    return sorted(rows, key=lambda row: (xs.index(row["x"]), series.index(row["series"]), row["seed"]))
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, float | str], list[Row]]:
@@ -83,9 +128,12 @@ def text(x: float | str) -> str:
     return f"{x:g}" if isinstance(x, float | int) else x
 
 
-def draw(figure: Callable[[Sequence[Row]], Figure], rows: Sequence[Row], path: Path) -> bool:
-    """Save the picture; False without matplotlib."""
+def draw(figure: Callable[[Sequence[Row]], Figure], rows: Sequence[Row], path: Path, *, of: int) -> bool:
+    """Save the picture, which says so if it is not of all runs; False without matplotlib."""
     if not has_package("matplotlib"):
         return False
-    figure(rows).savefig(path, dpi=130)
+    drawn = figure(rows)
+    if len(rows) < of:
+        drawn.suptitle(f"{drawn.get_suptitle()}\nincomplete: {len(rows)} of {of} runs", fontsize=11)
+    drawn.savefig(path, dpi=130)
     return True

@@ -98,9 +98,10 @@ def figure(rows: Sequence[Row]) -> Figure:
     groups = list(dict.fromkeys(row["x"] for row in rows))
     drawn, panels = plots.panels(len(groups), title="Word problems with one layer: fraction of words without an error so far")
     for axes, group in zip(panels, groups):
-        plots.over_places(axes, [row for row in rows if row["x"] == group], longest)
-        plots.finish(axes, x="elements read", title=group, legend=group == groups[-1])
+        plots.over_places(axes, rows, longest, group)
+        plots.finish(axes, x="elements read", title=group)
         axes.axvline(rows[0]["run"]["tasks"][0]["elements"], color="grey", linewidth=1)
+    plots.legend(drawn, panels)
     return drawn
 
 

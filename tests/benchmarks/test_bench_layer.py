@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import bench_layer_gpu as bench
 import pytest
 import rows
+import torch
 
 from gdn import mixers
 
@@ -46,3 +48,33 @@ def test_bad_arguments_are_named(line, message, capsys):
 def test_no_pair_shares_a_config_by_accident():
     built = {name: pair.ours(1024) for name, pair in bench.PAIRS.items()}
     assert all(inspect.getmodule(type(config)).__name__ == f"gdn.mixers.{name}" for name, config in built.items())
+
+
+@pytest.mark.parametrize("name", bench.FORMATS)
+def test_errors_are_those_of_layers_with_the_same_weights(name, monkeypatch):
+    """FLA's layer is played by ours, with the weights that are handed over laid back."""
+
+    class Played(torch.nn.Module):
+        def load_state_dict(self, theirs):
+            self.theirs = theirs
+
+    played, handed = Played(), []
+    monkeypatch.setattr(bench, "fla", lambda pair, width, device, dtype: (played, lambda x: handed[0](x)[0]))
+    real = bench.their_weights
+
+    def seen(name, config, module, width):
+        handed.append(copy.deepcopy(module))
+        return real(name, config, module, width)
+
+    monkeypatch.setattr(bench, "their_weights", seen)
+    args = bench.parse(["--device", "cpu", "--width", "128", "--shape", "1x16"])
+    found = bench.errors(name, args)
+    assert 0 < found["error_ours"] == found["error_fla"] < 0.05
+    assert sum(w.numel() for w in played.theirs.values()) == sum(w.numel() for w in handed[0].state_dict().values())
+
+
+def test_a_weight_without_a_place_is_named():
+    module = bench.PAIRS["gla"].ours(128).build(128)
+    module.register_buffer("extra", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"the format gla has no place for blocks\.0\.mixer\.extra"):
+        bench.their_weights("gla", bench.PAIRS["gla"].ours(128), module, 128)

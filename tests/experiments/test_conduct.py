@@ -16,10 +16,10 @@ from gdn.data.synthetic import MQAR, Parity
 from gdn.experiments import conduct as module
 from gdn.experiments import lanes
 from gdn.experiments.conduct import conduct, read
-from gdn.experiments.definition import Experiment, Run, Test, Training
+from gdn.experiments.definition import Experiment, Row, Run, Test, Training
 from gdn.experiments.inputs import stream
 from gdn.experiments.learn import learn, learning
-from gdn.experiments.report import Table
+from gdn.experiments.report import Table, arranged
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 
@@ -148,20 +148,49 @@ def test_tasks_are_learned_in_turn() -> None:
         assert [sample.tokens.shape[1] for sample in stream(tasks, training, seed=0)] == [16, 24, 16, 24, 16]
 
 
-def test_the_table_has_means_ranges_and_published_figures(tmp_path: Path) -> None:
-    rows = [
-        {"series": "GDN", "x": x, "seed": seed, "scores": {"accuracy": score}, "steps": 5, "parameters": 1234, "seconds": 60.0}
-        | {"device": "cpu", "torch": "2.13"}
-        for x, seed, score in ((4.0, 0, 0.5), (4.0, 1, 0.7), (8.0, 0, 0.25))
-    ]
+def row_of(series: str, x: float | str, seed: int, **scores: float) -> Row:
+    row = {"series": series, "x": x, "seed": seed, "scores": scores, "steps": 5, "parameters": 1234, "seconds": 60.0}
+    return row | {"device": "cpu", "torch": "2.13"}
+
+
+def test_the_table_has_means_ranges_and_published_figures() -> None:
+    rows = [row_of("GDN", x, seed, accuracy=score) for x, seed, score in ((4.0, 0, 0.5), (4.0, 1, 0.7), (8.0, 0, 0.25))]
     table = Table.of(experiment(x_name="pairs", published={"GDN, 4": "0.9"}, source="A paper"), rows)
     assert table.columns == ["model", "pairs", "accuracy", "seeds", "steps", "parameters", "published"]
     assert table.rows == [["GDN", "4", "0.600 (0.50-0.70)", "2", "5", "1,234", "0.9"], ["GDN", "8", "0.250", "1", "5", "1,234", ""]]
-    text = table.markdown(complete=False)
+    text = table.markdown(of=4)
     assert "| GDN | 4 | 0.600 (0.50-0.70) | 2 | 5 | 1,234 | 0.9 |" in text
     assert "3.0 minutes" in text
     assert "Published: A paper" in text
-    assert "Not all runs" in text
+    assert "Incomplete: 3 of 4 runs are finished." in text
+    assert "Incomplete" not in table.markdown(of=3)
+
+
+def test_a_narrow_terminal_gets_a_table_for_each_x_and_whole_cells() -> None:
+    tests = {f"length {n}": 0.5 for n in (64, 128, 256)}
+    rows = [row_of("Gated DeltaNet, beta < 2", x, seed, **tests) for x in ("recall", "copying") for seed in (0, 1)]
+    table = Table.of(experiment(x_name="task", published={"Gated DeltaNet, beta < 2": "0.9"}, source="A paper"), rows)
+
+    def printed(width: int) -> str:
+        console = Console(file=io.StringIO(), width=width)
+        for part in table.rich(width):
+            console.print(part)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    wide, narrow = printed(160), printed(80)
+    assert wide.count("0.500 (0.50-0.50)") == 6
+    assert wide.count("published") == 1
+    assert [line.strip() for line in narrow.splitlines() if "task" in line] == ["task: recall", "task: copying"]
+    assert narrow.count("Gated DeltaNet, beta < 2 │  0.500 │  0.500 │  0.500 │     2 │") == 2
+    assert "parameters" not in narrow
+    assert "…" not in wide + narrow
+
+
+def test_tables_go_by_what_is_varied_then_by_model() -> None:
+    runs = [run(series, x=x, seed=seed) for seed in (0, 1) for x in (64.0, 32.0) for series in ("b", "a")]
+    rows = [row_of(series, x, seed) for series, x, seed in (("a", 64.0, 1), ("a", 32.0, 0), ("b", 64.0, 0), ("b", 32.0, 1))]
+    assert [(row["x"], row["series"]) for row in arranged(rows, runs)] == [(32.0, "b"), (32.0, "a"), (64.0, "b"), (64.0, "a")]
 
 
 def test_mistakes_are_named() -> None:

@@ -120,7 +120,7 @@ def test_several_writes_are_a_longer_sequence_on_a_gpu() -> None:
 
 
 def test_a_run_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one that fails: its traceback holds no model. Memory is given back once all of it is free."""
+    """Nor does one that fails, whose traceback would hold the model, or one that is dropped. Memory is released when all is free."""
     built: list[weakref.ref[Any]] = []
     alive_at_release: list[bool] = []
     real = learn_module.build
@@ -144,7 +144,11 @@ def test_a_run_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             gc.enable()
         assert isinstance(ends[0][1], Exception) is (each is failing)
-    assert alive_at_release == [False, False]
+    dropped = module.Lanes(1, CPU, Sets())
+    dropped.begin(0, run())
+    assert not list(dropped.advance())
+    dropped.close()
+    assert alive_at_release == [False, False, False]
 
 
 def test_lanes_fit_into_the_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

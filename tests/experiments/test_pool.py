@@ -146,14 +146,15 @@ def test_first_seeds_come_first_then_what_can_wait(tmp_path: Path) -> None:
     assert order == [f"{name}, {name}, seed {seed}" for names in (("one", "two"), ("last",)) for seed in (0, 1) for name in names]
 
 
-ENDLESS = run("endless", training=Training(steps=10**6, batch=4, check_every=10**6))
+LONG = run("long", training=Training(steps=400, batch=4, check_every=400))
+"""Long enough to be going on when time is over, and no longer, so that a budget that is ignored fails rather than hangs."""
 
 
 def test_the_budget_drops_what_is_not_finished_and_keeps_what_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count(0, 0.125)
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
     told = io.StringIO()
-    chosen = [(experiment("one", run("short"), ENDLESS, run("not begun", 1)), tmp_path)]
+    chosen = [(experiment("one", run("short"), LONG, run("not begun", 1)), tmp_path)]
     conduct_all(chosen, CPU, budget=9, console=Console(file=told, width=200))
     assert [row["series"] for row in read(tmp_path / "results.jsonl")] == ["short"]
     assert "2 runs are not finished: the budget of 9 s is spent" in told.getvalue()
@@ -161,7 +162,7 @@ def test_the_budget_drops_what_is_not_finished_and_keeps_what_is(tmp_path: Path,
 
 def test_processes_are_stopped_when_the_time_is_over() -> None:
     seconds: list[float | None] = [None]
-    ends = pool.outcomes(enumerate([run("short"), ENDLESS, ENDLESS]), CPU, jobs=1, lanes=2, left=lambda: seconds[0])
+    ends = pool.outcomes(enumerate([run("short"), LONG, LONG]), CPU, jobs=1, lanes=2, left=lambda: seconds[0])
     assert next(ends).row is not None
     seconds[0] = 0.0
     assert list(ends) == []

@@ -35,7 +35,7 @@ def test_toy(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "table.md").read_text()
     assert all(row["series"] in table for row in rows)
-    assert "Not all runs" not in table
+    assert "Incomplete" not in table
 
 
 @pytest.mark.parametrize("name", experiments.names())
