@@ -136,6 +136,15 @@ def test_triton_takes_views_one_result_and_no_tokens(gates: Gates) -> None:
     assert torch.equal(torch.autograd.grad(state.sum(), arguments["initial_state"])[0], torch.ones_like(state))
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+def test_triton_takes_four_warps_for_products_of_64_rows(width: int, wide: bool) -> None:
+    """With eight, Triton 3.6 lets the second four read beyond shared memory (notes/triton_pipelines.md). No interpreter sees that."""
+    table = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan").launches(width, wide)
+    assert table["output"].warps == table["gradient"].warps == 4
+    assert table["states"].warps * 16 <= max(64, width)
+
+
 @with_triton
 def test_triton_compiles_as_one_graph(gates: Gates) -> None:
     torch._dynamo.reset()

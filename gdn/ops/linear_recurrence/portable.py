@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
+from gdn.core.portable_rows import aligned, token_rows
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
 from gdn.ops.delta_rule.portable_prepare import gates_kernel
 from gdn.ops.linear_recurrence.portable_heads import gradient_kernel, output_kernel
 from gdn.ops.linear_recurrence.portable_plan import Plan, plan_of
 from gdn.ops.linear_recurrence.portable_states import handover_kernel, states_kernel
-from gdn.ops.sequences.portable import aligned, bounds_of, one_stride, padded
+from gdn.ops.sequences.portable import bounds_of, padded
 
 GATES = int(_GATES.value)
 
@@ -41,7 +42,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, final state; saved: the decays and, with segments, the memories that enter them."""
     p = _plan(q, v, cu_seqlens, chunk_table)
-    q, k, v, g = one_stride(q), one_stride(k), one_stride(v), aligned(g)
+    q, k, v, g = token_rows(q), token_rows(k), token_rows(v), aligned(g)
     o, final, gates, entering = _buffers(p, v)
     if p.chunks == 0:
         return o, final.zero_() if initial_state is None else final.copy_(initial_state), gates, entering
@@ -67,7 +68,7 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     q, k, v, g, initial_state, *rest, scale = args
     (gates, entering), (do, d_final) = saved, grads
     p = _plan(q, v, rest[0], rest[1])
-    q, k, v, g = one_stride(q), one_stride(k), one_stride(v), aligned(g)
+    q, k, v, g = token_rows(q), token_rows(k), token_rows(v), aligned(g)
     do = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if do is None else aligned(do)
     d_final = None if d_final is None else aligned(d_final)
     d_initial = None if initial_state is None else torch.empty(initial_state.shape, dtype=torch.float32, device=v.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gdn.core import device as hardware
 from gdn.core.packing import CHUNK
+from gdn.core.portable_launch import integer_kind
 from gdn.ops.sequences.portable import Launch, padded
 
 
@@ -57,13 +58,13 @@ class Plan:
 
     @functools.cached_property
     def launches(self) -> Mapping[str, Launch]:
-        return launches(self.BK, self.V, self.group, self.wide)
+        return launches(self.BK, self.wide)
 
     @functools.cached_property
     def code(self) -> tuple[Any, ...]:
         """Names the compiled kernels: constants, and what Triton specialises on in the other integers (1, and multiples of 16)."""
         integers = (self.length, self.per_row, self.chunks, self.documents, self.tokens, self.segments)
-        kinds = tuple(n if n == 1 else n % 16 == 0 for n in integers)
+        kinds = tuple(integer_kind(n) for n in integers)
         return (self.H, self.HV, self.K, self.V, self.S, self.parts, self.packed, self.wide, kinds)
 
     def columns(self, name: str) -> int:
@@ -77,7 +78,7 @@ def plan(
 ) -> Plan:
     """For a shape on a GPU with this many multiprocessors."""
     processors = processors or 132
-    block = launches(padded(K), V, HV // H, wide)["output"].block
+    block = launches(padded(K), wide)["output"].block
     return Plan(
         tokens=batch * length,
         length=batch * length if packed else length,
@@ -104,25 +105,19 @@ def plan_of(x: Tensor, V: int, HV: int, cu_seqlens: Tensor | None, chunk_table: 
     return plan(B, T, cu_seqlens.shape[0] - 1, chunk_table.shape[0], H, HV, K, V, True, wide, processors)
 
 
-def launches(BK: int, V: int, group: int, wide: bool) -> dict[str, Launch]:
-    """Launch parameters of each kernel by padded key width, value width, value heads of a query/key head and whether inputs are fp32.
+def launches(BK: int, wide: bool) -> dict[str, Launch]:
+    """Launch parameters of each kernel by padded key width and whether inputs are fp32.
 
-    They keep two programs on a multiprocessor, by registers and by shared memory, where the sizes allow it.
+    Products of 64 tokens take 4 warps, never 8 (notes/triton_pipelines.md). Rows of values in 16 bits are at least 64 wide, 128 bytes of
+    shared memory.
     """
-    BV, big = min(padded(V), 32 if wide else 64), BK > 128
-    warps = 8 if big else 4
-    if wide or big:
-        gradient = Launch(block=min(32, BV), warps=8, stages=1 if wide else 2)
-    elif group > 1:
-        gradient = Launch(block=BV, warps=8, stages=2)
-    else:
-        gradient = Launch(block=min(32, BV), warps=4, stages=3)
+    BV, big = 32 if wide else 64, BK > 128
     return {
         "gates": Launch(block=0, warps=2),
-        "handover": Launch(block=16, warps=warps),
-        "states": Launch(block=BV, warps=warps, stages=1 if wide else 2 if big else 3),
-        "output": Launch(block=BV, warps=warps, stages=1 if wide else 2),
-        "gradient": gradient,
+        "handover": Launch(block=16, warps=8 if big else 4),
+        "states": Launch(block=BV, warps=8 if big else 4, stages=1 if wide else 2 if big else 3),
+        "output": Launch(block=BV, warps=4, stages=1 if wide else 2),
+        "gradient": Launch(block=BV, warps=4, stages=1 if wide or big else 2),
     }
 
 

@@ -35,17 +35,3 @@ def bounds_of(packing: Packing | None) -> Bounds:
 def padded(size: int) -> int:
     """The least power of two that is not less, and at least 16: the least that a matrix product takes."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x, contiguous and at a multiple of 16 bytes."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def one_stride(x: Tensor) -> Tensor:
-    """x `[B, T, heads, width]` with dense heads and one stride over all tokens: itself when it is a slice of wider rows, or a copy."""
-    token, head, last = x.stride()[1:]
-    if last == 1 and head == x.shape[3] and x.stride(0) == token * x.shape[1] and token % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return aligned(x)
