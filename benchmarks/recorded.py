@@ -18,6 +18,7 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
     "small_ops": ("row",),
     "ops": ("op", "name", "mode", "dtype"),
     "accelerate": ("work", "length", "vocab", "layers", "dtype"),
+    "accelerate_gpu": ("work", "size", "shape"),
 }
 """What tells the problems of each benchmark apart."""
 

@@ -287,9 +287,29 @@ def accelerated(results: Sequence[Result], runs: Numbered) -> Lines:
     return ["", "### transformers' Qwen3.5, as it comes and with gdn.accelerate", "", *cells(columns, lines)]
 
 
+def accelerated_on_a_gpu(results: Sequence[Result], runs: Numbered) -> Lines:
+    lines = []
+    for problem, found in groups(results).items():
+        stock = found.get("stock")
+        for impl, r in found.items():
+            ratio, star = "", "" if stock is None or stock.run == r.run else "\\*"
+            if stock is not None and not stock.failed and not r.failed:
+                ratio = f"{number(stock['ms'] / r['ms'])}×{star}"
+            figures = (
+                ["failed", *[""] * 3] if r.failed else [r["rule"], number(r["ms"]), number(r["tokens_per_s"]), number(r.get("peak_GiB"))]
+            )
+            lines.append([f"{problem[0]}, {problem[2]}", impl, *figures, ratio, runs([r])])
+    columns = ["", "model", "rule on", "ms a step", "tokens/s", "peak GiB", "stock / this", "run"]
+    return [
+        "", "### transformers' Qwen3.5, as it comes and with gdn.accelerate", "",
+        "A random model of the 0.8B one's shape, bfloat16. A training step is forward, loss, backward and AdamW.", "",
+        *cells(columns, lines), *failures(results),
+    ]  # fmt: skip
+
+
 SECTIONS: dict[str, Callable[[Sequence[Result], Numbered], Lines]] = {
     "delta_rule": rule, "layer": layers, "train": training, "decode": decoding, "small_ops": small, "ops": processor_ops,
-    "accelerate": accelerated,
+    "accelerate": accelerated, "accelerate_gpu": accelerated_on_a_gpu,
 }  # fmt: skip
 """The part of each benchmark, in order."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from gdn.hf.configuration import GdnConfig
@@ -18,13 +19,17 @@ from gdn.hf.modeling import GdnForCausalLM, GdnModel, GdnPreTrainedModel
 AutoConfig.register(GdnConfig.model_type, GdnConfig, exist_ok=True)
 AutoModel.register(GdnConfig, GdnModel, exist_ok=True)
 AutoModelForCausalLM.register(GdnConfig, GdnForCausalLM, exist_ok=True)
+# `transformers serve` looks a class up by its name in the module transformers, of which `transformers.processing_utils` makes a second one:
+# both get it from their type.
+setattr(type(transformers), GdnForCausalLM.__name__, GdnForCausalLM)
 
 _WHERE = {
     "GdnCache": "cache",
+    "GdnStaticCache": "cache",
     "add_remote_code": "remote_code",
 }
 
-__all__ = ["GdnCache", "GdnConfig", "GdnForCausalLM", "GdnModel", "GdnPreTrainedModel", "add_remote_code"]
+__all__ = ["GdnCache", "GdnConfig", "GdnForCausalLM", "GdnModel", "GdnPreTrainedModel", "GdnStaticCache", "add_remote_code"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -39,13 +41,13 @@ class GdnCache(Cache):
             self.state = lm.init_state(batch)
             if self.recording:
                 self.state.record(WINDOW)
-        if self.state.batch != batch:
-            raise ArgumentError(f"past_key_values: holds {self.state.batch} sequences, but the input has {batch}")
-        if self.state.model is not None and self.state.model is not lm:
-            raise ArgumentError("past_key_values: holds the state of another model")
-        return self.state
+        return _fitting(self.state, lm, batch)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def close(self, after: LMState | None) -> None:
+        """Take the state after the tokens."""
+        self.state = after
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
         return 0 if self.state is None else self.state.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -122,3 +124,71 @@ class GdnCache(Cache):
         """Each sequence `repeats` times."""
         if self.state is not None:
             self.state = self.state.select(torch.arange(self.state.batch).repeat_interleave(repeats))
+
+
+def _fitting(state: LMState, lm: LM, batch: int) -> LMState:
+    if state.batch != batch:
+        raise ArgumentError(f"past_key_values: holds {state.batch} sequences, but the input has {batch}")
+    if state.model is not None and state.model is not lm:
+        raise ArgumentError("past_key_values: holds the state of another model")
+    return state
+
+
+class GdnStaticCache(GdnCache):
+    """A cache whose steps change tensors in place and nothing else, for at most `room` tokens: one compiled graph, or one CUDA graph,
+    is for every step. The number of tokens is a tensor on the device.
+
+    It is read without gradients, and does not take tokens back.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.seen: Tensor | None = None
+        super().__init__()
+        self.room = room
+
+    @property
+    def state(self) -> LMState | None:  # type: ignore[override]
+        """The state itself. Asking for it waits for the device, to know its length."""
+        if self._state is not None and self.seen is not None:
+            self._state.length = int(self.seen)
+        return self._state
+
+    @state.setter
+    def state(self, state: LMState | None) -> None:
+        self._state = state
+
+    def open(self, lm: LM, batch: int) -> LMState:
+        if torch.is_grad_enabled():
+            raise ArgumentError("past_key_values: a static cache is written in place; expected torch.no_grad() around the call")
+        if self._state is None:
+            self._state = lm.init_state(batch, room=self.room)
+            self.seen = torch.zeros((), dtype=torch.int64, device=lm.embedding.weight.device)
+            for tensor in (self.seen, *(t for layer in self._state.layers for t in layer.tensors.values())):
+                torch._dynamo.mark_static_address(tensor)
+        return _fitting(self._state, lm, batch)
+
+    def close(self, after: LMState | None) -> None:
+        assert self.seen is not None and self._state is not None and after is not None
+        self.seen.add_(after.length - self._state.length)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return 0 if self.seen is None else self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.room
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def activate_past_recording(self) -> None:
+        raise ArgumentError("past_key_values: a static cache takes no tokens back; expected a GdnCache")
+
+    def reset(self) -> None:
+        """Empty, at new addresses: the next tokens begin a text."""
+        super().reset()
+        self.seen = None

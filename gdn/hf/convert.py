@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
             writer.add(name, tensor)
         unused = files.finish(theirs)
         writer.finish()
+    if mine.name not in _WITHOUT_DTYPE and not (values.get("dtype") or values.get("torch_dtype")):
+        values["dtype"] = writer.dtype
     (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     for name in COMPANIONS:
         if (source / name).is_file():
@@ -146,6 +149,12 @@ class Writer:
         self.held: dict[str, Tensor] = {}
         self.shards: list[list[str]] = []
         self.tensors = self.bytes = self.held_bytes = 0
+        self.numbers: Counter[torch.dtype] = Counter()
+
+    @property
+    def dtype(self) -> str:
+        """Of most numbers, as a configuration names it: gates may be wider than the rest."""
+        return str(self.numbers.most_common(1)[0][0]).removeprefix("torch.")
 
     def add(self, name: str, tensor: Tensor) -> None:
         if self.held and self.held_bytes + tensor.nbytes > self.limit:
@@ -154,6 +163,7 @@ class Writer:
         self.held_bytes += tensor.nbytes
         self.bytes += tensor.nbytes
         self.tensors += 1
+        self.numbers[tensor.dtype] += tensor.numel()
 
     def finish(self) -> None:
         """Give the files their final names."""
@@ -228,6 +238,9 @@ def _configuration(given: dict[str, Any], theirs: Family, mine: Family, config: 
         return _merged(kept["config"], values)
     return {**values, **{k: given[k] for k in _GENERATION if k in given}} if mine.name != "run" else values
 
+
+_WITHOUT_DTYPE = ("run", "nvlabs")
+"""Families whose configurations have no word for it."""
 
 _GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 

@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from gdn.core.errors import ArgumentError
-from gdn.hf.cache import GdnCache
+from gdn.hf.cache import GdnCache, GdnStaticCache
 from gdn.hf.configuration import GdnConfig
 from gdn.hf.inputs import Boundaries, Layout, layout
 from gdn.mixers.base import FLOAT32
@@ -49,7 +49,7 @@ class GdnPreTrainedModel(PreTrainedModel):
         self.lm.embedding = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module | None:
-        return getattr(self.lm, "head", None)  # tied models have one matrix, not two names for it
+        return getattr(self.lm, "head", None)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm.head = new_embeddings  # type: ignore[assignment]
@@ -111,7 +111,7 @@ class GdnPreTrainedModel(PreTrainedModel):
         with _outputs_of(self.lm.blocks if hidden else ()) as seen:
             last, after = self.lm.hidden(how.arrange(x), packing=how.packing, state=state, mask=how.mask)
         if cache is not None:
-            cache.state = after
+            cache.close(after)
         last = how.restore(last)
         states = None
         if hidden:
@@ -167,6 +167,29 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
     def __init__(self, config: GdnConfig) -> None:
         super().__init__(config)
         self.post_init()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The same module without the head, giving hidden states: TRL applies the head itself, to a part of the tokens at a time."""
+        trunk = GdnModel.__new__(GdnModel)
+        nn.Module.__init__(trunk)
+        own = {name: value for name, value in vars(self).items() if name != "forward" and "hook" not in name}
+        vars(trunk).update(own)
+        return trunk
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        if not self.config.tie_word_embeddings:
+            return super().get_output_embeddings()
+        embedding = self.lm.embedding  # the one matrix of a tied model, with what is asked of a head
+        if not hasattr(embedding, "bias"):
+            embedding.register_parameter("bias", None)
+        return embedding
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if self.config.tie_word_embeddings:
+            self.set_input_embeddings(new_embeddings)
+        else:
+            super().set_output_embeddings(new_embeddings)
 
     @classmethod
     def from_lm(cls, lm: LM, **config: Any) -> GdnForCausalLM:
@@ -229,18 +252,23 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
             return linear_cross_entropy(hidden, weight, targets)
         return linear_cross_entropy(hidden, weight, targets, reduction="sum") / items
 
+    @staticmethod
+    def create_masks_for_generate(inputs_embeds: Tensor, attention_mask: Tensor | None, is_first_iteration: bool, **kwargs: Any) -> Any:
+        """For a cache of fixed addresses: the mask as it is, and none for a step, whose token is never padding."""
+        return attention_mask if is_first_iteration or inputs_embeds.shape[1] > 1 else None
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ArgumentError(
-                f"cache_implementation: expected None, the state has a fixed size, got {generation_config.cache_implementation!r}"
-            )
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise ArgumentError(f'cache_implementation: expected None, "dynamic" or "static", got {kind!r}')
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = GdnCache()
+            room = max(max_cache_length, generation_config.max_cache_len or 0)
+            cache = model_kwargs["past_key_values"] = GdnStaticCache(room) if kind == "static" else GdnCache()
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
-from gdn.mixers.base import GrowingState, Mixer, MixerConfig, MixerState, room
+from gdn.mixers.base import FixedState, GrowingState, Mixer, MixerConfig, MixerState, room
 from gdn.nn import RMSNorm, Rotary, cache
 from gdn.nn.rotary import rotated_channels
 from gdn.ops import causal_attention
@@ -126,6 +126,15 @@ class Attention(Mixer):
         tensors["seen"] = torch.zeros(batch, device=device, dtype=torch.int64)
         return GrowingState(tensors) if c.window is None else MixerState(tensors)
 
+    def fixed_state(
+        self, batch: int, room: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MixerState:
+        state = self.init_state(batch, device=device, dtype=dtype)
+        if self.config.window is not None:
+            return state
+        caches = {n: state[n].new_zeros(batch, room, *state[n].shape[2:]) for n in ("keys", "values")}
+        return FixedState({**caches, "seen": state["seen"]})
+
     def forward(
         self,
         x: Tensor,
@@ -163,7 +172,7 @@ class Attention(Mixer):
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, state: MixerState, pads: Tensor | None) -> tuple[Tensor, MixerState]:
         """Some tokens of sequences already begun: attend to the past and the new ones in one row, then keep the new ones."""
         seen = state["seen"]
-        past = state.tokens if isinstance(state, GrowingState) else state["keys"].shape[1] - 1
+        past = tokens_before(state)
         keys, values = (cache.lined_up(state[name], seen, new, past, pads) for name, new in (("keys", k), ("values", v)))
         start = pads if past == 0 else cache.line_start(seen, past, pads)
         o = causal_attention(q, keys, values, window=self.config.window, start=start)
@@ -187,11 +196,14 @@ def remember(state: MixerState, k: Tensor, v: Tensor, pads: Tensor | None) -> Mi
     tokens = 0
     if isinstance(state, GrowingState):
         tokens = state.tokens + length if pads is None else int(after.max())
+    if isinstance(state, FixedState):
+        _check_room(state, after, length)
+        state.begun = True
     caches = {n: state.with_room(n, tokens) if isinstance(state, GrowingState) else state[n] for n in ("keys", "values")}
     if pads is None and not torch.is_grad_enabled():
         for name, new in (("keys", k), ("values", v)):
             state.tensors[name] = caches[name]
-            cache.append_(caches[name], seen, new)
+            cache.append_(caches[name], seen, new, wraps=not isinstance(state, FixedState))
         seen.copy_(after)
     else:
         news = {"keys": k, "values": v}
@@ -199,6 +211,21 @@ def remember(state: MixerState, k: Tensor, v: Tensor, pads: Tensor | None) -> Mi
     if isinstance(state, GrowingState):
         state.tokens = tokens
     return state
+
+
+def _check_room(state: FixedState, after: Tensor, length: int) -> None:
+    """Of a step on a GPU nothing is asked, it would wait for the device: a place outside of the tensor is an error of its own there."""
+    slots, asked = state["keys"].shape[1], (length > 1 or after.device.type == "cpu") and not torch.compiler.is_compiling()
+    if length > slots or (asked and int(after.max()) > slots):
+        raise ArgumentError(f"state: has room for {slots} tokens, fewer than those read before and the {length} given")
+
+
+def tokens_before(state: MixerState) -> int:
+    """How many tokens before the new ones may have to be looked at."""
+    if isinstance(state, GrowingState):
+        return state.tokens
+    slots = state["keys"].shape[1]
+    return slots * state.begun if isinstance(state, FixedState) else slots - 1
 
 
 def token_positions(x: Tensor, seen: Tensor | None, packing: Packing | None, mask: Tensor | None) -> Tensor:

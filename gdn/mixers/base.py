@@ -201,6 +201,15 @@ class GrowingState(MixerState):
             self.tensors[name] = tensor.detach().clone()
 
 
+@dataclass(eq=False)
+class FixedState(MixerState):
+    """A state with room for a given number of tokens from the start. A step changes tensors only, at addresses that stay: it can be
+    captured as a CUDA graph, or compiled once for all tokens."""
+
+    begun: bool = False
+    """Whether tokens have been read."""
+
+
 class Mixer(nn.Module):
     """Base of every token mixer."""
 
@@ -239,6 +248,15 @@ class Mixer(nn.Module):
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         """An empty state for `batch` sequences. `dtype` is that of the activations; recurrent memory is float32."""
         raise NotImplementedError
+
+    def fixed_state(
+        self, batch: int, room: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MixerState:
+        """An empty state for at most `room` tokens, of which a step changes nothing but tensors in place."""
+        state = self.init_state(batch, device=device, dtype=dtype)
+        if type(state) is not MixerState:
+            raise ArgumentError(f"room: expected None, {type(self).__name__} has no state whose steps change tensors only, got {room}")
+        return state
 
     def read(self, x: Tensor, state: MixerState, mask: Tensor | None = None) -> tuple[Tensor, MixerState]:
         """`forward` with a state, stored as the state is stored, keeping what takes the tokens back if the state wants that."""

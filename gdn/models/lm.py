@@ -136,9 +136,16 @@ class LM(nn.Module):
         """`[vocab, width]`: the matrix that turns hidden states into logits."""
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
-    def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LMState:
-        """An empty decoding state for `batch` sequences."""
-        state = LMState([mixer.init_state(batch, device=device, dtype=dtype) for mixer in self.mixers()], model=self)
+    def init_state(
+        self, batch: int, *, room: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LMState:
+        """An empty decoding state for `batch` sequences. With `room` for so many tokens a step changes nothing but tensors in place, and
+        can be captured as a CUDA graph."""
+        if room is None:
+            layers = [mixer.init_state(batch, device=device, dtype=dtype) for mixer in self.mixers()]
+        else:
+            layers = [mixer.fixed_state(batch, room, device=device, dtype=dtype) for mixer in self.mixers()]
+        state = LMState(layers, model=self)
         return state if self.start is None else self.start.fill(state)
 
     def hidden(

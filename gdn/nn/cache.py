@@ -31,13 +31,14 @@ def written(cache: Tensor, seen: Tensor, new: Tensor, pads: Tensor | None = None
     return torch.where(fresh, take(new, source).to(cache.dtype), cache)
 
 
-def append_(cache: Tensor, seen: Tensor, new: Tensor) -> None:
-    """Write tokens without padding into the cache, in place: costs as much as the tokens, not as much as the cache."""
+def append_(cache: Tensor, seen: Tensor, new: Tensor, *, wraps: bool = True) -> None:
+    """Write tokens without padding into the cache, in place: costs as much as the tokens, not as much as the cache. A cache that never
+    wraps has no place for more tokens than slots, and says so."""
     slots, length = cache.shape[1], new.shape[1]
     kept = min(slots, length)
     position = seen.unsqueeze(1) + torch.arange(length - kept, length, device=seen.device)
     rows = torch.arange(cache.shape[0], device=seen.device).unsqueeze(1)
-    cache[rows, position % slots] = new[:, length - kept :].to(cache.dtype)
+    cache[rows, position % slots if wraps else position] = new[:, length - kept :].to(cache.dtype)
 
 
 def lined_up(cache: Tensor, seen: Tensor, new: Tensor, past: int, pads: Tensor | None = None) -> Tensor:

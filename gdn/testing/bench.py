@@ -222,19 +222,19 @@ def _status(field: str) -> int:
 
 def _table(problem: Problem, measurements: Sequence[Measurement]) -> Table:
     sizes = f"B={problem.B} T={problem.T} H={problem.H} HV={problem.HV} K={problem.K} V={problem.V}"
-    table = Table(title=f"gated_delta_rule, {problem.name}: {sizes}", title_justify="left")
-    for column in ("implementation", "error", "allowed", *(f"{mode} {unit}" for mode in MODES for unit in ("ms", "MiB")), f"× {PEER}"):
-        table.add_column(column, justify="left" if column == "implementation" else "right")
+    table = Table(title=f"gated_delta_rule, {problem.name}: {sizes}", title_justify="left", caption=f"speed: {PEER} = 1")
+    for column in ("implementation", "what", "error", "allowed", "ms", "MiB", "speed"):
+        table.add_column(column, justify="left" if column in ("implementation", "what") else "right")
     theirs = next((m for m in measurements if m.impl == PEER), None)
     for m in measurements:
-        cells = [m.impl, f"{m.error:.1e}", f"{m.allowed:.1e}"]
-        if not m.ok:
-            table.add_row(*cells, "[red]wrong[/]")
-            continue
         for mode in MODES:
-            cells += [f"{m.median(mode):.1f}", f"{m.peak[mode] / 2**20:.0f}" if m.peak else ""]
-        ratios = [] if theirs is None or m is theirs else [_ratio(theirs, m, mode) for mode in MODES]
-        table.add_row(*cells, " ".join(f"{r:.2f}" for r in ratios if r is not None))
+            cells = [m.impl, mode, f"{m.error:.1e}", f"{m.allowed:.1e}"]
+            if not m.ok:
+                table.add_row(*cells, "[red]wrong[/]")
+                continue
+            ratio = None if theirs is None or m is theirs else _ratio(theirs, m, mode)
+            memory = f"{m.peak[mode] / 2**20:.0f}" if m.peak else ""
+            table.add_row(*cells, f"{m.median(mode):.1f}", memory, "" if ratio is None else f"{ratio:.2f}")
     return table
 
 

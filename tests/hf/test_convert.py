@@ -236,6 +236,16 @@ def test_other_families_by_names_written_down_by_hand(tmp_path: Path, name: str,
     assert {k: after[k] for k in config if k != "attn"} == {k: v for k, v in config.items() if k != "attn"}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("to", ["qwen3_5_text", "gdn"])
+def test_the_configuration_says_which_dtype_the_weights_have(tmp_path: Path, to: str, dtype: str) -> None:
+    config = LM.Config(vocab=33, width=24, layers=2, mlp=40, pattern=(GatedDeltaNet.Config(heads=2, head_dim=8, beta_bias=False),))
+    save_model(LM(config).to(getattr(torch, dtype)), tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "there", to)
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["dtype"] == dtype
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "there").dtype == getattr(torch, dtype)
+
+
 def test_a_small_vocabulary_has_no_row_for_olmos_padding(tmp_path: Path) -> None:
     config = family("olmo_hybrid").read_config(stock("olmo_hybrid").config.to_dict())
     save_model(LM(config).eval(), tmp_path / "run")

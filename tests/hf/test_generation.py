@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from small import MIXERS, causal, tokens
 from torch.nn import functional as F
 from transformers import DynamicCache
 
 from gdn.core.errors import ArgumentError
-from gdn.hf import GdnCache, GdnForCausalLM
+from gdn.hf import GdnCache, GdnForCausalLM, GdnStaticCache
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -157,6 +158,38 @@ def test_a_cache_goes_on_between_calls_and_sequences_can_be_chosen() -> None:
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("mixers", ["gated_deltanet", "hybrid"])
+def test_static_decoding_gives_the_same_tokens_from_padded_prompts_too(mixers: str) -> None:
+    model, x = causal(mixers).double(), tokens(3, 9)
+    mask = torch.ones_like(x)
+    mask[0, :4] = mask[2, :1] = 0
+    for given in ({}, {"attention_mask": mask}):
+        expected = model.generate(x, max_new_tokens=9, do_sample=False, **given)
+        assert torch.equal(model.generate(x, max_new_tokens=9, do_sample=False, cache_implementation="static", **given), expected)
+
+
+@pytest.mark.parametrize("mixers", ["gated_deltanet", "hybrid"])
+def test_one_compiled_graph_serves_every_step_at_addresses_that_stay(mixers: str) -> None:
+    model, x, cache = causal(mixers), tokens(2, 20), GdnStaticCache(20)
+    with torch.no_grad():
+        expected = model(x, use_cache=False).logits
+        model(x[:, :5], past_key_values=cache)
+        pieces = [model(x[:, 5:12], past_key_values=cache).logits]  # more tokens at once, of a text already begun
+        addresses = [t.data_ptr() for layer in cache.state.layers for t in layer.tensors.values()]
+        torch.compiler.reset()
+        graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        run = torch.compile(model.forward, fullgraph=True, backend=graphs)
+        pieces += [run(token, past_key_values=cache).logits for token in x[:, 12:].split(1, dim=1)]
+        assert graphs.frame_count == 1
+        torch.testing.assert_close(torch.cat(pieces, 1), expected[:, 5:])
+        assert addresses == [t.data_ptr() for layer in cache.state.layers for t in layer.tensors.values()]
+        assert int(cache.get_seq_length()) == cache.state.length == 20
+        if mixers == "hybrid":
+            for more in (1, 2):
+                with pytest.raises(ArgumentError, match="room for 20 tokens"):
+                    model(x[:, :more], past_key_values=cache)
+
+
 def test_what_cannot_be_is_refused() -> None:
     model, x = causal(), tokens(1, 10)
     cache = GdnCache()
@@ -172,6 +205,13 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ArgumentError, match="another model"):
         causal(seed=1)(x, past_key_values=cache)
     with pytest.raises(ArgumentError, match="cache_implementation"):
-        model.generate(x, max_new_tokens=2, cache_implementation="static")
+        model.generate(x, max_new_tokens=2, cache_implementation="offloaded")
+    with pytest.raises(ArgumentError, match="room: expected None, TransMamba"):
+        causal("others").generate(x, max_new_tokens=2, cache_implementation="static")
+    static = GdnStaticCache(12)
+    with pytest.raises(ArgumentError, match="no_grad"):
+        model(x, past_key_values=static)
+    with torch.no_grad(), pytest.raises(ArgumentError, match="room for 12 tokens"):
+        causal("hybrid")(tokens(1, 13), past_key_values=static)
     with pytest.raises(ArgumentError, match="expected a GdnCache, got DynamicCache"):
         model(x, past_key_values=DynamicCache())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn.core.dispatch import Impl, use
 from gdn.core.errors import ArgumentError
@@ -139,17 +141,22 @@ TRITON = (
 NEVER_CONTRACTS = "repeated keys at full strength"
 """Where a key repeats with beta = 2 memory never contracts, and one draw's rounding grows to three times another's: SEEDS draws count."""
 SEEDS = 4
-SEGMENTED = [(*case, segment) for case in TRITON for segment in (None, 1)]
+PARTS = {"whole": (None, None), "segments": (1, None), "slabs": (None, 1), "slabs of segments": (3, 2)}
+"""Chunks of a segment, and of a slab of the backward; None for what the rule says, which is one for sizes as small as these."""
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(("name", "dtype", "segment"), SEGMENTED, ids=str)
-def test_triton_agrees_with_the_recurrence(name: str, dtype: torch.dtype, segment: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and gradients, without segments and cut into segments of one chunk: at most twice as wrong as the textbook's chunks with
+@pytest.mark.parametrize(("name", "dtype"), TRITON, ids=str)
+@pytest.mark.parametrize("parts", PARTS)
+def test_triton_agrees_with_the_recurrence(name: str, dtype: torch.dtype, parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and gradients, in one piece, in segments and in slabs: at most twice as wrong as the textbook's chunks with
     operands of the same dtype."""
     portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    segment, slab = PARTS[parts]
     if segment is not None:
         monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
+    if slab is not None:
+        monkeypatch.setattr(portable, "slab_chunks", lambda *sizes: slab)
     portable.plan.cache_clear()
     draws = range(SEEDS if name == NEVER_CONTRACTS else 1)
     actual = [compare.run(OP, "portable", PROBLEMS[name].build(dtype=dtype, device=DEVICE, seed=seed)) for seed in draws]
@@ -157,6 +164,39 @@ def test_triton_agrees_with_the_recurrence(name: str, dtype: torch.dtype, segmen
     rounding = [plain_torch(name, dtype, "narrow textbook", seed) for seed in draws]
     truth = [reference(name, torch.float64, seed) for seed in draws]
     assert compare.complaints(*(compare.pool(each) for each in (actual, rounding, truth)), dtype) == []
+
+
+def test_triton_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of 16 heads of 128, 8 x 4096, bf16, counted on tensors without data: at most FlashQLA's 1370 MiB."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    monkeypatch.setattr(portable, "launch", lambda *args, **options: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no device without data
+    monkeypatch.setattr(portable.hardware, "multiprocessors", lambda index: 132)
+    with LiveBytes() as count:
+        q, k, v = (torch.empty(8, 4096, 16, 128, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+        g, beta = (torch.empty(8, 4096, 16, device="meta", requires_grad=True) for _ in range(2))
+        o = portable.gated_delta_rule(q, k, v, g, beta, 1.0, None, None)[0]
+        torch.autograd.grad(o, (q, k, v, g, beta), torch.empty_like(o))
+    assert 1024 < count.peak / 2**20 <= 1370
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that were made under it and are alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.storages:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.storages.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.storages.values()))
+        return result
 
 
 def gpu(test: Callable[..., None]) -> Callable[..., None]:

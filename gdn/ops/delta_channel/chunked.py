@@ -69,8 +69,6 @@ class Chunks(scan.Chunks):
     """Keys above queries as they are, `[M, 2 C, K]`."""
     before: Tensor
     """exp of the sum of g from the begin of the chunk up to each token, `[M, C, K]`."""
-    after: Tensor
-    """exp of the sum of g after each token, `[M, C, K]`."""
     levels: list[Level]
 
     @classmethod
@@ -94,19 +92,19 @@ class Chunks(scan.Chunks):
         return cls(
             rows=rows.view(count, 2 * size, width),
             gamma=both.new_ones(()).expand(count, 2 * size, 1),
-            tails=torch.mul(both[:, :size], after, out=scratch("tails", count, size, width)),
+            keys=both[:, :size],
+            tail=after,
             last=before[:, -1].unsqueeze(-1),
             gated=gated,
             beta=scan.load_strength(segment, x, layout, scratch),
             both=both,
             before=before,
-            after=after,
             levels=levels,
         )
 
     def gradients(self, flow: Flow, scratch: Scratch) -> Inputs:
         count, size, width = self.before.shape
-        keys, queries = self.both[:, :size], self.both[:, size:]
+        keys, queries = self.keys, self.both[:, size:]
         d_beta = torch.mul(flow.solved, flow.error, out=scratch("d_written", *flow.error.shape)).sum(-1)
         pairs = flow.pairs
         d_beta += torch.mul(pairs[:, :size], self.gated[:, :size], out=scratch("d_pairs", count, size, size)).sum(-1)
@@ -115,9 +113,10 @@ class Chunks(scan.Chunks):
         rows = (count, 2, size, width)
         d_since = torch.mul(flow.rows, self.rows, out=scratch("dots", *flow.rows.shape)).view(rows).sum(1)
         d_since[:, -1].addcmul_(flow.last, self.before[:, -1])
-        d_until = torch.mul(flow.tails, self.tails, out=scratch("d_until", count, size, width))
+        d_keys = flow.tails.mul_(self.tail)
+        d_until = torch.mul(d_keys, keys, out=scratch("d_until", count, size, width))
         d_both = torch.mul(flow.rows.view(rows), self.before.unsqueeze(1), out=scratch("d_both", *rows))
-        d_both[:, 0].addcmul_(flow.tails, self.after)
+        d_both[:, 0].add_(d_keys)
         own = pairs[:, size:].diagonal(dim1=1, dim2=2).unsqueeze(-1)
         d_both[:, 0].addcmul_(queries, own)
         d_both[:, 1].addcmul_(keys, own)

@@ -57,8 +57,6 @@ class Chunks(scan.Chunks):
     """K K^T above Q K^T, `[slots, H, 1, R + C, R]`."""
     decay: Tensor
     """Gam, `[M, C, R]`: exp of the sum of g from the token of write s (exclusive) to token i, zero above the diagonal."""
-    tail: Tensor
-    """exp of the sum of g after the token of each write, `[M, R, 1]`."""
     writes: int
 
     @classmethod
@@ -77,10 +75,9 @@ class Chunks(scan.Chunks):
         if writes > 1:
             decay = torch.stack([decay] * writes, dim=-1, out=scratch("spread", count, size, size, writes)).view(count, size, rows)
         beta = scan.load_strength(segment, x, layout, scratch)
-        tails = torch.mul(both[:, :rows], tail, out=scratch("tails", count, rows, width))
         both_gamma = torch.cat([_per_write(gamma, writes), gamma], dim=1)
         gated, gram = scratch("gated", count, rows + size, rows), gram.view(slots, narrow, 1, rows + size, rows)
-        c = cls(both, both_gamma, tails, gamma[:, -1:], gated, beta, gram, decay, tail, writes)
+        c = cls(both, both_gamma, both[:, :rows], tail, gamma[:, -1:], gated, beta, gram, decay, writes)
         c._decayed(gram, out=gated)
         return c
 
@@ -99,8 +96,8 @@ class Chunks(scan.Chunks):
         return out
 
     def gradients(self, flow: Flow, scratch: Scratch) -> Inputs:
-        (count, rows, width), writes = self.tails.shape, self.writes
-        keys, d_rows, d_keys = self.rows[:, :rows], flow.rows, flow.tails.mul_(self.tail)
+        (count, rows, width), writes = self.keys.shape, self.writes
+        keys, d_rows, d_keys = self.keys, flow.rows, flow.tails.mul_(self.tail)
         dots = torch.mul(self.rows, d_rows, out=scratch("dots", *d_rows.shape)).sum(-1)
         into = _per_token(dots[:, :rows], writes) + dots[:, rows:]
         onward = _per_token(torch.mul(keys, d_keys, out=scratch("dots", count, rows, width)).sum(-1), writes)

@@ -13,7 +13,7 @@ before the chunk and S' the one after it:
 Why this form. The inverse is taken with the gates inside, so nothing grows that the recurrence would not let grow, whatever the length
 of the keys. Only Phi, the correction, is rounded to the dtype of the inputs; the identity of R = (I - Phi diag(beta)) Z stays exact, and
 neither forward nor backward divides by beta. The backward keeps of the forward Phi, A and the gates (and, with segments, the states that
-enter them); it recomputes the states.
+enter them, and the states where slabs begin); it recomputes the states.
 
 Backward, from dO and dS' (formulas in portable_grad.py for the rest):
 
@@ -21,7 +21,8 @@ Backward, from dO and dS' (formulas in portable_grad.py for the rest):
     dS  = gamma_last dS' + scale Q^T diag(gamma) dO - K^T diag(gamma beta) dU
 
 Launches, forward: gates and pair (all chunks at once), output (chunk after chunk). Backward: states, backward, then pairs and gradient (all
-chunks at once). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
+chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states of all chunks
+(README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
 Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
 """
 
@@ -96,6 +97,8 @@ class Plan:
     wide: bool
     S: int
     """Chunks of a segment, 0 without segments."""
+    width: int
+    """Chunks of a slab."""
     launches: dict[str, Launch]
     code: tuple[Any, ...]
     """Names the compiled kernels: constants, and what Triton specialises on in the other integers (whether 1, whether a multiple of 16)."""
@@ -108,6 +111,20 @@ class Plan:
     def runs(self) -> int:
         return self.segments or self.documents
 
+    @property
+    def stretch(self) -> int:
+        """Chunks of a run, as far as slabs go: packed documents without segments are one slab of one run."""
+        return self.S or (self.chunks if self.packed else self.per_row)
+
+    @property
+    def slabs(self) -> int:
+        return -(-self.stretch // self.width)
+
+    @property
+    def slots(self) -> int:
+        """Chunks that the buffers of a slab have room for."""
+        return self.width * (self.documents if not self.packed and not self.S else max(self.segments, 1))
+
 
 @functools.lru_cache(maxsize=4096)
 def plan(
@@ -117,6 +134,8 @@ def plan(
     table = launches(_power_of_two(K), V, wide)
     rows, per_row = batch * length if packed else length, -(-length // CHUNK)
     S = segment_chunks(chunks, documents, HV * -(-V // table["output"].block), packed, processors or 132)
+    runs, stretch = (-(-chunks // S), S) if S else (1, chunks) if packed else (batch, per_row)
+    width = stretch if packed and not S else slab_chunks(stretch, runs * H * 2 * -(-K // table["gradient"].block))
     return Plan(
         tokens=batch * length,
         length=rows,
@@ -131,8 +150,9 @@ def plan(
         packed=packed,
         wide=wide,
         S=S,
+        width=width,
         launches=table,
-        code=(H, HV, K, V, S, packed, wide, *[integer_kind(n) for n in (rows, per_row, chunks, documents, batch * length)]),
+        code=(H, HV, K, V, S, width, packed, wide, *[integer_kind(n) for n in (rows, per_row, chunks, documents, batch * length)]),
     )
 
 
@@ -195,6 +215,14 @@ def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, pro
     return S
 
 
+def slab_chunks(stretch: int, programs: int) -> int:
+    """Chunks of a slab for runs of this many: the fewest, from 8 on, that give the kernels over all chunks of a slab 2048 programs, 15 for
+    each multiprocessor of an H200. `programs` are those of one chunk of every run. Slabs are made even."""
+    width = max(8, -(-2048 // max(programs, 1)))
+    slabs = max(1, -(-stretch // width))
+    return max(1, -(-stretch // slabs))
+
+
 def _power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
@@ -211,16 +239,16 @@ def _forward(
     chunk_offsets: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, final state; saved: Phi, A, gates, and with segments norms, crosses, carried and entering."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, final state; saved: Phi, A, gates, with segments norms, crosses, carried and entering, and the states midway."""
     p = _plan(q, v, cu_seqlens, chunk_table)
     q, k, v = _rows(q), _rows(k), _rows(v)
     g, beta = _aligned(g), _aligned(beta)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final, *saved = _buffers(p, q)
+    final, *saved = _buffers(p, q, keep)
     if p.chunks == 0:
         return o, final.zero_() if initial_state is None else final.copy_(initial_state), *saved
-    phi, scores, gates, norms, crosses, carried, entering = saved
+    phi, scores, gates, norms, crosses, carried, entering, midway = saved
     initial_state = None if initial_state is None else _aligned(initial_state)
     key = _key(p, q, k, v, g, beta, initial_state is None)
     bounds = (cu_seqlens, chunk_table, chunk_offsets)
@@ -242,17 +270,18 @@ def _forward(
         )  # fmt: skip
         _hand_over(p, key, added, carried, crosses, entering, backward=False)
     use = p.launches["output"]
+    halting = keep and p.slabs > 1
     use(
-        output_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, v, phi, scores, gates, o, initial_state, entering, final, *bounds,
-        p.length, p.per_row, p.chunks, p.documents, p.S, scale, q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
-        use.block, p.S > 0, p.packed, initial_state is not None, p.wide, use.stages,
+        output_kernel, (key, halting), -(-p.V // use.block) * p.HV * p.runs, q, k, v, phi, scores, gates, o, initial_state, entering, midway, final,
+        *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, scale, q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
+        use.block, p.S > 0, p.packed, initial_state is not None, halting, p.wide, use.stages,
     )  # fmt: skip
     return o, final, *saved
 
 
 def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     q, k, v, g, beta, initial_state, *bounds, scale = args
-    phi, scores, gates, norms, crosses, carried, entering = saved
+    phi, scores, gates, norms, crosses, carried, entering, midway = saved
     do, d_final = grads
     p = _plan(q, v, bounds[0], bounds[1])
     q, k, v, g = _rows(q), _rows(k), _rows(v), _aligned(g)
@@ -267,14 +296,6 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         return [dq, dk, dv, torch.zeros_like(g), torch.zeros_like(beta), d_initial]
     initial_state = None if initial_state is None else _aligned(initial_state)
     key = _key(p, q, k, v, g, beta, initial_state is None, d_final is None)
-    states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
-    errors, d_errors = (torch.empty((p.chunks, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
-    use = p.launches["states"]
-    use(
-        states_kernel, key, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, *bounds, p.length,
-        p.per_row, p.chunks, p.documents, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed,
-        initial_state is not None, p.wide, use.stages,
-    )  # fmt: skip
     leaving = entering
     if p.S:
         added, leaving = torch.empty_like(entering), torch.empty_like(entering)
@@ -285,27 +306,40 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
             _power_of_two(p.S), p.packed, d_final is not None, p.wide, use.stages,
         )  # fmt: skip
         _hand_over(p, key, added, carried, crosses, leaving, backward=True)
-    use = p.launches["backward"]
-    use(
-        backward_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, d_errors, d_final, leaving,
-        d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK,
-        use.block, p.S > 0, p.packed, d_final is not None, d_initial is not None, p.wide, use.stages,
-    )  # fmt: skip
-    use = p.launches["pairs"]
-    pairs, d_scores = torch.empty_like(scores), torch.empty_like(scores)
+        del added
+    states, d_states = (torch.empty((p.slots, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
+    errors = torch.empty((p.slots, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device)
+    pairs, d_scores = (torch.empty((p.slots, p.HV, CHUNK, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
+    between = torch.empty((2, p.runs if p.slabs > 1 else 0, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
     dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
-    use(
-        pairs_kernel, key, p.HV * p.chunks, gates, do, errors, d_errors, d_scores, pairs, dv, dbeta, *bounds[:2], p.length, p.per_row, scale,
-        p.HV, p.V, use.block, p.packed, p.wide, use.stages,
-    )  # fmt: skip
-    use = p.launches["gradient"]
-    blocks = 2 * -(-p.K // use.block)
+    blocks = 2 * -(-p.K // p.launches["gradient"].block)
     dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
-    use(
-        gradient_kernel, key, blocks * p.H * p.chunks, q, k, g, gates, do, states, errors, d_states, d_errors, d_scores, pairs, dq, dk, dg,
-        *bounds[:2], p.length, p.per_row, scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV, p.HV // p.H, p.K, p.V, use.block,
-        use.inner, p.packed, p.wide, use.stages,
-    )  # fmt: skip
+    ends = d_final is not None, d_initial is not None
+    for slab in reversed(range(p.slabs)):
+        arriving, departing = between[slab % 2], between[1 - slab % 2]
+        use = p.launches["states"]
+        use(
+            states_kernel, key, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, midway, *bounds,
+            p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
+            p.S > 0, p.packed, initial_state is not None, p.wide, use.stages,
+        )  # fmt: skip
+        use = p.launches["backward"]
+        use(
+            backward_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, dv, d_final, leaving, arriving,
+            departing, d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, scale, q.stride(1), k.stride(1), p.H,
+            p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, *ends, p.wide, use.stages,
+        )  # fmt: skip
+        use = p.launches["pairs"]
+        use(
+            pairs_kernel, key, p.HV * p.slots, gates, do, errors, d_scores, pairs, dv, dbeta, *bounds[:2], p.length, p.per_row, p.chunks,
+            p.stretch, p.width, slab, scale, p.HV, p.V, use.block, p.packed, p.wide, use.stages,
+        )  # fmt: skip
+        use = p.launches["gradient"]
+        use(
+            gradient_kernel, key, blocks * p.H * p.slots, q, k, g, gates, do, states, errors, d_states, dv, d_scores, pairs, dq, dk, dg,
+            *bounds[:2], p.length, p.per_row, p.chunks, p.stretch, p.width, slab, scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV,
+            p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
+        )  # fmt: skip
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
 
 
@@ -331,8 +365,8 @@ def _key(p: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *abs
     return p.code, q.dtype, g.dtype, beta.dtype, q.stride(1), k.stride(1), v.stride(1), absent
 
 
-def _buffers(p: Plan, like: Tensor) -> Tensors:
-    """final, Phi, A, gates, norms, crosses, carried, entering."""
+def _buffers(p: Plan, like: Tensor, keep: bool) -> Tensors:
+    """final, Phi, A, gates, norms, crosses, carried, entering, midway."""
     f32 = {"dtype": torch.float32, "device": like.device}
     segmented = [p.segments, p.HV] if p.S else [0, 0]
     return (
@@ -344,6 +378,7 @@ def _buffers(p: Plan, like: Tensor) -> Tensors:
         torch.empty(segmented, dtype=torch.int32, device=like.device),
         torch.empty((*segmented, p.K, p.K), **f32),
         torch.empty((*segmented, p.K, p.V), **f32),
+        torch.empty((p.slabs - 1 if keep else 0, p.runs, p.HV, p.K, p.V), **f32),
     )
 
 
@@ -360,7 +395,7 @@ def _fake(
     scale: float,
     keep: bool,
 ) -> Tensors:
-    return (v.new_empty(v.shape), *_buffers(_plan(q, v, cu_seqlens, chunk_table), q))
+    return (v.new_empty(v.shape), *_buffers(_plan(q, v, cu_seqlens, chunk_table), q, keep))
 
 
 _OPAQUE = Opaque(

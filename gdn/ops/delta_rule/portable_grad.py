@@ -19,11 +19,18 @@ from gdn.ops.delta_rule.portable_scan import add_dot, dot, load_square, load_til
 
 
 @triton.jit
+def slab_chunk(slot, slab, width, length, chunks):
+    """The chunk at a place of the buffers of a slab, -1 where a run has none there. Runs have `length` chunks, the last one maybe less."""
+    inside = slab * width + slot % width
+    chunk = slot // width * length + inside
+    return tl.where((inside < length) & (chunk < chunks), chunk, -1)
+
+
+@triton.jit(do_not_specialize=["slab"])
 def pairs_kernel(
     gates,
     do,
     errors,
-    d_errors,
     d_scores,
     pairs,
     dv,
@@ -32,6 +39,10 @@ def pairs_kernel(
     chunk_table,
     T,
     per_row,
+    chunks,
+    length,
+    width,
+    slab,
     scale,
     HV,
     V: tl.constexpr,
@@ -40,40 +51,50 @@ def pairs_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What one chunk and value head needs no state for. Grid [chunks * HV].
+    """What one chunk and value head needs no state for. Grid [slots * HV].
 
     With R = U / beta the errors and dU the gradient of U:
 
-        dP_ij = scale exp(G_i - G_j) beta_j dO_i.R_j   (i >= j)        gradient of q_i.k_j, d_scores [chunks, HV, 64, 64]
-        dM_ij = -exp(G_i - G_j) beta_i beta_j dU_i.R_j (i > j)         gradient of k_i.k_j, pairs [chunks, HV, 64, 64]
-        dv    = beta dU                     dbeta = R.dU
+        dP_ij = scale exp(G_i - G_j) beta_j dO_i.R_j   (i >= j)        gradient of q_i.k_j, d_scores [slots, HV, 64, 64]
+        dM_ij = -exp(G_i - G_j) beta_i beta_j dU_i.R_j (i > j)         gradient of k_i.k_j, pairs [slots, HV, 64, 64]
+        dv    = beta dU                     dbeta = R.dU, which is the diagonal of the product in dM
+
+    dv holds dU before and beta dU after.
     """
     hv = tl.program_id(0) % HV
-    chunk = tl.program_id(0) // HV
+    slot = tl.program_id(0) // HV
+    chunk = slab_chunk(slot, slab, width, length, chunks)
+    if chunk < 0:
+        return
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
     tile = int64(chunk) * HV + hv
+    slot = int64(slot) * HV + hv
     p = tl.zeros((C, C), tl.float32)
     m = tl.zeros((C, C), tl.float32)
     db = tl.zeros((C,), tl.float32)
     for first in tl.range(0, V, BV, num_stages=STAGES):
-        error = load_tile(errors, tile, first, V, C, BV, C)
-        d_error = load_tile(d_errors, tile, first, V, C, BV, C)
+        error = load_tile(errors, slot, first, V, C, BV, C)
+        d_error = load_rows(dv + hv * V, start, rows, HV * V, first, V, BV)
         p = add_dot(p, load_rows(do + hv * V, start, rows, HV * V, first, V, BV), error, WIDE)
-        m = add_dot(m, tl.trans(d_error), error, WIDE)
+        m = add_dot(m, d_error, error, WIDE)
         wide = d_error.to(tl.float32)
-        db += tl.sum(wide * error.to(tl.float32), 0)
-        store_rows(dv + hv * V, wide * load_gate(gates, tile, 2)[None, :], start, rows, HV * V, first, V, BV)
+        if WIDE:
+            db += tl.sum(wide * tl.trans(error), 1)
+        tl.debug_barrier()  # all of dU is read before any of it is overwritten
+        store_rows(dv + hv * V, tl.trans(wide * load_gate(gates, tile, 2)[:, None]), start, rows, HV * V, first, V, BV)
+    if not WIDE:
+        db = diagonal(m)
     tl.store(dbeta + (start + i) * HV + hv, db, mask=i < rows)
     beta = load_gate(gates, tile, 2)
     decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE) * beta[None, :]
-    at = tile * (C * C) + (i[:, None] * C + i[None, :])
+    at = slot * (C * C) + (i[:, None] * C + i[None, :])
     tl.store(d_scores + at, (p * decay * scale).to(d_scores.dtype.element_ty))
     m = tl.where(i[:, None] > i[None, :], m * decay * -beta[:, None], 0.0)
     tl.store(pairs + at, m.to(pairs.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slab"])
 def gradient_kernel(
     q,
     k,
@@ -83,7 +104,7 @@ def gradient_kernel(
     states,
     errors,
     d_states,
-    d_errors,
+    dv,
     d_scores,
     pairs,
     dq,
@@ -93,6 +114,10 @@ def gradient_kernel(
     chunk_table,
     T,
     per_row,
+    chunks,
+    length,
+    width,
+    slab,
     scale,
     tokens,
     q_stride,
@@ -108,13 +133,13 @@ def gradient_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dq and dk of one chunk and query/key head, BK of its key columns, summed over the value heads of the group in fp32, and dg.
-    Grid [chunks * H * 2 * key blocks]: even programs find dq, odd ones dk.
+    """dq and dk of one chunk and query/key head of a slab, BK of its key columns, summed over the value heads of the group in fp32, and dg.
+    Grid [slots * H * 2 * key blocks]: even programs find dq, odd ones dk.
 
     With S the state before and dS the gradient of the state after the chunk, dP and dM of `pairs_kernel`:
 
         dq = scale gamma dO S^T + dP K
-        dk = D beta R dS^T - gamma beta dU S^T + dP^T Q + (dM + dM^T) K
+        dk = D beta R dS^T - gamma dv S^T + dP^T Q + (dM + dM^T) K
 
     and G_i receives q_i times its row of dq, k_i times the rows of the terms of dk in gamma and dM, minus k_i times those of the other
     three; the last G of the chunk receives the term in D with opposite sign and gamma_last <S, dS>. dg [2 * key blocks, tokens, HV] takes
@@ -124,7 +149,10 @@ def gradient_kernel(
     No product is transposed to be the first operand of another: Triton 3.4 to 3.7.0 gets that wrong on Hopper. Nor is BK 32: that read
     beyond shared memory there.
     """
-    block, h, chunk = program_place(2 * ((K + BK - 1) // BK), H)
+    block, h, place = program_place(2 * ((K + BK - 1) // BK), H)
+    chunk = slab_chunk(place, slab, width, length, chunks)
+    if chunk < 0:
+        return
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     first_key = block // 2 * BK
     i = tl.arange(0, C)
@@ -133,6 +161,7 @@ def gradient_kernel(
     for member in tl.range(0, GROUP, num_stages=1, disable_licm=True):
         hv = h * GROUP + member
         tile = int64(chunk) * HV + hv
+        slot = int64(place) * HV + hv
         k_rows = load_rows(k + h * K, start, rows, k_stride, first_key, K, BK)
         q_rows = load_rows(q + h * K, start, rows, q_stride, first_key, K, BK)
         gamma = load_gate(gates, tile, 1)
@@ -140,9 +169,9 @@ def gradient_kernel(
         if block % 2 == 0:
             for first in tl.range(0, V, BV, num_stages=STAGES):
                 do_rows = load_rows(do + hv * V, start, rows, HV * V, first, V, BV)
-                part = add_dot(part, do_rows, load_block(states, tile, first, first_key, V, K, BV, BK), WIDE)
+                part = add_dot(part, do_rows, load_block(states, slot, first, first_key, V, K, BV, BK), WIDE)
             part *= (gamma * scale)[:, None]
-            d_score = load_square(d_scores, tile)
+            d_score = load_square(d_scores, slot)
             if WIDE:
                 part = add_dot(part, below_diagonal(d_score), k_rows, WIDE)
                 total += diagonal(d_score)[:, None] * k_rows
@@ -154,19 +183,19 @@ def gradient_kernel(
         else:
             beta = load_gate(gates, tile, 2)
             for first in tl.range(0, V, BV, num_stages=STAGES):
-                d_error = tl.trans(load_tile(d_errors, tile, first, V, C, BV, C))
-                part = add_dot(part, d_error, load_block(states, tile, first, first_key, V, K, BV, BK), WIDE)
-            dm = load_square(pairs, tile)
-            part = add_dot(part * (gamma * -beta)[:, None], dm, k_rows, WIDE)
+                d_error = load_rows(dv + hv * V, start, rows, HV * V, first, V, BV)
+                part = add_dot(part, d_error, load_block(states, slot, first, first_key, V, K, BV, BK), WIDE)
+            dm = load_square(pairs, slot)
+            part = add_dot(part * -gamma[:, None], dm, k_rows, WIDE)
             total += part
             dG = tl.sum(part * k_rows.to(tl.float32), 1)
             part = tl.zeros((C, BK), tl.float32)
             for first in tl.range(0, V, BV, num_stages=STAGES):
-                error = tl.trans(load_tile(errors, tile, first, V, C, BV, C))
-                part = add_dot(part, error, load_block(d_states, tile, first, first_key, V, K, BV, BK), WIDE)
+                error = tl.trans(load_tile(errors, slot, first, V, C, BV, C))
+                part = add_dot(part, error, load_block(d_states, slot, first, first_key, V, K, BV, BK), WIDE)
             part *= (load_gate(gates, tile, 3) * beta)[:, None]
             onward = tl.sum(part * k_rows.to(tl.float32), 1)
-            d_score = load_square(d_scores, tile)
+            d_score = load_square(d_scores, slot)
             if WIDE:
                 total += part + diagonal(d_score)[:, None] * q_rows
                 part = dot(tl.trans(below_diagonal(d_score)), q_rows, WIDE)
@@ -181,8 +210,8 @@ def gradient_kernel(
             dG -= tl.sum(part * k_rows.to(tl.float32), 1)
             overlap = tl.zeros((BV,), tl.float32)
             for first in tl.range(0, V, BV, num_stages=1):
-                state = load_block(states, tile, first, first_key, V, K, BV, BK).to(tl.float32)
-                overlap += tl.sum(state * load_block(d_states, tile, first, first_key, V, K, BV, BK).to(tl.float32), 1)
+                state = load_block(states, slot, first, first_key, V, K, BV, BK).to(tl.float32)
+                overlap += tl.sum(state * load_block(d_states, slot, first, first_key, V, K, BV, BK).to(tl.float32), 1)
             dG += tl.where(i == C - 1, last + load_last(gates, tile) * tl.sum(overlap, 0), 0.0)
         at = (start + i) * HV + hv
         kept = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) >= SMALLEST_LOG_DECAY

@@ -60,6 +60,34 @@ def run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS: tl.c
 
 
 @triton.jit
+def slab_bounds(index, slab, width, chunk_table, chunks, per_row, documents, S, SEGMENTS: tl.constexpr, PACKED: tl.constexpr):
+    """Like run_bounds, for one slab of a run, `width` chunks; then the end of the run and the place of chunk 0 in the buffers of the slab."""
+    begin, end, first, last = run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
+    offset = 0
+    if SEGMENTS or not PACKED:
+        if not SEGMENTS:
+            begin = index * per_row
+            end = begin + per_row
+        run_end = end
+        begin = tl.minimum(begin + slab * width, run_end)
+        end = tl.minimum(begin + width, run_end)
+        offset = index * width - begin
+        if SEGMENTS:
+            if PACKED:
+                first = tl.load(chunk_table + 2 * tl.maximum(begin - 1, 0))
+                last = tl.load(chunk_table + 2 * (tl.maximum(end, 1) - 1))
+                first = tl.where(begin == 0, 0, first)
+                last = tl.where(end == chunks, documents - 1, last)
+            else:
+                first = begin // per_row
+                last = (end - 1) // per_row
+            last = tl.where(begin < end, last, first - 1)
+    else:
+        run_end = end
+    return begin, end, first, last, run_end, offset
+
+
+@triton.jit
 def document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED: tl.constexpr):
     """A document's chunks [c0, c1) in the flattened list, its first token (int64) and its length."""
     if PACKED:
@@ -143,6 +171,7 @@ def output_kernel(
     o,
     initial,
     entering,
+    midway,
     final,
     cu_seqlens,
     chunk_table,
@@ -152,6 +181,7 @@ def output_kernel(
     chunks,
     documents,
     S,
+    width,
     scale,
     q_stride,
     k_stride,
@@ -165,10 +195,12 @@ def output_kernel(
     SEGMENTS: tl.constexpr,
     PACKED: tl.constexpr,
     INITIAL: tl.constexpr,
+    MIDWAY: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """o and the final states. Grid [runs * HV * value blocks].
+    """o and the final states; with MIDWAY also midway [slabs - 1, runs, HV, K, V], the states inside a run where a slab of the backward
+    begins. Grid [runs * HV * value blocks].
 
     O = gamma scale Q S + A (beta V');  S <- gamma_last S + K^T (D beta V').
     """
@@ -193,6 +225,12 @@ def output_kernel(
             start = token + inside
             rows = length - inside
             tile = int64(chunk) * HV + hv
+            if MIDWAY:
+                run = begin if SEGMENTS else c0
+                runs = (chunks + S - 1) // S if SEGMENTS else documents
+                part = (chunk - run) // width
+                if (chunk > low) & (part * width == chunk - run):
+                    store_state(midway + (int64((part - 1) * runs + index) * HV + hv) * (K * V), state, first, K, V, BK, BV)
             v_rows = load_rows_again(v + hv * V, start, rows, v_stride, first, V, BV)
             k_rows = load_rows_again(k + h * K, start, rows, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
@@ -210,7 +248,7 @@ def output_kernel(
             store_state(final + slot * (K * V), state, first, K, V, BK, BV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slab"])
 def states_kernel(
     k,
     v,
@@ -220,6 +258,7 @@ def states_kernel(
     errors,
     initial,
     entering,
+    midway,
     cu_seqlens,
     chunk_table,
     chunk_offsets,
@@ -228,6 +267,8 @@ def states_kernel(
     chunks,
     documents,
     S,
+    width,
+    slab,
     k_stride,
     v_stride,
     H,
@@ -242,35 +283,40 @@ def states_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """For the backward: the state before each chunk, states [chunks, HV, V, K], and the errors U / beta, [chunks, HV, V, 64].
-    Grid [runs * HV * value blocks]."""
+    """For the backward: the state before each chunk of a slab, states [slots, HV, V, K], and the errors U / beta,
+    [slots, HV, V, 64]. Grid [runs * HV * value blocks]."""
     block, hv, index = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     h = hv // (HV // H)
-    begin, end, d0, d1 = run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
+    begin, end, d0, d1, _, offset = slab_bounds(index, slab, width, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
     for document in range(d0, d1 + 1):
         c0, c1, token, length = document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED)
         low = tl.maximum(begin, c0)
         high = tl.minimum(end, c1)
         state = tl.zeros((BV, BK), tl.float32)
         if low > c0:
-            if SEGMENTS:
-                state = load_state(entering + (int64(index) * HV + hv) * (K * V), first, K, V, BK, BV)
+            if slab > 0:
+                runs = (chunks + S - 1) // S if SEGMENTS else documents
+                state = load_state(midway + (int64((slab - 1) * runs + index) * HV + hv) * (K * V), first, K, V, BK, BV)
+            else:
+                if SEGMENTS:
+                    state = load_state(entering + (int64(index) * HV + hv) * (K * V), first, K, V, BK, BV)
         else:
             if INITIAL:
                 state = load_state(initial + (int64(document) * HV + hv) * (K * V), first, K, V, BK, BV)
         for chunk in tl.range(low, high, num_stages=STAGES):
             inside = (chunk - c0) * C
             tile = int64(chunk) * HV + hv
+            slot = int64(chunk + offset) * HV + hv
             v_rows = load_rows_again(v + hv * V, token + inside, length - inside, v_stride, first, V, BV)
             k_rows = load_rows_again(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
-            store_tile(states, narrow, tile, first, V, K, BV, BK)
+            store_tile(states, narrow, slot, first, V, K, BV, BK)
             recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
             z = tl.trans(v_rows).to(tl.float32) - recalled
             beta = load_gate(gates, tile, 2)[None, :]
             error = z - dot((z * beta).to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
-            store_tile(errors, error, tile, first, V, C, BV, C)
+            store_tile(errors, error, slot, first, V, C, BV, C)
             u = error * beta * load_gate(gates, tile, 3)[None, :]
             state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
 
@@ -429,7 +475,7 @@ def _store_part(base, x, row, first, K: tl.constexpr, V: tl.constexpr, B: tl.con
     tl.store(base + i * V + j, x, mask=(i < K) & (j < V))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slab"])
 def backward_kernel(
     q,
     k,
@@ -438,9 +484,11 @@ def backward_kernel(
     gates,
     do,
     d_states,
-    d_errors,
+    dv,
     d_final,
     leaving,
+    arriving,
+    departing,
     d_initial,
     cu_seqlens,
     chunk_table,
@@ -450,6 +498,8 @@ def backward_kernel(
     chunks,
     documents,
     S,
+    width,
+    slab,
     scale,
     q_stride,
     k_stride,
@@ -466,12 +516,14 @@ def backward_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradient of the state after each chunk, d_states [chunks, HV, V, K], dU [chunks, HV, V, 64] as d_errors, and d_initial.
+    """The gradient of the state after each chunk of a slab, d_states [slots, HV, V, K], dU in the rows of dv, and d_initial.
+    arriving, departing [runs, HV, K, V]: the gradient of the state between this slab and the next, and between the one before and this.
     Grid [runs * HV * value blocks]."""
     block, hv, index = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     h = hv // (HV // H)
-    begin, end, d0, d1 = run_bounds(index, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
+    begin, end, d0, d1, run_end, offset = slab_bounds(index, slab, width, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
+    at_run = (int64(index) * HV + hv) * (K * V)
     for document in range(d0, d1 + 1):
         c0, c1, token, length = document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED)
         low = tl.maximum(begin, c0)
@@ -479,8 +531,11 @@ def backward_kernel(
         slot = int64(document) * HV + hv
         state = tl.zeros((BV, BK), tl.float32)
         if high < c1:
-            if SEGMENTS:
-                state = load_state(leaving + (int64(index) * HV + hv) * (K * V), first, K, V, BK, BV)
+            if end < run_end:
+                state = load_state(arriving + at_run, first, K, V, BK, BV)
+            else:
+                if SEGMENTS:
+                    state = load_state(leaving + at_run, first, K, V, BK, BV)
         else:
             if FINAL:
                 state = load_state(d_final + slot * (K * V), first, K, V, BK, BV)
@@ -492,13 +547,13 @@ def backward_kernel(
             tile = int64(chunk) * HV + hv
             k_rows = load_rows_again(k + h * K, start, rows, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
-            store_tile(d_states, narrow, tile, first, V, K, BV, BK)
+            store_tile(d_states, narrow, int64(chunk + offset) * HV + hv, first, V, K, BV, BK)
             x = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
             do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
             x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
             x -= dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
-            store_tile(d_errors, x, tile, first, V, C, BV, C)
+            store_rows(dv + hv * V, x, start, rows, HV * V, first, V, BV)
             gamma = load_gate(gates, tile, 1)[None, :]
             q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
             x *= gamma * -beta
@@ -507,6 +562,8 @@ def backward_kernel(
         if INITIAL:
             if (low < high and low == c0) or c0 == c1:
                 store_state(d_initial + slot * (K * V), state, first, K, V, BK, BV)
+        if (slab > 0) & (low < high) & (low > c0):
+            store_state(departing + at_run, state, first, K, V, BK, BV)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ WRITES = 32
 """Writes per chunk, about, for all but very short sequences. Measured against 64 in README.md."""
 BLOCK_ELEMENTS = 1 << 19
 """Elements of the states of the sequences that advance together: 2 MiB in float32, the second-level caches of two cores."""
-SEGMENT_ELEMENTS = 8 << 20
+SEGMENT_ELEMENTS = 12 << 20
 """Elements of all buffers of a segment, about."""
 
 
@@ -111,7 +111,7 @@ class Flow:
     rows: Tensor
     """Of `Chunks.rows`, `[M, R + C, K]`."""
     tails: Tensor
-    """Of `Chunks.tails`, `[M, R, K]`."""
+    """Of the keys times `Chunks.tail`, `[M, R, K]`."""
     last: Tensor
     """Of what is left of each row of the state, `[M, K]`."""
     pairs: Tensor
@@ -133,8 +133,10 @@ class Chunks(ABC):
     """Keys above queries, as they meet the state before the chunk, `[M, R + C, K]`."""
     gamma: Tensor
     """A factor on what a key or query then reads, `[M, R + C, 1]`."""
-    tails: Tensor
-    """Keys as they reach the state after the chunk, `[M, R, K]`."""
+    keys: Tensor
+    """Keys as they are, `[M, R, K]`."""
+    tail: Tensor
+    """A factor on what a key writes that is left after the chunk, `[M, R, 1]` or `[M, R, K]`."""
     last: Tensor
     """What the chunk leaves of the state before it, `[M, 1, 1]` or `[M, K, 1]`."""
     gated: Tensor
@@ -201,7 +203,7 @@ def forward(
     """Outputs, final states; with `keep` the errors, the inverses and the states at the begin of each segment, in the order of the walk."""
     layout = Layout.of(kind, x, bounds)
     walk = layout.walk(x.v, bounds)
-    heads, width, rows, size = x.heads, x.v.shape[4], layout.rows, layout.chunk
+    heads, rows = x.heads, layout.rows
     scratch = Scratch(x.v, accumulate_dtype(x.v.dtype))
     memory = x.empty_state(len(walk)).zero_() if initial_state is None else walk.sort(initial_state)
     o = x.empty_outputs()
@@ -209,27 +211,57 @@ def forward(
     for segment in walk.segments():
         c = kind.load(segment, x, layout, scratch)
         count, state = segment.size * heads, memory[segment.block]
-        values, written = _values(segment, x, rows, scratch), scratch("written", count, rows, width)
         here = slice(segment.slots.start * heads, segment.slots.stop * heads)
         if keep:
             states[segment.starts] = state[: segment.running[0]]
-        error = errors[here] if keep else scratch("error", count, rows, width)
         inverse = inverses[here] if keep else scratch("inverse", count, rows, rows)
         _invert(c, inverse, scratch)
         solve = torch.mul(inverse, c.beta.mT, out=scratch("solve", count, rows, rows))
-        state, reads = state.flatten(0, 1), scratch("reads", count, rows + size, width)
-        above = reads[:, :rows]
-        steps = _steps(segment, heads, c.rows, c.tails.mT, c.gamma[:, :rows], c.last, error, solve, written, reads, above)
-        for value, (both, tails, gamma, last, z, t, u, read, by_keys) in zip(values, steps, strict=True):
-            s = state[: len(both)]
-            torch.bmm(both, s, out=read)
-            torch.addcmul(value, gamma, by_keys, value=-1, out=z)
-            torch.bmm(t, z, out=u)
-            s.mul_(last).baddbmm_(tails, u)
-        outputs = torch.mul(reads[:, rows:], c.gamma[:, rows:], out=scratch("values", count, size, width))
-        outputs.baddbmm_(c.gated[:, rows:], written, beta=scale, alpha=scale)
-        segment.store(outputs.view(-1, heads, size, width), o)
+        error = errors[here] if keep else None
+        _advance(segment, c, solve, _values(segment, x, rows, scratch), error, state.flatten(0, 1), o, scale, scratch)
     return o, walk.unsort(memory), errors, inverses, states
+
+
+def _advance(
+    segment: Segment,
+    c: Chunks,
+    solve: Tensor,
+    values: Sequence[Tensor],
+    errors: Tensor | None,
+    state: Tensor,
+    o: Tensor,
+    scale: float,
+    scratch: Scratch,
+) -> None:
+    """Forward over a segment: `state` goes to that after it, in place; outputs and errors are filled in.
+
+    What belongs to one chunk alone is in buffers of one chunk, which the next uses again while they are in the cache.
+    """
+    (count, rows, key_width), width, size = c.keys.shape, state.shape[2], c.rows.shape[1] - c.keys.shape[1]
+    heads, most = count // segment.size, len(state)
+    outputs = _outputs(segment, o, scratch, heads, size)
+    steps = _steps(segment, heads, c.rows, c.keys, c.tail, c.gamma, c.last, solve, c.gated[:, rows:])
+    kept = [None] * len(values) if errors is None else errors.split([running * heads for running in segment.running])
+    for value, z, output, (both, keys, tail, gamma, last, t, pairs) in zip(values, kept, outputs, steps, strict=True):
+        here = len(both)
+        s, u, tails = state[:here], scratch("written", most, rows, width)[:here], scratch("tails", most, rows, key_width)[:here]
+        read = torch.bmm(both, s, out=scratch("reads", most, rows + size, width)[:here])
+        z = scratch("error", most, rows, width)[:here] if z is None else z
+        torch.addcmul(value, gamma[:, :rows], read[:, :rows], value=-1, out=z)
+        torch.bmm(t, z, out=u)
+        torch.mul(keys, tail, out=tails)
+        s.mul_(last).baddbmm_(tails.mT, u)
+        out = torch.mul(read[:, rows:], gamma[:, rows:], out=scratch("output", most, size, width)[:here])
+        output.copy_(out.baddbmm_(pairs, u, beta=scale, alpha=scale).view(output.shape))
+    if segment.time is None:
+        segment.store(scratch("outputs", segment.size, heads, size, width), o)
+
+
+def _outputs(segment: Segment, o: Tensor, scratch: Scratch, heads: int, size: int) -> Sequence[Tensor]:
+    """Where the outputs of each chunk go, `[running, heads, C, V]`: their places in `o`, or a buffer if they are not regular."""
+    if segment.time is not None:
+        return o[segment.block, segment.time].unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4).unbind(0)
+    return scratch("outputs", segment.size, heads, size, o.shape[3]).split(segment.running)
 
 
 def _values(segment: Segment, x: Inputs, rows: int, scratch: Scratch) -> Sequence[Tensor]:
@@ -317,19 +349,20 @@ def _flow(
     heads = count // segment.size
     solve = torch.mul(inverse, c.beta.mT, out=scratch("solve", count, rows, rows))
     written = torch.bmm(solve, error, out=scratch("written", count, rows, width))
-    states = _states(segment, heads, c, written, start, scratch("states", count, key_width, width))
+    tails = torch.mul(c.keys, c.tail, out=scratch("tails", count, rows, key_width))
+    states = _states(segment, heads, c, tails, written, start, scratch("states", count, key_width, width))
 
     d_written = scratch("d_written", count, rows, width).baddbmm_(c.gated[:, rows:].mT, d_out, beta=0, alpha=scale)
     d_solved, d_read = scratch("d_solved", count, rows, width), scratch("d_read", count, rows + size, width)
     torch.mul(d_out, c.gamma[:, rows:] * scale, out=d_read[:, rows:])
     d_rows, d_tails = scratch("d_rows", count, rows + size, key_width), scratch("d_tails", count, rows, key_width)
     d_last, product = scratch("d_last", count, key_width), scratch("product", len(d_memory), key_width, width)
-    for both, tails, minus, last, t, u, s, du, dy, dr, db, dk, dl in reversed(
+    for both, tail, minus, last, t, u, s, du, dy, dr, db, dk, dl in reversed(
         _steps(
             segment,
             heads,
             c.rows,
-            c.tails,
+            tails,
             -c.gamma[:, :rows] * c.beta,
             c.last,
             inverse,
@@ -344,7 +377,7 @@ def _flow(
         )
     ):
         ds = d_memory[: len(both)]
-        du.baddbmm_(tails, ds)
+        du.baddbmm_(tail, ds)
         torch.bmm(u, ds.mT, out=dk)
         torch.sum(torch.mul(ds, s, out=product[: len(both)]), 2, out=dl)
         torch.bmm(t.mT, du, out=dy)
@@ -352,19 +385,21 @@ def _flow(
         torch.bmm(dr, s.mT, out=db)
         ds.mul_(last).baddbmm_(both.mT, dr)
 
-    pairs = scratch("pairs", count, rows + size, rows)
-    pairs[:, :rows].baddbmm_(d_solved, written.mT, beta=0, alpha=-1)
-    pairs[:, rows:].baddbmm_(d_out, written.mT, beta=0, alpha=scale)
+    pairs = scratch("pairs", count, rows + size, rows)  # a batched product into a part of it would be one product a matrix
+    by_keys = torch.bmm(d_solved, written.mT, out=scratch("by_keys", count, rows, rows))
+    by_queries = torch.bmm(d_out, written.mT, out=scratch("by_queries", count, size, rows))
+    torch.mul(by_keys, -1, out=pairs[:, :rows])
+    torch.mul(by_queries, scale, out=pairs[:, rows:])
     return Flow(d_rows, d_tails, d_last, pairs, d_solved, error)
 
 
-def _states(segment: Segment, heads: int, c: Chunks, written: Tensor, start: Tensor, out: Tensor) -> Tensor:
+def _states(segment: Segment, heads: int, c: Chunks, tails: Tensor, written: Tensor, start: Tensor, out: Tensor) -> Tensor:
     """The state before each chunk of a segment, from the state before the first."""
-    steps = _steps(segment, heads, out, c.tails, c.last, written)
+    steps = _steps(segment, heads, out, tails, c.last, written)
     steps[0][0].copy_(start)
-    for (before, tails, last, u), (after, *_) in itertools.pairwise(steps):
+    for (before, tail, last, u), (after, *_) in itertools.pairwise(steps):
         rows = len(after)
-        torch.mul(before[:rows], last[:rows], out=after).baddbmm_(tails[:rows].mT, u[:rows])
+        torch.mul(before[:rows], last[:rows], out=after).baddbmm_(tail[:rows].mT, u[:rows])
     return out
 
 
