@@ -145,6 +145,14 @@ def test_triton_takes_four_warps_for_products_of_64_rows(width: int, wide: bool)
     assert table["states"].warps * 16 <= max(64, width)
 
 
+@pytest.mark.parametrize("width", [5, 16, 32, 64, 200])
+def test_triton_takes_tiles_of_128_bytes_in_16_bits(width: int) -> None:
+    """Tiles with narrower rows beside them made ptxas 12.8 read elsewhere (notes/triton_pipelines.md). No interpreter sees that."""
+    plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")
+    made = plans.plan(1, 64, 1, 1, 1, 1, width, width, False, False, 132)
+    assert max(64, width) <= made.BK and all(made.launches[name].block >= 64 for name in ("states", "output", "gradient"))
+
+
 @with_triton
 def test_triton_compiles_as_one_graph(gates: Gates) -> None:
     torch._dynamo.reset()

@@ -41,7 +41,9 @@ class Plan:
 
     @property
     def BK(self) -> int:
-        return padded(self.K)
+        """Key columns of a tile. In 16 bits at least 64, so that every tile in shared memory has rows of 128 bytes; with rows of 32 beside them
+        ptxas 12.8 gets the addresses of products wrong (notes/triton_pipelines.md)."""
+        return padded(self.K) if self.wide else max(64, padded(self.K))
 
     @property
     def group(self) -> int:
