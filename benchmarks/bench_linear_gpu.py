@@ -1,6 +1,6 @@
-"""Linear attention with one decay per head on a GPU: error against fp64, then time, beside FLA's `chunk_simple_gla` where it can be imported.
+"""Linear attention with decay on a GPU: error against fp64, then time, beside FLA's `chunk_simple_gla` and `chunk_gla` where they can be imported.
 
-    python benchmarks/bench_linear_gpu.py [--out FILE]
+    python benchmarks/bench_linear_gpu.py [--sizes gla,hgrn2] [--out FILE]
 
 Sizes are those of the mixers at width 1024: 8 rows of 4096 tokens, bfloat16. Medians of eager calls timed with device events.
 """
@@ -18,40 +18,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn import ops
 from gdn.core import device as hardware
 from gdn.core.dispatch import use
-from gdn.ops import linear_attention
 from gdn.testing import compare
 
-SIZES = {"retnet": (8, 8, 128, 256), "mamba2": (1, 32, 128, 64)}
-"""H, HV, K, V."""
+SIZES = {
+    "retnet": ("linear_attention", 8, 8, 128, 256),
+    "mamba2": ("linear_attention", 1, 32, 128, 64),
+    "gla": ("gated_linear_attention", 4, 4, 128, 256),
+    "hgrn2": ("gated_linear_attention", 8, 8, 128, 128),
+    "gsa values": ("gated_linear_attention", 4, 4, 64, 256),
+}
+"""Operator, H, HV, K, V."""
+PEERS = {"linear_attention": ("fla.ops.simple_gla", "chunk_simple_gla"), "gated_linear_attention": ("fla.ops.gla", "chunk_gla")}
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
-def inputs(size: tuple[int, int, int, int], batch: int, length: int) -> list[Tensor]:
-    H, HV, K, V = size
+def inputs(name: str, batch: int, length: int) -> list[Tensor]:
+    op, H, HV, K, V = SIZES[name]
     r = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(batch, length, *x, generator=r, device="cuda").bfloat16() for x in ((H, K), (H, K), (HV, V)))
-    g = -0.1 * torch.randn(batch, length, HV, generator=r, device="cuda").abs()
+    gates = {"linear_attention": (HV,), "gated_linear_attention": (H, K)}[op]
+    g = -0.1 * torch.randn(batch, length, *gates, generator=r, device="cuda").abs()
     return [x.requires_grad_() for x in (q, k, v, g)]
 
 
-def row(impl: str) -> Rule:
+def row(op: str, impl: str) -> Rule:
     def call(*x: Tensor) -> tuple[Tensor, Tensor]:
-        with use(linear_attention=impl):
-            return linear_attention(*x)
+        with use(**{op: impl}):
+            return getattr(ops, op)(*x)
 
     return call
 
 
-def peer() -> dict[str, Rule]:
-    if not hardware.has_package("fla"):
+def peer(op: str) -> dict[str, Rule]:
+    if op not in PEERS or not hardware.has_package("fla"):
         return {}
-    chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+    module, function = PEERS[op]
+    rule = getattr(importlib.import_module(module), function)
 
     def call(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))  # it takes no groups
-        return chunk_simple_gla(q, k, v, g, scale=q.shape[3] ** -0.5, output_final_state=True)
+        return rule(q, k, v, g, scale=q.shape[3] ** -0.5, output_final_state=True)
 
     return {"fla": call}
 
@@ -77,13 +86,15 @@ def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default=",".join(SIZES), help="default: all")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found = []
-    for name, size in SIZES.items():
-        short, x = inputs(size, 1, 200), inputs(size, 8, 4096)
-        truth = results(row("reference"), [t.detach().double().requires_grad_() for t in short])
-        for who, rule in {"portable": row("portable"), **peer()}.items():
+    for name in options.sizes.split(","):
+        op = SIZES[name][0]
+        short, x = inputs(name, 1, 200), inputs(name, 8, 4096)
+        truth = results(row(op, "reference"), [t.detach().double().requires_grad_() for t in short])
+        for who, rule in {"portable": row(op, "portable"), **peer(op)}.items():
             errors = [compare.error(a.detach().double(), b.detach()) for a, b in zip(results(rule, short), truth)]
 
             def forward(rule: Rule = rule, x: list[Tensor] = x) -> Any:

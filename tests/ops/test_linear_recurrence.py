@@ -141,7 +141,8 @@ def test_triton_takes_views_one_result_and_no_tokens(gates: Gates) -> None:
 def test_triton_takes_four_warps_for_products_of_64_rows(width: int, wide: bool) -> None:
     """With eight, Triton 3.6 lets the second four read beyond shared memory (notes/triton_pipelines.md). No interpreter sees that."""
     table = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan").launches(width, wide)
-    assert table["output"].warps == table["gradient"].warps == 4
+    rows = ("output", "gradient", "channels", "channel output", "channel gradient", "other gradient")
+    assert all(table[name].warps == 4 for name in rows)
     assert table["states"].warps * 16 <= max(64, width)
 
 
@@ -150,7 +151,20 @@ def test_triton_takes_tiles_of_128_bytes_in_16_bits(width: int) -> None:
     """Tiles with narrower rows beside them made ptxas 12.8 read elsewhere (notes/triton_pipelines.md). No interpreter sees that."""
     plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")
     made = plans.plan(1, 64, 1, 1, 1, 1, width, width, False, False, 132)
-    assert max(64, width) <= made.BK and all(made.launches[name].block >= 64 for name in ("states", "output", "gradient"))
+    assert max(64, width) <= made.BK and all(
+        launch.block >= 64 for name, launch in made.launches.items() if name not in ("gates", "between", "handover")
+    )
+
+
+@with_triton
+def test_triton_takes_gradients_with_any_stride_over_one_token(gates: Gates) -> None:
+    arguments = Problem(name="", B=2, T=1, K=8, V=8).build(gates, dtype=torch.float32, device=DEVICE)
+    o, _ = call(gates, arguments, "portable")
+    weight = torch.randn(2, 3, 1, 8, device=o.device)[:, :1].contiguous()
+    odd = weight.as_strided(weight.shape, (8, 1000, 8, 1))
+    assert odd.is_contiguous() and odd.stride(1) == 1000
+    found, expected = (torch.autograd.grad(o, leaves(arguments), w, retain_graph=True) for w in (odd, weight))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 @with_triton

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
-from gdn.core.portable_rows import aligned, token_rows
+from gdn.core.portable_rows import aligned, dense, token_rows
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
 from gdn.ops.delta_rule.portable_prepare import gates_kernel
 from gdn.ops.linear_recurrence.portable_heads import gradient_kernel, output_kernel
@@ -69,7 +69,7 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     (gates, entering), (do, d_final) = saved, grads
     p = _plan(q, v, rest[0], rest[1])
     q, k, v, g = token_rows(q), token_rows(k), token_rows(v), aligned(g)
-    do = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if do is None else aligned(do)
+    do = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if do is None else dense(do)
     d_final = None if d_final is None else aligned(d_final)
     d_initial = None if initial_state is None else torch.empty(initial_state.shape, dtype=torch.float32, device=v.device)
     if p.chunks == 0:

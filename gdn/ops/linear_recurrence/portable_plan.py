@@ -120,6 +120,11 @@ def launches(BK: int, wide: bool) -> dict[str, Launch]:
         "states": Launch(block=BV, warps=8 if big else 4, stages=1 if wide else 2 if big else 3),
         "output": Launch(block=BV, warps=4, stages=1 if wide else 2),
         "gradient": Launch(block=BV, warps=4, stages=1 if wide or big else 2),
+        "between": Launch(block=0, warps=4),
+        "channels": Launch(block=BV, warps=4),
+        "channel output": Launch(block=BV, warps=4, stages=1 if wide else 2),
+        "other gradient": Launch(block=BV, warps=4),
+        "channel gradient": Launch(block=BV, warps=4, stages=1 if wide else 2),
     }
 
 

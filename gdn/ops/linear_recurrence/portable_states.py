@@ -49,13 +49,13 @@ def store_tokens(base, x, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK
 
 
 @triton.jit
-def load_kept(gates, last, tile, K: tl.constexpr, BK: tl.constexpr, CHANNEL: tl.constexpr):
-    """The factor of a chunk on what it meets, for each row of the memory, [BK]."""
+def load_kept(gates, last, chunk, hv, HV, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CHANNEL: tl.constexpr):
+    """The factor of a chunk on what it meets, for each row of the memory, [BK]. Channels decay alike in all heads of a group."""
     i = tl.arange(0, BK)
     if CHANNEL:
-        return tl.load(last + tile * K + i, mask=i < K, other=0.0)
+        return tl.load(last + (int64(chunk) * (HV // GROUP) + hv // GROUP) * K + i, mask=i < K, other=0.0)
     else:
-        return load_last(gates, tile) + tl.zeros((BK,), tl.float32)
+        return load_last(gates, int64(chunk) * HV + hv) + tl.zeros((BK,), tl.float32)
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def states_kernel(
                 else:
                     weight = load_gate(gates, tile, 3)
                 y_rows = (y_rows.to(tl.float32) * weight[:, None]).to(x_rows.dtype)
-            keep = load_kept(gates, last, tile, K, BK, CHANNEL)
+            keep = load_kept(gates, last, chunk, hv, HV, GROUP, K, BK, CHANNEL)
             if SUMMARY:
                 kept *= keep
             state = add_dot(state * keep[:, None], tl.trans(x_rows), y_rows, WIDE)
