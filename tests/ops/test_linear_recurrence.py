@@ -141,7 +141,7 @@ def test_triton_takes_views_one_result_and_no_tokens(gates: Gates) -> None:
 def test_triton_takes_four_warps_for_products_of_64_rows(width: int, wide: bool) -> None:
     """With eight, Triton 3.6 lets the second four read beyond shared memory (notes/triton_pipelines.md). No interpreter sees that."""
     table = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan").launches(width, wide)
-    rows = ("output", "gradient", "channels", "channel output", "channel gradient", "other gradient")
+    rows = ("output", "gradient", "channels", "channel output", "channel read", "channel gradient", "other gradient")
     assert all(table[name].warps == 4 for name in rows)
     assert table["states"].warps * 16 <= max(64, width)
 

@@ -97,8 +97,8 @@ def parted(pairs, level):
 
 @triton.jit
 def channels_kernel(
-    x,
     y,
+    x,
     g,
     sums,
     read,
@@ -233,16 +233,16 @@ def channel_output_kernel(
 
 @triton.jit
 def other_gradient_kernel(
-    written,
+    decayed,
     scores,
-    a,
-    d_states,
-    db,
+    other,
+    states,
+    gradient,
     cu_seqlens,
     chunk_table,
     T,
     per_row,
-    a_stride,
+    stride,
     H,
     HV,
     GROUP: tl.constexpr,
@@ -250,20 +250,76 @@ def other_gradient_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    TURNED: tl.constexpr,
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """db = written dS + A^T a, some columns of one chunk and head. Grid [chunks * HV * column blocks]."""
+    """Some columns of the gradients of a or b of one chunk and head: da = read S + A b, or TURNED db = written dS + A^T a.
+    Grid [chunks * HV * column blocks]."""
     block, hv, chunk = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     h = hv // GROUP
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
-    writing = load_rows(written + h * K, start, rows, H * K, 0, K, BK)
-    d_state = load_block(d_states + (int64(chunk) * HV + hv) * (K * V), first, K, V, BK, BV)
-    a_rows = load_rows(a + hv * V, start, rows, a_stride, first, V, BV)
-    total = dot(writing, d_state, WIDE)
-    total = add_dot(total, tl.trans(load_square(scores, int64(chunk) * H + h)), a_rows, WIDE)
-    store_tokens(db + hv * V, total, start, rows, HV * V, first, V, BV)
+    left = load_rows(decayed + h * K, start, rows, H * K, 0, K, BK)
+    state = load_block(states + (int64(chunk) * HV + hv) * (K * V), first, K, V, BK, BV)
+    other_rows = load_rows(other + hv * V, start, rows, stride, first, V, BV)
+    A = load_square(scores, int64(chunk) * H + h)
+    total = dot(left, state, WIDE)
+    total = add_dot(total, tl.trans(A) if TURNED else A, other_rows, WIDE)
+    store_tokens(gradient + hv * V, total, start, rows, HV * V, first, V, BV)
+
+
+@triton.jit
+def channel_read_kernel(
+    y,
+    g,
+    sums,
+    a,
+    b,
+    states,
+    o,
+    cu_seqlens,
+    chunk_table,
+    T,
+    per_row,
+    scale,
+    y_stride,
+    a_stride,
+    b_stride,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    W: tl.constexpr,
+    BV: tl.constexpr,
+    PACKED: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """o for decay on the values, W channels of one chunk and head: scale gamma a S^T + (P read with decay from y). Grid [chunks * H * channel blocks]."""
+    block, h, chunk = program_place((K + W - 1) // W, H)
+    first = block * W
+    start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
+    pairs = tl.zeros((C, C), tl.float32)
+    total = tl.zeros((C, W), tl.float32)
+    for column in tl.range(0, V, BV, num_stages=STAGES):
+        a_rows = load_rows(a + h * V, start, rows, a_stride, column, V, BV)
+        b_rows = load_rows(b + h * V, start, rows, b_stride, column, V, BV)
+        state = load_part(states + (int64(chunk) * H + h) * (K * V), first, column, K, V, W, BV)
+        pairs = add_dot(pairs, a_rows, tl.trans(b_rows), WIDE)
+        total = add_dot(total, a_rows, tl.trans(state), WIDE)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    pairs = tl.where(i >= j, pairs * scale, 0.0)
+    high, low = apart(load_log_decay(g + h * K, start, rows, H * K, first, K, W), WIDE)
+    y_rows = load_rows(y + h * K, start, rows, y_stride, first, K, W)
+    total *= decays(load_square(sums, GAMMA), high, low, WIDE) * scale
+    total += tl.sum(tl.where(i == j, pairs, 0.0), 1)[:, None] * y_rows.to(tl.float32)
+    narrow = pairs.to(y_rows.dtype)
+    for level in tl.range(0, LEVELS, num_stages=1):
+        factor = decays(load_square(sums, level), high, low, WIDE)
+        brought = (y_rows.to(tl.float32) * factor).to(narrow.dtype)
+        total += dot(parted(narrow, level), brought, WIDE) * factor
+    store_tokens(o + h * K, total, start, rows, H * K, first, K, W)
 
 
 @triton.jit

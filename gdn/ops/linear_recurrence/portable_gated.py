@@ -10,7 +10,7 @@ is kept for the backward pass but the arguments. Sums run in a fixed order and n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from gdn.ops.linear_recurrence.portable_channels import (
     other_gradient_kernel,
 )
 from gdn.ops.linear_recurrence.portable_plan import Plan, plan_of
-from gdn.ops.sequences.portable import bounds_of
+from gdn.ops.sequences.portable import Bounds, bounds_of
 
 
 def _forward(
@@ -52,8 +52,9 @@ def _forward(
     initial_state = None if initial_state is None else aligned(initial_state)
     bounds = (cu_seqlens, chunk_table, chunk_offsets)
     key = _key(p, q, k, v, g)
-    sums = _sums(p, q)
-    read, written, last, scores = _channels(p, key, q, k, g, sums, bounds, scale)
+    sums = exponent_sums(p, q)
+    read, written, last, scores = channels(p, key, q, k, g, sums, bounds, scale)
+    assert read is not None and scores is not None
     if p.S:
         enter_segments(p, key, written, v, None, last, initial_state, entering, bounds, scale, backward=False)
     use = p.launches["channel output"]
@@ -80,8 +81,9 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     initial_state = None if initial_state is None else aligned(initial_state)
     bounds = (rest[0], rest[1], rest[2])
     key = _key(p, q, k, v, g)
-    sums = _sums(p, q)
-    read, written, last, scores = _channels(p, key, q, k, g, sums, bounds, scale)
+    sums = exponent_sums(p, q)
+    read, written, last, scores = channels(p, key, q, k, g, sums, bounds, scale)
+    assert read is not None and scores is not None
     states, d_states = (torch.empty((p.chunks, p.HV, p.K, p.V), dtype=q.dtype, device=q.device) for _ in range(2))
     walk_states(p, key, written, v, None, last, states, initial_state, entering, None, bounds, scale, backward=False)
     leaving = entering
@@ -90,40 +92,63 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         enter_segments(p, key, read, do, None, last, d_final, leaving, bounds, scale, backward=True)
     walk_states(p, key, read, do, None, last, d_states, d_final, leaving, d_initial, bounds, scale, backward=True)
     dq, dk, dv, dg = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g))
-    use = p.launches["other gradient"]
-    use(
-        other_gradient_kernel, key, p.columns("other gradient") * p.HV * p.chunks, written, scores, do, d_states, dv, *bounds[:2], p.length, p.per_row,
-        do.stride(1), p.H, p.HV, p.group, p.K, p.V, p.BK, use.block, p.packed, p.wide,
-    )  # fmt: skip
-    use = p.launches["channel gradient"]
-    use(
-        channel_gradient_kernel, key, -(-p.K // use.block) * p.H * p.chunks, q, k, g, sums, do, v, states, d_states, dq, dk, dg, *bounds[:2], p.length,
-        p.per_row, scale, q.stride(1), k.stride(1), do.stride(1), v.stride(1), p.H, p.HV, p.group, p.K, p.V, use.block, use.block, p.packed, p.wide,
-        use.stages,
-    )  # fmt: skip
+    other_gradient(p, key, written, scores, do, d_states, dv, bounds, turned=True)
+    channel_gradient(p, key, (q, k, do, v), g, sums, states, d_states, (dq, dk, dg), bounds, scale)
     return [dq, dk, dv, dg, d_initial]
 
 
-def _sums(p: Plan, like: Tensor) -> Tensor:
+def exponent_sums(p: Plan, like: Tensor) -> Tensor:
     """Which log decays exponents hold. Made anew for each call, for what is kept would lie in the pool of a graph that is captured then."""
     sums = torch.empty((8, CHUNK, CHUNK), dtype=torch.float32 if p.wide else torch.bfloat16, device=like.device)
     p.launches["between"](between_kernel, ("between", p.wide), 8, sums)
     return sums
 
 
-def _channels(
-    p: Plan, key: Any, x: Tensor, y: Tensor, g: Tensor, sums: Tensor, bounds: tuple[Tensor | None, ...], scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x and y times their decays, the decay over each chunk, and the scores."""
-    read, written = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, y))
-    last = torch.empty((p.chunks, p.H, p.K), dtype=torch.float32, device=x.device)
-    scores = torch.empty((p.chunks, p.H, CHUNK, CHUNK), dtype=x.dtype, device=x.device)
+def channels(
+    p: Plan, key: Any, x: Tensor | None, y: Tensor, g: Tensor, sums: Tensor, bounds: Bounds, scale: float
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """x and y times their decays, the decay over each chunk, and the scores; without x those of y alone."""
+    read, written = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, y))
+    last = torch.empty((p.chunks, p.H, p.K), dtype=torch.float32, device=y.device)
+    scores = None if x is None else torch.empty((p.chunks, p.H, CHUNK, CHUNK), dtype=y.dtype, device=y.device)
     use = p.launches["channels"]
     use(
-        channels_kernel, key, p.H * p.chunks, x, y, g, sums, read, written, last, scores, *bounds[:2], p.length, p.per_row, scale, x.stride(1), y.stride(1),
-        p.H, p.K, use.block, p.packed, p.wide,
+        channels_kernel, (key, x is None), p.H * p.chunks, y, x, g, sums, read, written, last, scores, *bounds[:2], p.length, p.per_row, scale,
+        y.stride(1) if x is None else x.stride(1), y.stride(1), p.H, p.K, use.block, p.packed, p.wide,
     )  # fmt: skip
-    return read, written, last, scores
+    return read, cast(Tensor, written), last, scores
+
+
+def other_gradient(
+    p: Plan, key: Any, decayed: Tensor, scores: Tensor, rows: Tensor, states: Tensor, out: Tensor, bounds: Bounds, *, turned: bool
+) -> None:
+    """Fill `out` with the gradient of a, or turned of b."""
+    use = p.launches["other gradient"]
+    use(
+        other_gradient_kernel, (key, turned), p.columns("other gradient") * p.HV * p.chunks, decayed, scores, rows, states, out, *bounds[:2], p.length,
+        p.per_row, rows.stride(1), p.H, p.HV, p.group, p.K, p.V, p.BK, use.block, turned, p.packed, p.wide,
+    )  # fmt: skip
+
+
+def channel_gradient(
+    p: Plan,
+    key: Any,
+    sides: tuple[Tensor, Tensor, Tensor, Tensor],
+    g: Tensor,
+    sums: Tensor,
+    states: Tensor,
+    d_states: Tensor,
+    out: tuple[Tensor | None, Tensor, Tensor],
+    bounds: Bounds,
+    scale: float,
+) -> None:
+    """Fill `out`, the gradients of x, y and g, for the sides x, y, a, b."""
+    use = p.launches["channel gradient"]
+    x, y, a, b = sides
+    use(
+        channel_gradient_kernel, key, -(-p.K // use.block) * p.H * p.chunks, x, y, g, sums, a, b, states, d_states, *out, *bounds[:2], p.length,
+        p.per_row, scale, *(t.stride(1) for t in sides), p.H, p.HV, p.group, p.K, p.V, use.block, use.block, p.packed, p.wide, use.stages,
+    )  # fmt: skip
 
 
 def _key(p: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Any, ...]:

@@ -123,6 +123,7 @@ def launches(BK: int, wide: bool) -> dict[str, Launch]:
         "between": Launch(block=0, warps=4),
         "channels": Launch(block=BV, warps=4),
         "channel output": Launch(block=BV, warps=4, stages=1 if wide else 2),
+        "channel read": Launch(block=BV, warps=4, stages=1 if wide else 2),
         "other gradient": Launch(block=BV, warps=4),
         "channel gradient": Launch(block=BV, warps=4, stages=1 if wide else 2),
     }
