@@ -24,6 +24,7 @@ LINEAR = Op(
 GATED = Op(
     "gated_linear_attention",
     (
+        Impl("portable", "gdn.ops.linear_recurrence.portable_gated:gated_linear_attention", triton_gpu(K=range(1, 257))),
         Impl("chunked", "gdn.ops.linear_recurrence.channels:gated_linear_attention"),
         Impl("reference", "gdn.ops.linear_recurrence.reference:gated_linear_attention"),
     ),
