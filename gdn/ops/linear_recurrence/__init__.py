@@ -8,13 +8,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
 LINEAR = Op(
     "linear_attention",
     (
+        Impl("portable", "gdn.ops.linear_recurrence.portable:linear_attention", triton_gpu(K=range(1, 257))),
         Impl("chunked", "gdn.ops.linear_recurrence.chunked:linear_attention"),
         Impl("reference", "gdn.ops.linear_recurrence.reference:linear_attention"),
     ),
