@@ -16,8 +16,8 @@ from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
 TRITON = dataclasses.replace(triton_gpu(K=range(1, 257)), dtypes=(torch.bfloat16, torch.float32))
-"""What the Triton rows need. Not float16: the products of the backward hold gradients times decays, and under a strong decay these are below
-its least number, so that the gradient of the initial state came out as 0."""
+"""What the Triton rows need. Not float16: products of the backward hold gradients times decays, which under a strong decay are below its
+least number, and the gradient of the initial state came out as 0."""
 
 LINEAR = Op(
     "linear_attention",
