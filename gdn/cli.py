@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: gdn COMMAND [options]        (gdn COMMAND --help for its options)", ""]
-    lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<12}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(lines)
 
 
@@ -362,7 +362,9 @@ def convert(
     to: str,
     check: bool = False,
 ) -> int:
-    """Convert a checkpoint: gdn convert SRC DST --to gdn, qwen3_5_text, qwen3_next, olmo_hybrid, nvlabs, run, or one of FLA's:
+    """Convert a checkpoint between this package, transformers, flash-linear-attention and the official code: gdn convert SRC DST --to NAME.
+
+    Names: gdn (for transformers), run (as a training run writes it), qwen3_5_text, qwen3_next, olmo_hybrid, nvlabs, and FLA's
     gated_deltanet, delta_net, gated_deltaproduct, kda, gla, gsa, retnet, hgrn2, mamba2.
 
     Args:
@@ -385,7 +387,8 @@ def convert(
 
     found = verify(source, target, done.source, done.target)
     print(f"opened by {found.opened_by}: largest difference of logits {found.logits_error:.1e} of the largest")
-    changed = f"{len(found.changed)} changed, the first {found.changed[0]}" if found.changed else "the same bytes"
+    moved = f" but for {found.moved} norms, which are stored around another constant and mean the same" if found.moved else ""
+    changed = f"{len(found.changed)} changed, the first {found.changed[0]}" if found.changed else f"the same bytes{moved}"
     print(f"converted back to {done.source}: {found.compared} tensors, {changed}")
     return int(found.logits_error > 1e-4)
 
@@ -449,35 +452,34 @@ def _bench(arguments: list[str]) -> int:
 
 
 def experiment(
-    name: Annotated[str, tyro.conf.Positional] = "",
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     *,
     toy: bool = False,
     only: str = "",
     directory: Path | None = None,
     device: str = "auto",
+    jobs: int = 1,
+    budget: float | None = None,
 ) -> int:
-    """Test a claim on generated tasks: train the models it compares, then a table and a picture. Without a name: list them.
+    """Test claims on generated tasks: train the models they compare, then a table and a picture. Without a name: list them.
 
     Args:
-        name: One of those listed. The same command again goes on with the runs that are missing.
+        names: Some of those listed, or "all". The same command again goes on with the runs that are missing.
         toy: A few steps of tiny models, to see that it works; results go to runs/experiments/NAME-toy.
         only: Do only the models whose name contains this.
-        directory: Where results.jsonl, table.md and plot.png go. Default: experiments/NAME.
-        device: "auto", "cpu" or "cuda".
+        directory: Where results.jsonl, table.md and plot.png go; with several names each has a folder there. Default: experiments/NAME.
+        device: "auto", "cpu" or "cuda"; with several jobs "cuda" is every GPU.
+        jobs: Processes that the runs are spread over.
+        budget: Seconds after which no further run is begun. First seeds come before second ones.
     """
-    import torch
+    if not names:
+        from gdn import experiments
 
-    from gdn import experiments
-    from gdn.core.device import default_device
-
-    if not name:
         print("\n".join(f"{each:<20}{experiments.load(each).claim}" for each in experiments.names()))
         return 0
-    from gdn.experiments.conduct import conduct
+    from gdn.experiments.command import experiments as carry_out
 
-    chosen = experiments.load(name)
-    folder = directory or (Path("runs/experiments") / f"{name}-toy" if toy else Path("experiments") / name)
-    conduct(chosen, folder, default_device() if device == "auto" else torch.device(device), toy=toy, only=only)
+    carry_out(names, toy=toy, only=only, directory=directory, device=device, jobs=jobs, budget=budget)
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdn.cli import main
+from gdn.cli import COMMANDS, main
 from gdn.data import ByteTokenizer, DataConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
@@ -59,8 +59,8 @@ def says(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ((), ("--help",)):
         usage = says(capsys, *arguments)
-        for command in ("train", "generate", "eval", "bench", "info", "doctor"):
-            assert re.search(rf"^  {command} +[A-Z].*\.$", usage, re.M), command
+        for command in COMMANDS:
+            assert re.search(rf"^  {command} +[A-Z].*[.a-z]$", usage, re.M), command
     for command in ("train", "generate", "eval", "info", "doctor"):
         assert "--help" in says(capsys, command, "--help")
     assert re.fullmatch(r"gdn \d+\.\d+\.\d+\n", says(capsys, "--version"))

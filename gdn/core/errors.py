@@ -7,6 +7,7 @@ GdnError
 ├── DataError            a data source cannot be read or holds nothing usable                  (also a ValueError)
 ├── CheckpointError      a checkpoint is absent, incomplete or of another model                (also a RuntimeError)
 ├── NonFiniteError       a loss or gradient stopped being a number                             (also an ArithmeticError)
+├── ExperimentError      some runs of an experiment failed: which, and why
 └── MissingExtraError    an optional package is needed: which one and how to install it        (also an ImportError)
 """
 
@@ -44,6 +45,10 @@ class CheckpointError(GdnError, RuntimeError):
 
 class NonFiniteError(GdnError, ArithmeticError):
     """Training produced a value that is not finite."""
+
+
+class ExperimentError(GdnError):
+    """Runs of an experiment failed."""
 
 
 class MissingExtraError(GdnError, ImportError):

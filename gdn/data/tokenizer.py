@@ -122,7 +122,7 @@ class ByteTokenizer:
         return TextStream(self._pieces)
 
     def save(self, folder: str | Path) -> None:
-        _write_json(Path(folder) / FILE, _bytes_json())
+        _save(Path(folder), _bytes_json(), END)
 
 
 class FileTokenizer:
@@ -168,9 +168,7 @@ class FileTokenizer:
         return tuple(token for token, _ in itertools.takewhile(lambda each: each[1], control))
 
     def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        _write_json(folder / FILE, json.loads(self._tokenizer.to_str()))
-        _write_json(folder / "tokenizer_config.json", {"eos_token": self._end})
+        _save(Path(folder), json.loads(self._tokenizer.to_str()), self._end)
 
 
 def _end_token(path: Path, ids: dict[str, int]) -> str:
@@ -250,6 +248,12 @@ def _byte_characters() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+def _save(folder: Path, content: dict[str, Any], end: str) -> None:
+    """The class is named because transformers would otherwise take that of the model, with rules of its own for splitting text."""
+    _write_json(folder / FILE, content)
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """The six tasks of MAD: recall saturates for attention and the delta rule; memorisation and compression go the other way.
 
 The published protocol: two blocks of width 128, 12 800 training sequences, batches of 128, accuracy as the mean over classes, the best of
-six combinations of learning rate and weight decay after 200 epochs. Here one combination (5e-4, 0.1) and 40 epochs; memorisation has 256
-training sequences, as published, and as many updates as the others.
+six combinations of learning rate and weight decay after 200 epochs. Here one combination, their largest (1e-3, 0.1), which learns most in
+few steps, and 15 epochs; memorisation has 256 training sequences, as published, and as many updates as the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gdn.train import AdamW, Schedule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEADS, BATCH, EXAMPLES, EPOCHS = 128, 4, 128, 12_800, 40
+WIDTH, HEADS, BATCH, EXAMPLES, EPOCHS = 128, 4, 128, 12_800, 15
 WINDOW = 32
 TASKS: dict[str, Task] = {
     "compression": Compression(),
@@ -51,8 +51,8 @@ def _run(series: str, name: str, seed: int, toy: bool) -> Run:
     training = Training(
         steps=2 if toy else EPOCHS * EXAMPLES // BATCH,
         batch=2 if toy else BATCH,
-        optim=AdamW(lr=5e-4, betas=(0.9, 0.98), weight_decay=0.1),
-        schedule=Schedule(warmup=0, final_fraction=1e-6 / 5e-4),
+        optim=AdamW(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1),
+        schedule=Schedule(warmup=0, final_fraction=1e-6 / 1e-3),
         examples=4 if toy else 256 if name == "memorisation" else EXAMPLES,
         precision="fp32" if toy else "bf16",
         check_every=500,

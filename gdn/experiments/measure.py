@@ -11,9 +11,9 @@ from torch import Tensor
 from gdn.data.synthetic.base import IGNORE, Sample
 from gdn.experiments.definition import Test
 from gdn.experiments.readout import Model
+from gdn.experiments.sets import Sets
 from gdn.train.step import Precision, autocast
 
-TEST_SEED = 20_000
 POINTS = 64
 """A profile has at most this many places."""
 
@@ -28,19 +28,19 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: Model, test: Test, *, precision: Precision = "fp32", examples: int | None = None) -> Score:
-    """Put a model to a test. The sequences depend on the test only. Puts the model in evaluation mode and back."""
-    generator = torch.Generator().manual_seed(TEST_SEED)
-    tally, left = Tally(), examples or test.examples
+def score(model: Model, test: Test, sample: Sample | None = None, *, precision: Precision = "fp32", examples: int | None = None) -> Score:
+    """Put a model to a test, or to its first `examples`. `sample` are the test's sequences, if at hand. Puts the model in evaluation mode
+    and back."""
+    sample = Sets().test(test) if sample is None else sample
+    tally, count = Tally(), min(examples or test.examples, test.examples)
     training = model.training
     model.eval()
-    while left > 0:
-        sample = test.task.sample(min(left, test.batch), generator, "test")
-        left -= len(sample.tokens)
-        asked = sample.targets != IGNORE
+    for begin in range(0, count, test.batch):
+        part = Sample(*(None if x is None else x[begin : min(begin + test.batch, count)] for x in sample))  # type: ignore[arg-type]
+        asked = part.targets != IGNORE
         with autocast(model.device, precision):
-            logits = model.logits(sample.tokens.to(model.device), asked.to(model.device)).float().cpu()
-        tally.add(sample, asked, logits)
+            logits = model.logits(part.tokens.to(model.device), asked.to(model.device)).float()
+        tally.add(part, asked, logits)
     model.train(training)
     return Score(MEASURES[test.measure](tally), tally.profile(whole=test.measure == "sequences"))
 
@@ -57,7 +57,7 @@ class Tally:
 
     def add(self, sample: Sample, asked: Tensor, logits: Tensor) -> None:
         """A batch, with `[n, vocab]` logits for the places that are asked."""
-        said = logits.argmax(dim=-1)
+        said = logits.argmax(dim=-1).cpu()
         hits = torch.zeros_like(asked)
         hits[asked] = said == sample.targets[asked]
         self.hits.append(hits)
@@ -66,7 +66,7 @@ class Tally:
         if sample.next_token is not None:
             truth = sample.next_token[asked]
             self.legal.append(truth.gather(1, said[:, None])[:, 0] > 0)
-            self.distance.append((logits.softmax(-1) - truth).abs().sum(-1) / 2)
+            self.distance.append((logits.softmax(-1).cpu() - truth).abs().sum(-1) / 2)
 
     def profile(self, *, whole: bool) -> list[tuple[int, float]]:
         """The fraction hit at each place that is asked; `whole`: the fraction of sequences without a miss so far."""

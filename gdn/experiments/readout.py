@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +29,11 @@ class Model(nn.Module):
         """`[B, T, width]`"""
         return self.lm.hidden(tokens)[0]
 
-    def forward(self, tokens: Tensor, *, targets: Tensor, packing: Any = None) -> LMOutput:
-        """The mean loss over the targets. The signature is that of `LM`; tasks are not packed."""
-        assert packing is None
+    def forward(self, tokens: Tensor, *, targets: Tensor, places: Tensor | None = None) -> LMOutput:
+        """The mean loss over the targets `[B, T]`; or over `[B, n]`, those at `places` `[B, n]`."""
         hidden = self.hidden(tokens)
+        if places is not None:
+            hidden = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
         return LMOutput(loss=linear_cross_entropy(hidden, self.lm.head_weight.to(hidden.dtype), targets))
 
     def logits(self, tokens: Tensor, asked: Tensor) -> Tensor:
@@ -53,13 +53,13 @@ class FromLast(Model):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         last = self.lm.hidden(tokens)[0][:, -1:]
-        return self.decoder(last + place_codes(tokens.shape[1], last.shape[-1]).to(last))
+        return self.decoder(last + place_codes(tokens.shape[1], last.shape[-1], last.device).to(last.dtype))
 
 
-def place_codes(length: int, width: int) -> Tensor:
+def place_codes(length: int, width: int, device: torch.device | None = None) -> Tensor:
     """Sines and cosines of each place at geometric wavelengths, `[length, width]` (Vaswani et al. 2017)."""
-    rate = torch.exp(-math.log(10_000) * torch.arange(width // 2) / max(1, width // 2 - 1))
-    angle = torch.arange(length)[:, None] * rate
+    rate = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=device) / max(1, width // 2 - 1))
+    angle = torch.arange(length, device=device)[:, None] * rate
     return F.pad(torch.cat((angle.sin(), angle.cos()), dim=1), (0, width % 2))
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from gdn.core.errors import CheckpointError
+from gdn.data import load_tokenizer
+from gdn.data.tokenizer import FILE as TOKENIZER
 from gdn.hf.families import family, find
 from gdn.hf.families.base import Family
 from gdn.hf.remote_code import add_remote_code
@@ -79,8 +81,11 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
             writer.add(name, tensor)
         unused = files.finish(theirs)
         writer.finish()
-    if mine.name not in _WITHOUT_DTYPE and not (values.get("dtype") or values.get("torch_dtype")):
-        values["dtype"] = writer.dtype
+    if mine.name not in _PLAIN:
+        if not (values.get("dtype") or values.get("torch_dtype")):
+            values["dtype"] = writer.dtype
+        if theirs.name == "run":
+            values |= _ends(source)
     (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     for name in COMPANIONS:
         if (source / name).is_file():
@@ -239,8 +244,13 @@ def _configuration(given: dict[str, Any], theirs: Family, mine: Family, config: 
     return {**values, **{k: given[k] for k in _GENERATION if k in given}} if mine.name != "run" else values
 
 
-_WITHOUT_DTYPE = ("run", "nvlabs")
-"""Families whose configurations have no word for it."""
+def _ends(source: Path) -> dict[str, int]:
+    """The token that ends a document, for a run: its configuration does not say, its tokenizer does."""
+    return {"eos_token_id": load_tokenizer(source).end_id} if (source / TOKENIZER).is_file() else {}
+
+
+_PLAIN = ("run", "nvlabs")
+"""Families whose configurations have no word for a dtype or the end of a document."""
 
 _GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 

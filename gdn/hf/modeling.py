@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from gdn.core.checks import shapes
 from gdn.core.errors import ArgumentError
 from gdn.hf.cache import GdnCache, GdnStaticCache
 from gdn.hf.configuration import GdnConfig
@@ -101,6 +102,10 @@ class GdnPreTrainedModel(PreTrainedModel):
             raise ArgumentError("input_ids: expected exactly one of input_ids and inputs_embeds")
         x = input_ids if inputs_embeds is None else inputs_embeds
         assert x is not None
+        if inputs_embeds is None:
+            shapes(("input_ids", x, "B T"))
+        else:
+            shapes(("inputs_embeds", x, "B T D"), D=self.config.hidden_size)
         if cache is not None and not isinstance(cache, GdnCache):
             raise ArgumentError(f"past_key_values: expected a GdnCache, got {type(cache).__name__}")
         how = layout(x.shape[0], x.shape[1], x.device, given, cached=cache is not None)

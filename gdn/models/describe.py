@@ -34,7 +34,7 @@ class Costs:
 def costs(config: LM.Config, length: int, *, itemsize: int = 4) -> Costs:
     """Costs at context `length`, with activations of `itemsize` bytes (4 for float32, 2 for bf16 autocast)."""
     parameters = config.num_parameters()
-    per_block = [_saved_channels(config, i) for i in range(config.layers)]
+    per_block = [_saved_channels(config, mixer) for mixer in config.mixers]
     flops = config.flops_per_token(length)
     return Costs(
         parameters=parameters,
@@ -49,10 +49,9 @@ def costs(config: LM.Config, length: int, *, itemsize: int = 4) -> Costs:
     )
 
 
-def _saved_channels(config: LM.Config, block: int) -> int:
+def _saved_channels(config: LM.Config, mixer: MixerConfig) -> int:
     """Values per token that a block keeps for its backward pass: the inputs of its norms, matrices and mixer."""
-    mixer = config.mixers[block].saved_channels(config.width)
-    return 4 * config.width + mixer + 4 * config.mlp
+    return 4 * config.width + mixer.saved_channels(config.width) + 4 * config.mlp
 
 
 @dataclass(frozen=True)

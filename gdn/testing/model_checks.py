@@ -19,6 +19,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -310,11 +311,12 @@ def report(model: Any, *, title: str, length: int = 96, seed: int = 0, console: 
 def load_any(path: str, device: torch.device) -> Any:
     """Our saved run or model folder, or a folder or name that transformers can load, in float32."""
     import json
-    from pathlib import Path
 
     from gdn.core.errors import CheckpointError, require
 
     config = Path(path) / "config.json"
+    if not Path(path).exists() and _looks_local(path):
+        raise CheckpointError(f"{path}: no such folder")
     foreign = not Path(path).exists() or (config.is_file() and "model_type" in json.loads(config.read_text()))
     if not foreign:
         return store.load_model(store.model_folder(path), device=device)
@@ -323,3 +325,8 @@ def load_any(path: str, device: torch.device) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: neither a run of gdn nor a model of transformers: {str(error).splitlines()[0]}") from error
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path can be no OWNER/NAME of the hub, or is in a folder that is here: then the hub is not asked, nor waited for."""
+    return path.startswith(("/", ".")) or path.count("/") > 1 or ("/" in path and Path(path).parent.is_dir())

@@ -14,7 +14,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,8 +44,9 @@ class Trainer:
 
     Config = TrainerConfig
 
-    def __init__(self, config: TrainerConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainerConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds from any beginning; a time limit and the recorded times follow it."""
+        self.config, self.clock = config, clock
 
     def run(self) -> int:
         """Train to the end, or until SIGINT or SIGTERM. Returns the exit status: 0, or 130 and 143 after these signals.
@@ -59,7 +60,7 @@ class Trainer:
             start = _place(run.progress, config)
             with Display(config.steps, start, silent=not world.is_first) as display, StopRequest() as request:
                 display.say(_opening(run, found, config, world))
-                stopped = loop(run, config, world, request, display)
+                stopped = loop(run, config, world, request, display, self.clock)
             export(run, config, world)
             if stopped:
                 display.say(f"stopped after step {run.progress.step:,} and saved; the same command goes on from there ({folder})")
@@ -119,23 +120,23 @@ def resume(run: Run, config: TrainerConfig, folder: Path, world: World) -> Path 
     return found
 
 
-def loop(run: Run, config: TrainerConfig, world: World, request: StopRequest, display: Display) -> int:
+def loop(run: Run, config: TrainerConfig, world: World, request: StopRequest, display: Display, clock: Callable[[], float]) -> int:
     """Update until the last step, the end of the time, or a signal; write metrics and checkpoints on the way and one at the end.
 
     Returns the number of the signal that stopped the run, 0 if it is complete.
     """
     folder, progress, speed = Path(config.directory), run.progress, Speed()
-    began = time.monotonic() - progress.seconds
+    began = clock() - progress.seconds
     stopped, over = 0, _is_over(progress, config)
     with _log(folder, config, progress, world) as log:
         while not (over or stopped):
-            began_step = time.monotonic()
+            began_step = clock()
             rate = config.optim.lr * config.schedule.factor(progress.step, config.steps, _place(progress, config))
             result = _update(run, config, world, rate)
             progress.add(result)
-            speed.add(result.tokens, time.monotonic() - began_step)
+            speed.add(result.tokens, clock() - began_step)
             # All processes must agree on the time, which moves the learning rate, and on whether to go on.
-            progress.seconds, received = world.reduce([time.monotonic() - began, request.received], dist.ReduceOp.MAX)
+            progress.seconds, received = world.reduce([clock() - began, request.received], dist.ReduceOp.MAX)
             over = _is_over(progress, config)
             stopped = 0 if over else int(received)
             row = _row(run, config, world, speed, over=over) | {"lr": rate, "grad_norm": result.grad_norm}

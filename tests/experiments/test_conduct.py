@@ -16,7 +16,8 @@ from gdn.data.synthetic import MQAR, Parity
 from gdn.experiments import conduct as module
 from gdn.experiments.conduct import conduct, read
 from gdn.experiments.definition import Experiment, Run, Test, Training
-from gdn.experiments.learn import learn, stream
+from gdn.experiments.inputs import stream
+from gdn.experiments.learn import learn
 from gdn.experiments.report import Table
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM

@@ -14,7 +14,8 @@ from gdn import cli, experiments
 from gdn.experiments.conduct import conduct
 from gdn.experiments.definition import Run
 
-PARTS = {"conduct", "definition", "find", "learn", "measure", "models", "plots", "readout", "report"}
+PARTS = {"command", "conduct", "definition", "find", "inputs", "learn", "measure", "models", "plots", "pool", "readout", "report", "sets"}
+PARTS |= {"update"}
 
 
 def test_every_experiment_is_listed() -> None:

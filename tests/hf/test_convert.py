@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     OlmoHybridConfig,
     OlmoHybridForCausalLM,
     Qwen3_5ForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from gdn.core.errors import CheckpointError, ConfigError
+from gdn.data.bpe import train_bpe
 from gdn.hf.convert import convert, load
 from gdn.hf.families import FAMILIES, family, find
 from gdn.mixers.attention import Attention
@@ -244,6 +246,29 @@ def test_the_configuration_says_which_dtype_the_weights_have(tmp_path: Path, to:
     convert(tmp_path / "run", tmp_path / "there", to)
     assert json.loads((tmp_path / "there" / "config.json").read_text())["dtype"] == dtype
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "there").dtype == getattr(torch, dtype)
+
+
+def test_generation_ends_where_documents_end(tmp_path: Path) -> None:
+    """A run's configuration does not name that token: its tokenizer does, for transformers in both its configuration and its tokenizer."""
+    pattern = (
+        GatedDeltaNet.Config(heads=2, head_dim=8, beta_bias=False),
+        Attention.Config(heads=2, head_dim=8, qk_norm=True, output_gate=True),
+    )
+    pattern = pattern[0], pattern[1].with_(norm_eps=1e-5)
+    run = tmp_path / "run"
+    save_model(LM(LM.Config(vocab=300, width=24, layers=2, mlp=40, pattern=pattern)), run)
+    ours = train_bpe(["an end of a document, and an ending of another one"], 300, tmp_path)
+    ours.save(run)
+    for to in ("gdn", "qwen3_5_text"):
+        convert(run, tmp_path / to, to)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / to, trust_remote_code=True)
+        assert theirs.eos_token_id == ours.end_id
+        for text in ("an ending,  of\n\n one", "A\u030a 12345"):
+            assert theirs(text).input_ids == ours.encode(text).tolist()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / to, trust_remote_code=True).eval()
+        assert model.config.eos_token_id == model.generation_config.eos_token_id == ours.end_id
+    convert(tmp_path / "gdn", tmp_path / "back", "run")
+    assert (tmp_path / "back" / "config.json").read_text() == (run / "config.json").read_text()
 
 
 def test_a_small_vocabulary_has_no_row_for_olmos_padding(tmp_path: Path) -> None:

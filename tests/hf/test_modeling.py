@@ -161,6 +161,8 @@ def test_wrong_inputs_are_named() -> None:
     model, x = causal(), tokens()
     for words, given in (
         ("exactly one of input_ids and inputs_embeds", {}),
+        (r"input_ids: expected 2 dimensions \[B, T\], got \[30\]", {"input_ids": x[0]}),
+        (r"inputs_embeds: expected \[B=2, T=3, D=24\], got \[2, 3, 5\]", {"inputs_embeds": torch.zeros(2, 3, 5)}),
         ("attention_mask: expected", {"input_ids": x, "attention_mask": torch.ones(2, 4)}),
         ("position_ids: expected", {"input_ids": x, "position_ids": torch.arange(4)[None]}),
         ("expected a GdnCache", {"input_ids": x, "past_key_values": ()}),

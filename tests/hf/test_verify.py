@@ -25,6 +25,10 @@ def test_a_conversion_is_measured_and_a_wrong_one_is_seen(tmp_path: Path, capsys
     assert "run -> qwen3_5_text: " in printed
     assert "opened by Qwen3_5ForCausalLM" in printed
     assert "the same bytes" in printed
+    around_one = tmp_path / "around one"
+    save_model(LM(LM.Config(vocab=33, width=24, layers=2, mlp=40, pattern=(layer,))), around_one)
+    assert main(["convert", str(around_one), str(tmp_path / "qwen2"), "--to", "qwen3_5_text", "--check"]) == 0
+    assert "the same bytes but for 5 norms, which are stored around another constant and mean the same" in capsys.readouterr().out
     assert main(["convert", str(qwen), str(ours), "--to", "gdn", "--check"]) == 0
     assert "opened by GdnForCausalLM" in capsys.readouterr().out
     file = qwen / "model.safetensors"

@@ -31,6 +31,22 @@ def test_the_estimate_of_activations_is_near_what_is_kept(width: int, head_dim: 
     assert 0.9 < measured / costs(config, 256).activation_bytes < 1.1
 
 
+def test_the_costs_of_a_very_deep_model_are_known_at_once() -> None:
+    """The blocks are gone through a few times, not once for each block."""
+    visits = 0
+
+    class Counted(LM.Config):
+        @property
+        def mixers(self) -> list[MixerConfig]:
+            nonlocal visits
+            visits += 1
+            return super().mixers
+
+    layer = GatedDeltaNet.Config(heads=3, head_dim=32)
+    costs(Counted(vocab=257, width=128, layers=300, mlp=0, pattern=(layer,)), 256)
+    assert visits < 10
+
+
 def test_every_mixer_is_listed_with_what_it_costs() -> None:
     found, reasons = mixer_costs(256, 100)
     members = MixerConfig.members()

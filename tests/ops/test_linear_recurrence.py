@@ -17,7 +17,7 @@ from gdn import ops
 from gdn.core.dispatch import Op, use
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
-from gdn.ops.linear_recurrence import GATED, LINEAR, VALUE_GATED, memory
+from gdn.ops.linear_recurrence import GATED, LINEAR, TRITON, VALUE_GATED, memory
 from gdn.ops.linear_recurrence.problems import SMALL, Gates, Problem
 from gdn.testing import compare
 
@@ -67,8 +67,8 @@ INTERPRETED = (
     ["chunk plus one", "packed and cleared"],
 )
 """The problems that Triton's interpreter, which is slow, runs in float32 and in bfloat16."""
-TRITON = (
-    [(name, dtype) for name in PROBLEMS for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+TRITON_CASES = (
+    [(name, dtype) for name in PROBLEMS for dtype in TRITON.dtypes]
     if DEVICE == "cuda"
     else [(name, dtype) for names, dtype in zip(INTERPRETED, (torch.float32, torch.bfloat16)) for name in names]
 )
@@ -77,7 +77,7 @@ with_triton = pytest.mark.parametrize("gates", [gates for gates, op in OPS.items
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("segment", [None, 1])
-@pytest.mark.parametrize(("name", "dtype"), TRITON, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), TRITON_CASES, ids=str)
 @with_triton
 def test_triton_agrees_with_the_recurrence(
     gates: Gates, name: str, dtype: torch.dtype, segment: int | None, monkeypatch: pytest.MonkeyPatch
@@ -200,7 +200,7 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
 def test_triton_head_widths(gates: Gates, H: int, HV: int, K: int, V: int) -> None:
     problem = Problem(name="", T=300, H=H, HV=HV, K=K, V=V, initial=True, lengths=(130, 0, 170))
     truth = compare.run(OPS[gates], "reference", problem.build(gates))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in TRITON.dtypes:
         rounding = compare.run(OPS[gates], "reference", problem.build(gates, dtype=dtype))
         actual, again = (compare.run(OPS[gates], "portable", problem.build(gates, dtype=dtype, device="cuda")) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(actual.tensors, again.tensors)), "another run gave other bits"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import gdn
 from gdn import cli
@@ -138,7 +139,7 @@ def test_the_command_exits_with_1_when_something_leaks(tmp_path: Path, capsys: p
     assert "1 of 10 leak: rollback by cache.crop" in capsys.readouterr().out
 
 
-def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArgumentError, match="length: expected at least 24 tokens, got 10"):
         check_model(own(), length=10)
     with pytest.raises(ArgumentError, match=r"model: expected a gdn.models.LM or a causal language model of transformers, got Linear"):
@@ -146,6 +147,14 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such thing"}')
     assert cli.main(["check", str(tmp_path)]) == 1
     assert "neither a run of gdn nor a model of transformers" in capsys.readouterr().err
+    asked: list[object] = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *given, **more: asked.append(given))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for absent in (str(tmp_path / "x"), "./x", "runs/x", "a/b/c"):
+        assert cli.main(["check", absent]) == 1
+        assert capsys.readouterr().err == f"gdn check: {absent}: no such folder\n"
+    assert not asked  # the hub
     with pytest.raises(SystemExit):
         cli.main(["check", "--help"])
     assert "exit status is 1 when something leaks" in capsys.readouterr().out.replace("\n", " ")

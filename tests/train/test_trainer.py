@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import random
 import re
 import subprocess
@@ -256,10 +258,15 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tiny: Tiny) -> None:
 
 
 def test_a_time_limit_ends_the_run_with_the_learning_rate_of_the_end(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    config = run(tiny(steps=1_000_000, time_limit_s=0.5, log_every=1, validate_every=0))
+    config = tiny(steps=1_000_000, time_limit_s=0.5, log_every=1, validate_every=0)
+    readings = itertools.count()
+    assert Trainer(config, clock=lambda: 0.01 * next(readings)).run() == 0  # it is read at the start and three times a step
     found = rows(config)
-    assert 3 < found[-1]["step"] < 1_000_000
-    assert found[-1]["lr"] < 0.3 * max(row["lr"] for row in found)
+    assert [row["step"] for row in found] == list(range(1, 18))
+    peak, final = config.optim.lr, config.schedule.final_fraction
+    before_last = 0.01 * 3 * 16 / 0.5
+    assert found[-1]["lr"] == pytest.approx(peak * (final + (1 - final) * (1 + math.cos(math.pi * before_last)) / 2), rel=1e-3)
+    assert found[-1]["lr"] < 0.15 * max(row["lr"] for row in found)
     assert "loss/val" in found[-1]
     capsys.readouterr()
     run(config)

@@ -216,9 +216,12 @@ def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, pro
 
 
 def slab_chunks(stretch: int, programs: int) -> int:
-    """Chunks of a slab for runs of this many: the fewest, from 8 on, that give the kernels over all chunks of a slab 2048 programs, 15 for
-    each multiprocessor of an H200. `programs` are those of one chunk of every run. Slabs are made even."""
-    width = max(8, -(-2048 // max(programs, 1)))
+    """Chunks of a slab for runs of this many: the fewest, from 8 on, that give the kernels over all chunks of a slab 3300 programs, 25 for
+    each multiprocessor of an H200. `programs` are those of one chunk of every run. Slabs are made even.
+
+    Each slab more costs its four launches some 40 us at that size, for in a launch all programs first wait for their loads (README.md).
+    """
+    width = max(8, -(-3300 // max(programs, 1)))
     slabs = max(1, -(-stretch // width))
     return max(1, -(-stretch // slabs))
 
@@ -310,13 +313,12 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     states, d_states = (torch.empty((p.slots, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
     errors = torch.empty((p.slots, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device)
     pairs, d_scores = (torch.empty((p.slots, p.HV, CHUNK, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
-    between = torch.empty((2, p.runs if p.slabs > 1 else 0, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
+    between = torch.empty((p.runs if p.slabs > 1 else 0, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
     dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
     blocks = 2 * -(-p.K // p.launches["gradient"].block)
     dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
     ends = d_final is not None, d_initial is not None
     for slab in reversed(range(p.slabs)):
-        arriving, departing = between[slab % 2], between[1 - slab % 2]
         use = p.launches["states"]
         use(
             states_kernel, key, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, midway, *bounds,
@@ -325,8 +327,8 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         )  # fmt: skip
         use = p.launches["backward"]
         use(
-            backward_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, dv, d_final, leaving, arriving,
-            departing, d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, scale, q.stride(1), k.stride(1), p.H,
+            backward_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, dv, d_final, leaving, between,
+            d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, scale, q.stride(1), k.stride(1), p.H,
             p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, *ends, p.wide, use.stages,
         )  # fmt: skip
         use = p.launches["pairs"]
@@ -340,6 +342,7 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
             *bounds[:2], p.length, p.per_row, p.chunks, p.stretch, p.width, slab, scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV,
             p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
         )  # fmt: skip
+    del states, d_states, errors, pairs, d_scores, between
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
 
 

@@ -487,8 +487,7 @@ def backward_kernel(
     dv,
     d_final,
     leaving,
-    arriving,
-    departing,
+    between,
     d_initial,
     cu_seqlens,
     chunk_table,
@@ -517,14 +516,15 @@ def backward_kernel(
     STAGES: tl.constexpr,
 ):
     """The gradient of the state after each chunk of a slab, d_states [slots, HV, V, K], dU in the rows of dv, and d_initial.
-    arriving, departing [runs, HV, K, V]: the gradient of the state between this slab and the next, and between the one before and this.
+    between [runs, HV, K, V]: the gradient of the state between this slab and the next, afterwards that between the one before and this.
     Grid [runs * HV * value blocks]."""
     block, hv, index = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     h = hv // (HV // H)
     begin, end, d0, d1, run_end, offset = slab_bounds(index, slab, width, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
     at_run = (int64(index) * HV + hv) * (K * V)
-    for document in range(d0, d1 + 1):
+    for back in range(d1 - d0 + 1):
+        document = d1 - back  # the last reads what is between slabs, then the first writes it
         c0, c1, token, length = document_bounds(document, cu_seqlens, chunk_offsets, T, per_row, PACKED)
         low = tl.maximum(begin, c0)
         high = tl.minimum(end, c1)
@@ -532,7 +532,7 @@ def backward_kernel(
         state = tl.zeros((BV, BK), tl.float32)
         if high < c1:
             if end < run_end:
-                state = load_state(arriving + at_run, first, K, V, BK, BV)
+                state = load_state(between + at_run, first, K, V, BK, BV)
             else:
                 if SEGMENTS:
                     state = load_state(leaving + at_run, first, K, V, BK, BV)
@@ -563,7 +563,7 @@ def backward_kernel(
             if (low < high and low == c0) or c0 == c1:
                 store_state(d_initial + slot * (K * V), state, first, K, V, BK, BV)
         if (slab > 0) & (low < high) & (low > c0):
-            store_state(departing + at_run, state, first, K, V, BK, BV)
+            store_state(between + at_run, state, first, K, V, BK, BV)
 
 
 @triton.jit

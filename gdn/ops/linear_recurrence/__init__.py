@@ -5,6 +5,9 @@ Three operators differ in what a token forgets: each head by one number, each ch
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import Tensor
 
 from gdn.core import checks
@@ -12,10 +15,14 @@ from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
+TRITON = dataclasses.replace(triton_gpu(K=range(1, 257)), dtypes=(torch.bfloat16, torch.float32))
+"""What the Triton rows need. Not float16: products of the backward hold gradients times decays, which under a strong decay are below its
+least number, and the gradient of the initial state came out as 0."""
+
 LINEAR = Op(
     "linear_attention",
     (
-        Impl("portable", "gdn.ops.linear_recurrence.portable:linear_attention", triton_gpu(K=range(1, 257))),
+        Impl("portable", "gdn.ops.linear_recurrence.portable:linear_attention", TRITON),
         Impl("chunked", "gdn.ops.linear_recurrence.chunked:linear_attention"),
         Impl("reference", "gdn.ops.linear_recurrence.reference:linear_attention"),
     ),

@@ -82,7 +82,7 @@ class Walk:
         order = torch.argsort(lengths, descending=True, stable=True)
         self.chunk, self.block, self.stretch, self.device = chunk, block, stretch, device
         self.regular = bounds is None
-        self.order = order.to(device)
+        self.order = order if self.regular else order.to(device)  # rows of a batch stay where they are, and nothing is copied
         self.begins, self.lengths = host[:-1][order], lengths[order]
 
     def __len__(self) -> int:
