@@ -114,10 +114,11 @@ def test_triton_agrees_with_the_recurrence(
 @pytest.mark.usefixtures("poisoned_memory")
 @of_each_kind
 def test_triton_hands_nothing_on_past_a_boundary_inside_a_segment(gates: Gates, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second segment of four holds a boundary; the third lies inside a document and hands on what enters it."""
     plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")
     monkeypatch.setattr(plans, "segment_chunks", lambda *sizes: 2)
     plans.plan.cache_clear()
-    problem = Problem(name="", T=194, K=8, V=8, lengths=(129, 65), decay=0.01, initial=True)
+    problem = Problem(name="", T=322, K=8, V=8, lengths=(129, 193), decay=0.01, initial=True)
     actual = compare.run(OPS[gates], "portable", problem.build(gates, dtype=torch.float32, device=DEVICE))
     plans.plan.cache_clear()
     rounding, truth = (compare.run(OPS[gates], "reference", problem.build(gates, dtype=dtype)) for dtype in (torch.float32, torch.float64))
