@@ -69,7 +69,7 @@ INTERPRETED: dict[Gates, tuple[list[str], list[str], tuple[int | None, ...]]] = 
         (None, 1),
     ),
     "key": (["forgets more strongly"], ["cleared at boundaries"], (None,)),
-    "value": (["forgets more strongly"], ["cleared at boundaries"], (None,)),
+    "value": (["forgets more strongly"], ["one chunk"], (None,)),
 }
 """What Triton's interpreter, which is slow, runs: problems in float32, in bfloat16, and the chunks of a segment."""
 
@@ -174,6 +174,15 @@ def test_triton_takes_tiles_of_128_bytes_in_16_bits(width: int) -> None:
     assert max(64, width) <= made.BK and all(
         launch.block >= 64 for name, launch in made.launches.items() if name not in ("gates", "between", "handover")
     )
+
+
+@of_each_kind
+def test_triton_gives_log_decays_below_the_smallest_no_gradient(gates: Gates) -> None:
+    arguments = Problem(name="", T=2, K=8, V=8, initial=True).build(gates, dtype=torch.float32, device=DEVICE)
+    for g, some in ((-60.0, True), (-100.0, False)):
+        arguments["g"] = torch.full_like(arguments["g"], g).requires_grad_()
+        found = torch.autograd.grad(call(gates, arguments, "portable")[0].sum(), arguments["g"])[0]
+        assert bool(found.any()) == some
 
 
 @of_each_kind
