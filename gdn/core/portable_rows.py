@@ -36,4 +36,9 @@ def token_rows(x: Tensor) -> Tensor:
     token, head, last = x.stride()[1:]
     if last == 1 and head == x.shape[3] and x.stride(0) == token * x.shape[1] and token % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
-    return aligned(x).view(-1).view(x.shape)  # a contiguous x of one token may have any stride over tokens
+    return dense(x)
+
+
+def dense(x: Tensor) -> Tensor:
+    """Like `aligned`, with the strides that follow from the shape: a contiguous x of one token may have any stride over tokens."""
+    return aligned(x).view(-1).view(x.shape)

@@ -17,7 +17,7 @@ from gdn import ops
 from gdn.core.dispatch import Op, use
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
-from gdn.ops.linear_recurrence import GATED, LINEAR, VALUE_GATED, memory
+from gdn.ops.linear_recurrence import GATED, LINEAR, TRITON, VALUE_GATED, memory
 from gdn.ops.linear_recurrence.problems import SMALL, Gates, Problem
 from gdn.testing import compare
 
@@ -59,6 +59,198 @@ def test_agrees_with_the_recurrence(gates: Gates, name: str, dtype: torch.dtype)
     actual = compare.run(OPS[gates], "chunked", PROBLEMS[name].build(gates, dtype=dtype))
     scale = compare.SCALED if dtype == torch.float64 else 1.0
     assert compare.complaints(actual, rounding, reference(gates, name, torch.float64), dtype, scale=scale) == []
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED: dict[Gates, tuple[list[str], list[str], tuple[int | None, ...]]] = {
+    "head": (
+        ["one token", "odd sizes", "packed", "empty documents", "forgets more strongly", "cleared"],
+        ["chunk plus one", "packed and cleared"],
+        (None, 1),
+    ),
+    "key": (["forgets more strongly"], ["cleared at boundaries"], (None,)),
+    "value": (["forgets more strongly"], ["one chunk"], (None,)),
+}
+"""What Triton's interpreter, which is slow, runs: problems in float32, in bfloat16, and the chunks of a segment."""
+
+
+def triton_cases() -> list[tuple[Gates, str, torch.dtype, int | None]]:
+    """Kind of gates, problem, dtype and chunks of a segment (None: no segments)."""
+    if DEVICE == "cuda":
+        return list(itertools.product(OPS, PROBLEMS, TRITON.dtypes, (None, 1)))
+    cases: list[tuple[Gates, str, torch.dtype, int | None]] = []
+    for gates, (single, half, segments) in INTERPRETED.items():
+        for names, dtype in ((single, torch.float32), (half, torch.bfloat16)):
+            cases += itertools.product([gates], names, [dtype], segments)
+    return [*cases, ("key", "short documents", torch.float32, 1), ("value", "short documents", torch.float32, 1)]
+
+
+@pytest.mark.parametrize("dtype", TRITON.dtypes, ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@of_each_kind
+def test_triton_is_chosen_by_itself_only_where_a_gpu_has_proved_it(gates: Gates, device: str, dtype: torch.dtype) -> None:
+    """Decay by channel in Triton has not run on a GPU, so that row is taken by name only."""
+    rows = OPS[gates].explain(device, dtype, K=64, V=64)
+    chosen = next(row.name for row in rows if row.reason is None)
+    assert chosen == ("portable" if (gates, device) == ("head", "cuda") else "chunked")
+    assert next(row.reason for row in rows if row.name == "portable") == (None if device == "cuda" else "needs a cuda tensor, got cpu")
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("gates", "name", "dtype", "segment"), triton_cases(), ids=str)
+def test_triton_agrees_with_the_recurrence(
+    gates: Gates, name: str, dtype: torch.dtype, segment: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and gradients, without segments and cut into segments of one chunk."""
+    plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")
+    monkeypatch.setattr(plans, "segment_chunks", lambda *sizes: segment or 0)
+    plans.plan.cache_clear()
+    actual = compare.run(OPS[gates], "portable", PROBLEMS[name].build(gates, dtype=dtype, device=DEVICE))
+    plans.plan.cache_clear()
+    rounding, truth = reference(gates, name, dtype), reference(gates, name, torch.float64)
+    assert compare.complaints(actual, rounding, truth, dtype) == []
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@of_each_kind
+def test_triton_hands_nothing_on_past_a_boundary_inside_a_segment(gates: Gates, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second segment of four holds a boundary; the third lies inside a document and hands on what enters it."""
+    plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")
+    monkeypatch.setattr(plans, "segment_chunks", lambda *sizes: 2)
+    plans.plan.cache_clear()
+    problem = Problem(name="", T=322, K=8, V=8, lengths=(129, 193), decay=0.01, initial=True)
+    actual = compare.run(OPS[gates], "portable", problem.build(gates, dtype=torch.float32, device=DEVICE))
+    plans.plan.cache_clear()
+    rounding, truth = (compare.run(OPS[gates], "reference", problem.build(gates, dtype=dtype)) for dtype in (torch.float32, torch.float64))
+    assert compare.complaints(actual, rounding, truth, torch.float32) == []
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_triton_divides_a_group_of_value_heads_among_programs(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")
+    assert [plans.group_parts(*sizes) for sizes in ((1024, 32, 132), (128, 32, 132), (2, 6, 132))] == [1, 4, 6]
+    monkeypatch.setattr(plans, "group_parts", lambda *sizes: parts)
+    plans.plan.cache_clear()
+    problem = Problem(name="", T=67, H=1, HV=3, K=8, V=8, initial=True)
+    actual = compare.run(LINEAR, "portable", problem.build("head", dtype=torch.float32, device=DEVICE))
+    plans.plan.cache_clear()
+    rounding, truth = (compare.run(LINEAR, "reference", problem.build("head", dtype=dtype)) for dtype in (torch.float32, torch.float64))
+    assert compare.complaints(actual, rounding, truth, torch.float32) == []
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@of_each_kind
+def test_triton_takes_views_one_result_and_no_tokens(gates: Gates) -> None:
+    problem = Problem(name="", T=9, HV=2, K=8, V=8, initial=True)
+    arguments = problem.build(gates, dtype=torch.float32, device=DEVICE)
+    expected = torch.autograd.grad(call(gates, arguments, "portable")[1].square().sum(), leaves(arguments), materialize_grads=True)
+    views = {name: torch.cat([x, x], 2)[:, :, : x.shape[2]] if x.ndim == 4 and name in "qkv" else x for name, x in arguments.items()}
+    assert not views["v"].is_contiguous()
+    found = torch.autograd.grad(call(gates, views, "portable")[1].square().sum(), leaves(arguments), materialize_grads=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert not found[0].any() and bool(found[1].any())  # the final memory does not depend on queries
+    none = {name: x[:, :0] if name in "qkvg" else x for name, x in arguments.items()}
+    o, state = call(gates, none, "portable")
+    assert list(o.shape) == [1, 0, 2, 8] and torch.equal(state, arguments["initial_state"])
+    assert torch.equal(torch.autograd.grad(state.sum(), arguments["initial_state"])[0], torch.ones_like(state))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+def test_triton_takes_four_warps_for_products_of_64_rows(width: int, wide: bool) -> None:
+    """With eight, Triton 3.6 lets the second four read beyond shared memory (notes/triton_pipelines.md). No interpreter sees that."""
+    table = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan").launches(width, wide)
+    rows = ("output", "gradient", "channels", "channel output", "channel read", "channel gradient", "other gradient")
+    assert all(table[name].warps == 4 for name in rows)
+    assert table["states"].warps * 16 <= max(64, width)
+
+
+@pytest.mark.parametrize("width", [5, 16, 32, 64, 200])
+def test_triton_takes_tiles_of_128_bytes_in_16_bits(width: int) -> None:
+    """Tiles with narrower rows beside them made ptxas 12.8 read elsewhere (notes/triton_pipelines.md). No interpreter sees that."""
+    plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")
+    made = plans.plan(1, 64, 1, 1, 1, 1, width, width, False, False, 132)
+    assert max(64, width) <= made.BK and all(
+        launch.block >= 64 for name, launch in made.launches.items() if name not in ("gates", "between", "handover")
+    )
+
+
+@of_each_kind
+def test_triton_gives_log_decays_below_the_smallest_no_gradient(gates: Gates) -> None:
+    arguments = Problem(name="", T=2, K=8, V=8, initial=True).build(gates, dtype=torch.float32, device=DEVICE)
+    for g, some in ((-60.0, True), (-100.0, False)):
+        arguments["g"] = torch.full_like(arguments["g"], g).requires_grad_()
+        found = torch.autograd.grad(call(gates, arguments, "portable")[0].sum(), arguments["g"])[0]
+        assert bool(found.any()) == some
+
+
+@of_each_kind
+def test_triton_takes_gradients_with_any_stride_over_one_token(gates: Gates) -> None:
+    arguments = Problem(name="", B=2, T=1, K=8, V=8).build(gates, dtype=torch.float32, device=DEVICE)
+    o, _ = call(gates, arguments, "portable")
+    weight = torch.randn(2, 3, 1, 8, device=o.device)[:, :1].contiguous()
+    odd = weight.as_strided(weight.shape, (8, 1000, 8, 1))
+    assert odd.is_contiguous() and odd.stride(1) == 1000
+    found, expected = (torch.autograd.grad(o, leaves(arguments), w, retain_graph=True) for w in (odd, weight))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+@of_each_kind
+def test_triton_compiles_as_one_graph(gates: Gates) -> None:
+    torch._dynamo.reset()
+    arguments = Problem(name="", T=5, K=8, V=8, lengths=(3, 2)).build(gates, dtype=torch.float32, device=DEVICE)
+    expected = gradients(call(gates, arguments, "portable"), arguments)
+    compiled = torch.compile(getattr(ops, OPS[gates].name), fullgraph=True, backend="aot_eager")
+    with use(**{OPS[gates].name: "portable"}):
+        found = gradients(compiled(**arguments), arguments)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")(test))
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("H", "HV", "K", "V"),
+    [
+        (1, 2, 16, 32),
+        (1, 1, 40, 24),
+        (2, 2, 64, 64),
+        (1, 32, 128, 64),
+        (2, 2, 128, 256),
+        (1, 1, 200, 400),
+        (1, 1, 256, 64),
+        (1, 1, 256, 512),
+    ],
+)
+@of_each_kind
+def test_triton_head_widths(gates: Gates, H: int, HV: int, K: int, V: int) -> None:
+    problem = Problem(name="", T=300, H=H, HV=HV, K=K, V=V, initial=True, lengths=(130, 0, 170))
+    truth = compare.run(OPS[gates], "reference", problem.build(gates))
+    for dtype in TRITON.dtypes:
+        rounding = compare.run(OPS[gates], "reference", problem.build(gates, dtype=dtype))
+        actual, again = (compare.run(OPS[gates], "portable", problem.build(gates, dtype=dtype, device="cuda")) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(actual.tensors, again.tensors)), "another run gave other bits"
+        assert compare.complaints(actual, rounding, truth, dtype) == []
+
+
+@gpu
+@of_each_kind
+def test_triton_works_under_a_graph_and_the_default_compiler(gates: Gates) -> None:
+    arguments = Problem(name="", T=200, H=1, HV=2, K=64, V=64, lengths=(130, 70)).build(gates, dtype=torch.bfloat16, device="cuda")
+    operator = getattr(ops, OPS[gates].name)
+    with use(**{OPS[gates].name: "portable"}):
+        expected = gradients(operator(**arguments), arguments)
+        found = gradients(torch.compile(operator, fullgraph=True)(**arguments), arguments)
+        with torch.no_grad():
+            plain, graph = operator(**arguments), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = operator(**arguments)
+            graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(plain, captured))
 
 
 @of_each_kind

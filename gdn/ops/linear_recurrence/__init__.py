@@ -5,16 +5,26 @@ Three operators differ in what a token forgets: each head by one number, each ch
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+
+TRITON = dataclasses.replace(triton_gpu(K=range(1, 257)), dtypes=(torch.bfloat16, torch.float32))
+"""What the Triton rows need. Not float16: products of the backward hold gradients times decays, which under a strong decay are below its
+least number, and the gradient of the initial state came out as 0."""
+TRITON_VALUES = dataclasses.replace(TRITON, dims={"V": range(1, 257)})
+"""With decay on the values, keys and values change places."""
 
 LINEAR = Op(
     "linear_attention",
     (
+        Impl("portable", "gdn.ops.linear_recurrence.portable:linear_attention", TRITON),
         Impl("chunked", "gdn.ops.linear_recurrence.chunked:linear_attention"),
         Impl("reference", "gdn.ops.linear_recurrence.reference:linear_attention"),
     ),
@@ -24,6 +34,7 @@ GATED = Op(
     "gated_linear_attention",
     (
         Impl("chunked", "gdn.ops.linear_recurrence.channels:gated_linear_attention"),
+        Impl("portable", "gdn.ops.linear_recurrence.portable_gated:gated_linear_attention", TRITON),
         Impl("reference", "gdn.ops.linear_recurrence.reference:gated_linear_attention"),
     ),
 )
@@ -32,10 +43,16 @@ VALUE_GATED = Op(
     "value_gated_linear_attention",
     (
         Impl("chunked", "gdn.ops.linear_recurrence.channels:value_gated_linear_attention"),
+        Impl("portable", "gdn.ops.linear_recurrence.portable_value_gated:value_gated_linear_attention", TRITON_VALUES),
         Impl("reference", "gdn.ops.linear_recurrence.reference:value_gated_linear_attention"),
     ),
 )
-"""Rows of all three take `(q, k, v, g, scale, initial_state, packing)`."""
+"""Rows of all three take `(q, k, v, g, scale, initial_state, packing)`.
+
+The Triton rows of the last two stand after `chunked`, which takes any call: only `use(gated_linear_attention="portable")` chooses
+them. They are right in Triton's interpreter and compile for sm_90, and have not run on a GPU yet, where kernels that were right in
+the interpreter have been wrong before (notes/triton_pipelines.md).
+"""
 
 
 def linear_attention(

@@ -87,6 +87,7 @@ SMALL = (
     Problem(name="odd sizes", T=67, H=3, HV=3, K=5, V=11, initial=True),
     Problem(name="packed", T=170, H=1, HV=2, lengths=(1, 64, 65, 3, 37), initial=True),
     Problem(name="packed, no initial state", B=2, T=70, lengths=(69, 1, 30, 40)),
+    Problem(name="short documents", T=67, HV=2, K=5, V=3, lengths=(1, 0, 66), initial=True),
     Problem(name="empty documents", T=130, lengths=(0, 66, 0, 0, 64, 0), initial=True),
     Problem(name="never forgets", T=100, decay=0.0, initial=True),
     Problem(name="forgets", T=100, decay=1.0, initial=True),
