@@ -81,7 +81,7 @@ def triton_cases() -> list[tuple[Gates, str, torch.dtype, int | None]]:
     cases: list[tuple[Gates, str, torch.dtype, int | None]] = []
     for gates, (single, half, segments) in INTERPRETED.items():
         for names, dtype in ((single, torch.float32), (half, torch.bfloat16)):
-            cases += [(gates, name, dtype, segment) for name in names for segment in segments]
+            cases.extend((gates, name, dtype, segment) for name in names for segment in segments)
     return [*cases, ("key", "short documents", torch.float32, 1), ("value", "short documents", torch.float32, 1)]
 
 
