@@ -77,11 +77,11 @@ INTERPRETED: dict[Gates, tuple[list[str], list[str], tuple[int | None, ...]]] = 
 def triton_cases() -> list[tuple[Gates, str, torch.dtype, int | None]]:
     """Kind of gates, problem, dtype and chunks of a segment (None: no segments)."""
     if DEVICE == "cuda":
-        return list(itertools.product(OPS, PROBLEMS, TRITON.dtypes, (None, 1)))
+        return [(g, name, dtype, segment) for g in OPS for name in PROBLEMS for dtype in TRITON.dtypes for segment in (None, 1)]
     cases: list[tuple[Gates, str, torch.dtype, int | None]] = []
     for gates, (single, half, segments) in INTERPRETED.items():
         for names, dtype in ((single, torch.float32), (half, torch.bfloat16)):
-            cases += itertools.product([gates], names, [dtype], segments)
+            cases.extend((gates, name, dtype, segment) for name in names for segment in segments)
     return [*cases, ("key", "short documents", torch.float32, 1), ("value", "short documents", torch.float32, 1)]
 
 
