@@ -77,10 +77,10 @@ def test_a_stopped_experiment_keeps_what_is_finished_and_goes_on(tmp_path: Path,
     with pytest.raises(KeyboardInterrupt):
         conduct(experiment(*runs), tmp_path, CPU, console=quiet())
     assert [row["seed"] for row in read(tmp_path / "results.jsonl")] == [0]
-    assert "Not all runs are finished" in (tmp_path / "table.md").read_text()
+    assert "Incomplete: 1 of 3 runs are finished." in (tmp_path / "table.md").read_text()
     monkeypatch.setattr(lanes, "learning", learning)
     assert len(conduct(experiment(*runs), tmp_path, CPU, console=quiet())) == 3
-    assert "Not all runs are finished" not in (tmp_path / "table.md").read_text()
+    assert "Incomplete" not in (tmp_path / "table.md").read_text()
 
 
 def test_a_line_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
