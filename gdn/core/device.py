@@ -30,6 +30,14 @@ def multiprocessors(index: int = 0) -> int:
 
 
 @functools.cache
+def memory_bytes(index: int = 0) -> int:
+    """Memory of a CUDA device, 0 without one."""
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return 0
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+@functools.cache
 def has_package(name: str) -> bool:
     """Whether a package can be imported, without importing it."""
     return importlib.util.find_spec(name) is not None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gdn.core import device as hardware
 from gdn.experiments.definition import Row, Run
 from gdn.experiments.learn import Watch, learning, rows, silent
 from gdn.experiments.sets import Sets
@@ -154,7 +155,7 @@ def room(count: int, device: torch.device, sharing: int) -> int:
     """How many of `count` lanes a process can have when `sharing` processes have an equal part of a GPU's memory. At least one."""
     if device.type != "cuda":
         return count
-    mine = torch.cuda.get_device_properties(device).total_memory // sharing - OF_A_PROCESS
+    mine = hardware.memory_bytes(device.index or 0) // sharing - OF_A_PROCESS
     return max(1, min(count, mine // OF_A_LANE))
 
 

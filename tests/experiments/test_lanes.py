@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,7 +152,7 @@ def test_a_run_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lanes_fit_into_the_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 << 30))
+    monkeypatch.setattr(module.hardware, "memory_bytes", lambda index: 80 << 30)
     assert [room(16, cuda, sharing) for sharing in (1, 4, 16, 200)] == [16, 9, 2, 1]
     assert room(3, cuda, 1) == 3
     assert room(16, CPU, 200) == 16
