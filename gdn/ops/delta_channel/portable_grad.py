@@ -133,54 +133,62 @@ def gradient_kernel(
     q += hv // GROUP * K
     k += hv // GROUP * K
     g += hv * K
-    total_q = tl.zeros((C, W), tl.float32)
-    total_k = tl.zeros((C, W), tl.float32)
-    tails = tl.zeros((C, W), tl.float32)
-    overlap = tl.zeros((W,), tl.float32)
-    for column in tl.range(0, V, BV, num_stages=STAGES):
-        state = load_block(states, tile, column, first, V, K, BV, W)
-        d_state = load_block(d_states, tile, column, first, V, K, BV, W)
-        total_q = add_dot(total_q, load_rows(do + hv * V, start, rows, HV * V, column, V, BV), state, WIDE)
-        total_k = add_dot(total_k, load_rows(dv + hv * V, start, rows, HV * V, column, V, BV), state, WIDE)
-        tails = add_dot(tails, load_rows(errors + hv * V, start, rows, HV * V, column, V, BV), d_state, WIDE)
-        overlap += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
     high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
     q_rows = load_rows(q, start, rows, q_stride, first, K, W)
     k_rows = load_rows(k, start, rows, k_stride, first, K, W)
+    itself = diagonal(load_square(d_scores, tile).to(tl.float32))[:, None]
     channel = first + tl.arange(0, W)
-    whole = tl.load(last + tile * K + channel, mask=channel < K, other=0.0)
+
+    total = tl.zeros((C, W), tl.float32)
+    overlap = tl.zeros((W,), tl.float32)
+    for column in tl.range(0, V, BV, num_stages=STAGES):
+        state = load_block(states, tile, column, first, V, K, BV, W)
+        total = add_dot(total, load_rows(do + hv * V, start, rows, HV * V, column, V, BV), state, WIDE)
+        overlap += tl.sum(state.to(tl.float32) * load_block(d_states, tile, column, first, V, K, BV, W).to(tl.float32), 0)
+    total_g = tl.zeros((C, W), tl.float32) + (tl.load(last + tile * K + channel, mask=channel < K, other=0.0) * overlap)[None, :]
     held = load_square(sums, GAMMA)
-    gamma = decays(held, high, low, WIDE)
-    total_q *= gamma * scale
-    total_k *= -gamma
-    total_g = add_sums(
-        tl.zeros((C, W), tl.float32) + (whole * overlap)[None, :],
-        held,
-        total_q * q_rows.to(tl.float32) + total_k * k_rows.to(tl.float32),
-        WIDE,
-    )
+    total *= decays(held, high, low, WIDE) * scale
+    total_g = add_sums(total_g, held, total * q_rows.to(tl.float32), WIDE)
+    total += itself * k_rows.to(tl.float32)
+    for level in tl.range(0, LEVELS, num_stages=1, disable_licm=True):
+        held = load_square(sums, level)
+        high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
+        factor = decays(held, high, low, WIDE)
+        k_rows = load_rows(k, start, rows, k_stride, first, K, W)
+        found = dot(parted(load_square(d_scores, tile), level), (k_rows.to(tl.float32) * factor).to(k_rows.dtype), WIDE) * factor
+        total += found
+        q_rows = load_rows(q, start, rows, q_stride, first, K, W)
+        total_g = add_sums(total_g, held, found * q_rows.to(tl.float32), WIDE)
+    store_tokens(dq + hv * K, total, start, rows, HV * K, first, K, W)
+
+    total = tl.zeros((C, W), tl.float32)
+    for column in tl.range(0, V, BV, num_stages=STAGES):
+        state = load_block(states, tile, column, first, V, K, BV, W)
+        total = add_dot(total, load_rows(dv + hv * V, start, rows, HV * V, column, V, BV), state, WIDE)
+    high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
+    held = load_square(sums, GAMMA)
+    total *= -decays(held, high, low, WIDE)
+    total_g = add_sums(total_g, held, total * k_rows.to(tl.float32), WIDE)
+    tails = tl.zeros((C, W), tl.float32)
+    for column in tl.range(0, V, BV, num_stages=STAGES):
+        d_state = load_block(d_states, tile, column, first, V, K, BV, W)
+        tails = add_dot(tails, load_rows(errors + hv * V, start, rows, HV * V, column, V, BV), d_state, WIDE)
+    high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
     held = load_square(sums, TAIL)
     tails *= decays(held, high, low, WIDE) * load_strength(beta, start, rows, hv, HV)[:, None]
     total_g = add_sums(total_g, held, tails * k_rows.to(tl.float32), WIDE)
-    itself = diagonal(load_square(d_scores, tile).to(tl.float32))[:, None]
-    total_q += itself * k_rows.to(tl.float32)
-    total_k += tails + itself * q_rows.to(tl.float32)
+    total += tails + itself * load_rows(q, start, rows, q_stride, first, K, W).to(tl.float32)
     for level in tl.range(0, LEVELS, num_stages=1, disable_licm=True):
-        high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
-        q_rows = load_rows(q, start, rows, q_stride, first, K, W)
-        k_rows = load_rows(k, start, rows, k_stride, first, K, W)
         held = load_square(sums, level)
+        high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
         factor = decays(held, high, low, WIDE)
-        keys = (k_rows.to(tl.float32) * factor).to(k_rows.dtype)
-        found = dot(parted(load_square(d_scores, tile), level), keys, WIDE) * factor
-        total_q += found
-        through = found * q_rows.to(tl.float32)
-        found = dot(parted(load_square(d_pairs, tile), level), keys, WIDE)
-        queries = (q_rows.to(tl.float32) * factor).to(k_rows.dtype)
-        found = add_dot(found, tl.trans(parted(load_square(d_scores, tile), level)), queries, WIDE) * factor
-        total_k += found
-        total_g = add_sums(total_g, held, through + found * k_rows.to(tl.float32), WIDE)
-    store_tokens(dq + hv * K, total_q, start, rows, HV * K, first, K, W)
-    store_tokens(dk + hv * K, total_k, start, rows, HV * K, first, K, W)
+        k_rows = load_rows(k, start, rows, k_stride, first, K, W)
+        q_rows = load_rows(q, start, rows, q_stride, first, K, W)
+        found = dot(parted(load_square(d_pairs, tile), level), (k_rows.to(tl.float32) * factor).to(k_rows.dtype), WIDE)
+        seen = tl.trans(parted(load_square(d_scores, tile), level))
+        found = add_dot(found, seen, (q_rows.to(tl.float32) * factor).to(k_rows.dtype), WIDE) * factor
+        total += found
+        total_g = add_sums(total_g, held, found * k_rows.to(tl.float32), WIDE)
+    store_tokens(dk + hv * K, total, start, rows, HV * K, first, K, W)
     kept = load_rows(g, start, rows, HV * K, first, K, W).to(tl.float32) >= SMALLEST_LOG_DECAY
     store_tokens(dg + hv * K, tl.where(kept, total_g, 0.0), start, rows, HV * K, first, K, W)
