@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+
+TRITON = dataclasses.replace(triton_gpu(K=range(1, 257), V=range(1, 513)), dtypes=(torch.bfloat16, torch.float32))
+"""What the Triton row needs. Not float16, as for linear attention with decay: gradients times strong decays are below its least number."""
 
 OP = Op(
     "channel_delta_rule",
     (
         Impl("chunked", "gdn.ops.delta_channel.chunked:channel_delta_rule"),
+        Impl("portable", "gdn.ops.delta_channel.portable:channel_delta_rule", TRITON),
         Impl("reference", "gdn.ops.delta_channel.reference:channel_delta_rule"),
     ),
 )

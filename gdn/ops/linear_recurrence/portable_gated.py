@@ -114,7 +114,7 @@ def channels(
     use = p.launches["channels"]
     use(
         channels_kernel, (key, x is None), p.H * p.chunks, y, x, g, sums, read, written, last, scores, *bounds[:2], p.length, p.per_row, scale,
-        y.stride(1) if x is None else x.stride(1), y.stride(1), p.H, p.K, use.block, p.packed, p.wide,
+        y.stride(1) if x is None else x.stride(1), y.stride(1), p.H, 1, p.K, use.block, p.packed, False, p.wide,
     )  # fmt: skip
     return read, cast(Tensor, written), last, scores
 
