@@ -150,14 +150,11 @@ def gradient_kernel(
     total *= decays(held, high, low, WIDE) * scale
     total_g = add_sums(total_g, held, total * q_rows.to(tl.float32), WIDE)
     total += itself * k_rows.to(tl.float32)
-    for level in tl.range(0, LEVELS, num_stages=1, disable_licm=True):
+    for level in tl.range(0, LEVELS, num_stages=1):
         held = load_square(sums, level)
-        high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
         factor = decays(held, high, low, WIDE)
-        k_rows = load_rows(k, start, rows, k_stride, first, K, W)
         found = dot(parted(load_square(d_scores, tile), level), (k_rows.to(tl.float32) * factor).to(k_rows.dtype), WIDE) * factor
         total += found
-        q_rows = load_rows(q, start, rows, q_stride, first, K, W)
         total_g = add_sums(total_g, held, found * q_rows.to(tl.float32), WIDE)
     store_tokens(dq + hv * K, total, start, rows, HV * K, first, K, W)
 
@@ -165,7 +162,6 @@ def gradient_kernel(
     for column in tl.range(0, V, BV, num_stages=STAGES):
         state = load_block(states, tile, column, first, V, K, BV, W)
         total = add_dot(total, load_rows(dv + hv * V, start, rows, HV * V, column, V, BV), state, WIDE)
-    high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
     held = load_square(sums, GAMMA)
     total *= -decays(held, high, low, WIDE)
     total_g = add_sums(total_g, held, total * k_rows.to(tl.float32), WIDE)
@@ -173,17 +169,13 @@ def gradient_kernel(
     for column in tl.range(0, V, BV, num_stages=STAGES):
         d_state = load_block(d_states, tile, column, first, V, K, BV, W)
         tails = add_dot(tails, load_rows(errors + hv * V, start, rows, HV * V, column, V, BV), d_state, WIDE)
-    high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
     held = load_square(sums, TAIL)
     tails *= decays(held, high, low, WIDE) * load_strength(beta, start, rows, hv, HV)[:, None]
     total_g = add_sums(total_g, held, tails * k_rows.to(tl.float32), WIDE)
     total += tails + itself * load_rows(q, start, rows, q_stride, first, K, W).to(tl.float32)
-    for level in tl.range(0, LEVELS, num_stages=1, disable_licm=True):
+    for level in tl.range(0, LEVELS, num_stages=1):
         held = load_square(sums, level)
-        high, low = apart(load_log_decay(g, start, rows, HV * K, first, K, W), WIDE)
         factor = decays(held, high, low, WIDE)
-        k_rows = load_rows(k, start, rows, k_stride, first, K, W)
-        q_rows = load_rows(q, start, rows, q_stride, first, K, W)
         found = dot(parted(load_square(d_pairs, tile), level), (k_rows.to(tl.float32) * factor).to(k_rows.dtype), WIDE)
         seen = tl.trans(parted(load_square(d_scores, tile), level))
         found = add_dot(found, seen, (q_rows.to(tl.float32) * factor).to(k_rows.dtype), WIDE) * factor
