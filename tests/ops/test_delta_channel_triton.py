@@ -1,4 +1,4 @@
-"""The delta rule with channel decays in Triton against the float64 recurrence: on a GPU where there is one, otherwise in Triton's interpreter."""
+"""The delta rule with channel decays in Triton against the float64 recurrence: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_compiles_as_one_graph() -> None:
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("K", "V"), [(16, 16), (64, 64), (128, 256), (256, 512), (256, 40)])
 def test_launches_keep_what_compilers_get_right(K: int, V: int, wide: bool) -> None:
-    """Eight warps for products of 64 rows, and rows below 128 bytes, were wrong on Hopper (notes/triton_pipelines.md). No interpreter sees that."""
+    """Eight warps on 64 rows, and rows below 128 bytes, were wrong on Hopper (notes/triton_pipelines.md). No interpreter sees that."""
     row = pytest.importorskip("gdn.ops.delta_channel.portable")
     plan = row._whole(1, 64, 1, 1, 1, K, V, False, wide)
     for name, launch in row.launches(plan.BK, V, wide).items():
@@ -172,7 +172,9 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @gpu
-@pytest.mark.parametrize(("H", "HV", "K", "V"), [(1, 2, 40, 24), (2, 2, 64, 64), (2, 4, 128, 128), (1, 1, 200, 400), (1, 1, 256, 512), (1, 1, 256, 40)])
+@pytest.mark.parametrize(
+    ("H", "HV", "K", "V"), [(1, 2, 40, 24), (2, 2, 64, 64), (2, 4, 128, 128), (1, 1, 200, 400), (1, 1, 256, 512), (1, 1, 256, 40)]
+)
 def test_head_widths(H: int, HV: int, K: int, V: int) -> None:
     case = problem(T=300, H=H, HV=HV, K=K, V=V, initial=True, lengths=(130, 0, 170))
     truth = compare.run(OP, "reference", case.build())

@@ -23,7 +23,9 @@ OP = Op(
         Impl("reference", "gdn.ops.delta_channel.reference:channel_delta_rule"),
     ),
 )
-"""Rows take `(q, k, v, g, beta, scale, initial_state, packing)` and return `(o, final_state)`."""
+"""Rows take `(q, k, v, g, beta, scale, initial_state, packing)` and return `(o, final_state)`.
+
+The Triton row stands after `chunked`, which takes any call, until its tests have passed on a GPU."""
 
 STEP = Op(
     "channel_delta_step",

@@ -58,7 +58,11 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
     Products of 64 tokens take 4 warps, and tiles in 16 bits have rows of at least 128 bytes (notes/triton_pipelines.md).
     """
     block = 32 if wide else 64
-    scan = Launch(block=128, warps=8) if BK > 128 and V > 64 and not wide else Launch(block=block, warps=4, stages=1 if wide or BK > 128 else 2)
+    scan = (
+        Launch(block=128, warps=8)
+        if BK > 128 and V > 64 and not wide
+        else Launch(block=block, warps=4, stages=1 if wide or BK > 128 else 2)
+    )
     return {
         "channels": Launch(block=block, warps=4),
         "solve": Launch(block=0, warps=4),
@@ -157,7 +161,16 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
 
 
 def _decay(
-    p: Plan, key: Any, q: Tensor, k: Tensor, g: Tensor, sums: Tensor, scores: Tensor | None, pairs: Tensor | None, bounds: Bounds, scale: float
+    p: Plan,
+    key: Any,
+    q: Tensor,
+    k: Tensor,
+    g: Tensor,
+    sums: Tensor,
+    scores: Tensor | None,
+    pairs: Tensor | None,
+    bounds: Bounds,
+    scale: float,
 ) -> Decayed:
     """The decayed rows; fill `scores` with A and `pairs` with M in float32 and the squared lengths of keys on its diagonal."""
     use, group = _launches(p)["channels"], p.HV // k.shape[2]
