@@ -75,6 +75,7 @@ def serving(command: list[str], log: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.join(20)
+        server.kill()
 
 
 def ask(address: str, **body: Any) -> dict[str, Any]:

@@ -36,9 +36,13 @@ def test_two_processes_are_one_with_twice_the_batch_and_resume_together(tiny: Ca
         fresh.start(output, two_processes.one_of_two, rank, port, config.to_dict(), tmp_path / "found.json", strict=False)
         for rank, output in enumerate(outputs)
     ]
-    for process, output in zip(started, outputs):
-        process.join(120)
-        assert process.exitcode == 0, output.read_text()[-3000:]
+    try:
+        for process, output in zip(started, outputs):
+            process.join(60)
+            assert process.exitcode == 0, output.read_text()[-3000:]
+    finally:
+        for process in started:
+            process.kill()
     found = json.loads((tmp_path / "found.json").read_text())
 
     for one, two in found["steps"]:
