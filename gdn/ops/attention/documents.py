@@ -23,6 +23,8 @@ from gdn.core.packing import Packing
 
 SCORES = 1 << 25
 """Most weights that the backward pass holds at a time: 128 MiB in float32."""
+BLOCK = 128
+"""Most queries that it takes at a time: no more than these see keys that come later."""
 
 
 def attention_within_documents(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
@@ -87,7 +89,7 @@ def _document_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor,
 
 def _blocks(length: int, heads: int) -> Iterator[tuple[int, int]]:
     """Begin and end of the queries that are taken together."""
-    size = max(1, SCORES // (heads * length))
+    size = max(1, min(BLOCK, SCORES // (heads * length)))
     return ((begin, min(begin + size, length)) for begin in range(0, length, size))
 
 
