@@ -128,10 +128,8 @@ def main() -> None:
     for kind, row in kinds:
         x = arguments_of(Linear(name="", T=5, HV=2, K=8, V=8, lengths=(3, 2), initial=True).build(kind, dtype=dtype))
         train(row(**x, scale=0.5), x)
-    forms: list[dict[str, Any]] = [{"lengths": (3, 2)}, {"initial": True}]
-    for form in forms:
-        x = arguments_of(channels.Problem(rule=Rule(name="", T=5, HV=2, K=8, V=8, **form)).build(dtype=dtype))
-        train(channel_delta_rule(**{"initial_state": None, "packing": None, **x}, scale=0.5), x)
+    x = arguments_of(channels.Problem(rule=Rule(name="", T=5, HV=2, K=8, V=8, initial=True)).build(dtype=dtype))
+    train(channel_delta_rule(**x, scale=0.5, packing=None), x)
 
 
 if __name__ == "__main__":
