@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent / "gdn"
 
 # From the top. A layer may import what stands below it; names on one line are independent of each other.
 LAYERS = [
+    ["__main__"],
     ["cli"],
     ["testing"],
     ["recipes", "experiments"],
