@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from on_gpu import gpu
 from torch import Tensor
 
 from gdn.core.dispatch import Impl, use
@@ -167,10 +167,6 @@ def test_is_taken_by_name_only(dtype: torch.dtype) -> None:
     rows = OP.explain("cuda", dtype, K=64, V=64)
     assert next(row.name for row in rows if row.reason is None) == "chunked"
     assert next(row.reason for row in rows if row.name == "portable") is None
-
-
-def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")(test))
 
 
 @gpu

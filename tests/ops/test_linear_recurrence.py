@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_gpu import gpu
 from torch import Tensor
 
 from gdn import ops
@@ -204,10 +205,6 @@ def test_triton_compiles_as_one_graph(gates: Gates) -> None:
     with use(**{OPS[gates].name: "portable"}):
         found = gradients(compiled(**arguments), arguments)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
-
-
-def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")(test))
 
 
 WIDTHS = [

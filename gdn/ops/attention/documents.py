@@ -58,12 +58,12 @@ def _backward(
     q, k, v, host, scale = args
     (do,) = grads
     assert do is not None
-    results = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    flat = [x.flatten(0, 1) for x in (q, k, v, do, *results)]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    flat = [x.flatten(0, 1) for x in (q, k, v, do, dq, dk, dv)]
     for begin, end in pairwise(host.tolist()):
         if end > begin:
             _document_gradients(*(x[begin:end] for x in flat), scale=scale)
-    return results  # type: ignore[return-value]
+    return dq, dk, dv
 
 
 def _document_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, *, scale: float) -> None:
