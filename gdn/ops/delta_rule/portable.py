@@ -57,6 +57,7 @@ from gdn.ops.delta_rule.portable_scan import (
 )
 
 GATES = int(_GATES.value)
+CANDIDATE: dict[str, Any] = {"easy": 4.0, "again": False, "members": False, "dependent": False, "registers": 128}
 
 
 @dataclass(frozen=True)
@@ -259,9 +260,10 @@ def _forward(
     use = p.launches["gates"]
     use(gates_kernel, key, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed)
     use = p.launches["pair"]
+    members = p.HV // p.H if CANDIDATE["members"] and not p.wide else 1
     use(
-        pair_kernel, key, p.HV * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
-        p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide,
+        pair_kernel, key, p.HV // members * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
+        p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide, members, CANDIDATE["easy"], CANDIDATE["again"],
     )  # fmt: skip
     if p.S:
         added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
@@ -365,7 +367,7 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor |
 
 def _key(p: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *absent: bool) -> tuple[Any, ...]:
     """What the compiled kernels depend on, beside what each launch is. All pointers are multiples of 16 bytes."""
-    return p.code, q.dtype, g.dtype, beta.dtype, q.stride(1), k.stride(1), v.stride(1), absent
+    return *CANDIDATE.values(), p.code, q.dtype, g.dtype, beta.dtype, q.stride(1), k.stride(1), v.stride(1), absent
 
 
 def _buffers(p: Plan, like: Tensor, keep: bool) -> Tensors:

@@ -141,24 +141,29 @@ def pair_kernel(
     PACKED: tl.constexpr,
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    EASY: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """Phi = (I + M diag(beta))^-1 M and A of one chunk value head. Grid [chunks * HV].
+    """Phi = (I + M diag(beta))^-1 M and A of MEMBERS value heads of one chunk, of the same group. Grid [chunks * HV / MEMBERS].
 
     With L = M diag(beta), E = (I + L)^-1 is found by joining solved diagonal blocks, 2 to 4 to 8 ... to 64: the block under two solved ones
-    becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums: on 64 unit keys the error is 6e-5 of the norm for
-    random keys and 5.7e-3 for beta = 2 and keys of correlation 0.9, as with substitution and tf32 joins, without their serial steps. Keys
-    are divided by their length first, so that any length fits fp16. For fp32 and fp16 inputs, whose own rounding
-    is smaller than that, Phi is found by substitution.
+    becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums. Keys are divided by their length first, so that any
+    length fits fp16. Then Phi is corrected once by its residual, Phi + E (M - Phi - L Phi), L in two parts: the error is 3e-7 of the norm
+    for random keys and 2e-4 for one key repeated with beta = 2. For fp32 inputs Phi is found by substitution.
+
+    Where no row of |L| sums to more than EASY, and Phi is to be bfloat16, the correction is left out: `_is_easy`.
 
     norms [chunks, HV] (if NORMS) bounds the logarithm of the spectral norm of the chunk's map from state to state, for keys of any length:
     the sum of g + log max(1, |1 - beta |k|^2|).
     """
-    hv = tl.program_id(0) % HV
-    chunk = tl.program_id(0) // HV
+    blocks = HV // MEMBERS
+    first_hv = tl.program_id(0) % blocks * MEMBERS
+    chunk = tl.program_id(0) // blocks
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
-    q += hv // GROUP * K
-    k += hv // GROUP * K
+    q += first_hv // GROUP * K
+    k += first_hv // GROUP * K
     k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
     kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
     qk = tl.dot(load_rows(q, start, rows, q_stride, 0, K, BK), tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
@@ -167,37 +172,62 @@ def pair_kernel(
         kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
         q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
         qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
+    at = i[:, None] * C + i[None, :]
+    for member in tl.static_range(MEMBERS):
+        tile = int64(chunk) * HV + first_hv + member
+        decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+        tl.store(scores + tile * (C * C) + at, (qk * decay * scale).to(scores.dtype.element_ty))
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     length = tl.sqrt(tl.maximum(square, 1e-30))
     kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
-    tile = int64(chunk) * HV + hv
-    at = tile * (C * C) + (i[:, None] * C + i[None, :])
-    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-    tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
-    beta = load_gate(gates, tile, 2)
-    if NORMS:
-        growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
-        last = gates + tile * (GATES * C) + (C - 1)
-        tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
-    m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
-    negative = m * (-beta * square)[None, :]
-    if WIDE:
-        solved = _substitute(m, negative)
-    else:
-        high = negative.to(tl.float16)
-        low = (negative - high.to(tl.float32)).to(tl.float16)
-        e = _diagonal(k, gates, start, rows, k_stride, tile, K, BK)
-        for level in tl.static_range(4, 6):
+    for member in tl.range(0, MEMBERS, num_stages=1, disable_licm=True):
+        tile = int64(chunk) * HV + first_hv + member
+        beta = load_gate(gates, tile, 2)
+        if NORMS:
+            growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
+            last = gates + tile * (GATES * C) + (C - 1)
+            tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
+        decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+        m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
+        negative = m * (-beta * square)[None, :]
+        if WIDE:
+            solved = _substitute(m, negative)
+        else:
+            high = negative.to(tl.float16)
+            easy = _is_easy(negative, EASY)
+            if AGAIN:
+                e = _diagonal(k, gates, start, rows, k_stride, tile, K, BK)
+            else:
+                e = _diagonal_of(negative)
+            for level in tl.static_range(4, 6):
+                narrow = e.to(tl.float16)
+                below = tl.where(_under(i, level), tl.dot(narrow, high), 0.0)
+                e = tl.dot(below.to(tl.float16), narrow, e.to(tl.float32))
             narrow = e.to(tl.float16)
-            below = tl.where(_under(i, level), tl.dot(narrow, high), 0.0)
-            e = tl.dot(below.to(tl.float16), narrow, e.to(tl.float32))
-        narrow = e.to(tl.float16)
-        rough = tl.dot(narrow, m.to(tl.float16)).to(tl.float16)
-        wrong = tl.dot(low, rough, m - rough.to(tl.float32))
-        wrong = tl.dot(high, rough, wrong)
-        solved = tl.dot(narrow, wrong.to(tl.float16), rough.to(tl.float32))
-    solved = solved * length[:, None] * length[None, :]
-    tl.store(phi + at, solved.to(phi.dtype.element_ty))
+            solved = tl.dot(narrow, m.to(tl.float16))
+            if EASY == 0.0 or phi.dtype.element_ty != tl.bfloat16:
+                solved = _corrected(solved, narrow, m, negative)
+            else:
+                if not easy:
+                    solved = _corrected(solved, narrow, m, negative)
+        solved = solved * length[:, None] * length[None, :]
+        tl.store(phi + tile * (C * C) + at, solved.to(phi.dtype.element_ty))
+
+
+@triton.jit
+def _corrected(solved, inverse, m, negative):
+    """Phi + E (M - Phi - L Phi), with L as the sum of two fp16 numbers."""
+    rough = solved.to(tl.float16)
+    high = negative.to(tl.float16)
+    wrong = tl.dot((negative - high.to(tl.float32)).to(tl.float16), rough, m - rough.to(tl.float32))
+    wrong = tl.dot(high, rough, wrong)
+    return tl.dot(inverse, wrong.to(tl.float16), rough.to(tl.float32))
+
+
+@triton.jit
+def _is_easy(negative, EASY: tl.constexpr):
+    """Whether the largest sum of a row of |L| is at most EASY."""
+    return tl.max(tl.sum(tl.abs(negative), 1), 0) <= EASY
 
 
 @triton.jit
@@ -260,5 +290,21 @@ def _diagonal(k, gates, start, rows, k_stride, tile, K: tl.constexpr, BK: tl.con
         below = tl.where(_under(i, level)[None, :, :], tl.dot(narrow, negative), 0.0)
         e = tl.dot(below.to(tl.float16), narrow, e)
     same = (b[:, None] == b[None, :])[:, None, :, None]
+    e = tl.where(same, tl.reshape(e.to(tl.float16), (4, 16, 1, 16)), 0.0)
+    return tl.reshape(e, (C, C))
+
+
+@triton.jit
+def _diagonal_of(negative):
+    """(I + L)^-1 of the four 16 x 16 blocks on the diagonal of L, 0 elsewhere, [64, 64], as small products of four at a time."""
+    b = tl.arange(0, 4)
+    i = tl.arange(0, 16)
+    same = (b[:, None] == b[None, :])[:, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(negative, (4, 16, 4, 16)), 0.0), 2).to(tl.float16)
+    e = tl.where((i[:, None] == i[None, :])[None, :, :], 1.0, tl.where(_under(i, 0)[None, :, :], blocks.to(tl.float32), 0.0))
+    for level in tl.static_range(1, 4):
+        narrow = e.to(tl.float16)
+        below = tl.where(_under(i, level)[None, :, :], tl.dot(narrow, blocks), 0.0)
+        e = tl.dot(below.to(tl.float16), narrow, e)
     e = tl.where(same, tl.reshape(e.to(tl.float16), (4, 16, 1, 16)), 0.0)
     return tl.reshape(e, (C, C))
