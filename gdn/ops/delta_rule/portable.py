@@ -75,7 +75,9 @@ class Launch:
     """Most registers of a thread."""
 
     def __call__(self, kernel: Any, key: Any, programs: int, *args: Any) -> None:
-        launch(kernel, (programs,), *args, warps=self.warps, registers=self.registers, key=key)
+        registers = CANDIDATE["registers"] if kernel is pair_kernel and self.registers else self.registers
+        dependent = bool(args[-1]) and kernel is not gates_kernel
+        launch(kernel, (programs,), *args, warps=self.warps, registers=registers, key=key, dependent=dependent)
 
 
 @dataclass(frozen=True)
@@ -257,13 +259,14 @@ def _forward(
     key = _key(p, q, k, v, g, beta, initial_state is None)
     bounds = (cu_seqlens, chunk_table, chunk_offsets)
     heads = min(16, _power_of_two(p.HV))
+    dependent = CANDIDATE["dependent"]
     use = p.launches["gates"]
-    use(gates_kernel, key, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed)
+    use(gates_kernel, key, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed, dependent)
     use = p.launches["pair"]
     members = p.HV // p.H if CANDIDATE["members"] and not p.wide else 1
     use(
         pair_kernel, key, p.HV // members * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
-        p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide, members, CANDIDATE["easy"], CANDIDATE["again"],
+        p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide, members, CANDIDATE["easy"], CANDIDATE["again"], dependent,
     )  # fmt: skip
     if p.S:
         added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
@@ -271,7 +274,7 @@ def _forward(
         use(
             summary_kernel, key, (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1), k, v, phi, gates, norms, initial_state,
             added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
-            use.block, _power_of_two(p.S), p.packed, initial_state is not None, p.wide, use.stages,
+            use.block, _power_of_two(p.S), p.packed, initial_state is not None, p.wide, use.stages, dependent,
         )  # fmt: skip
         _hand_over(p, key, added, carried, crosses, entering, backward=False)
     use = p.launches["output"]
@@ -279,7 +282,7 @@ def _forward(
     use(
         output_kernel, (key, halting), -(-p.V // use.block) * p.HV * p.runs, q, k, v, phi, scores, gates, o, initial_state, entering, midway, final,
         *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, scale, q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
-        use.block, p.S > 0, p.packed, initial_state is not None, halting, p.wide, use.stages,
+        use.block, p.S > 0, p.packed, initial_state is not None, halting, p.wide, use.stages, dependent,
     )  # fmt: skip
     return o, final, *saved
 
@@ -302,13 +305,14 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     initial_state = None if initial_state is None else _aligned(initial_state)
     key = _key(p, q, k, v, g, beta, initial_state is None, d_final is None)
     leaving = entering
+    dependent = CANDIDATE["dependent"]
     if p.S:
         added, leaving = torch.empty_like(entering), torch.empty_like(entering)
         use = p.launches["backward_summary"]
         use(
             backward_summary_kernel, key, -(-p.V // use.block) * p.HV * (p.segments - 1), q, k, phi, scores, gates, norms, do, d_final, added,
             *bounds, p.length, p.per_row, p.chunks, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
-            _power_of_two(p.S), p.packed, d_final is not None, p.wide, use.stages,
+            _power_of_two(p.S), p.packed, d_final is not None, p.wide, use.stages, dependent,
         )  # fmt: skip
         _hand_over(p, key, added, carried, crosses, leaving, backward=True)
         del added
@@ -325,34 +329,34 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         use(
             states_kernel, key, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, midway, *bounds,
             p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
-            p.S > 0, p.packed, initial_state is not None, p.wide, use.stages,
+            p.S > 0, p.packed, initial_state is not None, p.wide, use.stages, dependent,
         )  # fmt: skip
         use = p.launches["backward"]
         use(
             backward_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, dv, d_final, leaving, between,
             d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, scale, q.stride(1), k.stride(1), p.H,
-            p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, *ends, p.wide, use.stages,
+            p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, *ends, p.wide, use.stages, dependent,
         )  # fmt: skip
         use = p.launches["pairs"]
         use(
             pairs_kernel, key, p.HV * p.slots, gates, do, errors, d_scores, pairs, dv, dbeta, *bounds[:2], p.length, p.per_row, p.chunks,
-            p.stretch, p.width, slab, scale, p.HV, p.V, use.block, p.packed, p.wide, use.stages,
+            p.stretch, p.width, slab, scale, p.HV, p.V, use.block, p.packed, p.wide, use.stages, dependent,
         )  # fmt: skip
         use = p.launches["gradient"]
         use(
             gradient_kernel, key, blocks * p.H * p.slots, q, k, g, gates, do, states, errors, d_states, dv, d_scores, pairs, dq, dk, dg,
             *bounds[:2], p.length, p.per_row, p.chunks, p.stretch, p.width, slab, scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV,
-            p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
+            p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages, dependent,
         )  # fmt: skip
     del states, d_states, errors, pairs, d_scores, between
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
 
 
 def _hand_over(p: Plan, key: Any, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
-    use = p.launches["handover"]
+    use, dependent = p.launches["handover"], CANDIDATE["dependent"]
     use(
         handover_kernel, (key, backward), -(-p.V // use.block) * p.HV, added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward,
-        use.stages,
+        use.stages, dependent,
     )  # fmt: skip
 
 

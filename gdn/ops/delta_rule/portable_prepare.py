@@ -12,12 +12,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdn.core.portable_math import exp, int64
 
 C = tl.constexpr(64)
 GATES = tl.constexpr(5)
 SMALLEST_LOG_DECAY = tl.constexpr(-64.0)
+
+
+@triton.jit
+def take_turns(DEPENDENT: tl.constexpr):
+    """With DEPENDENT this kernel may be started while the one before it still runs (programmatic dependent launch, sm_90): wait here until
+    that one has ended and all it wrote can be seen, and let the next one start once every program of this one has come here."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -79,12 +89,15 @@ def gates_kernel(
     HV,
     BH: tl.constexpr,
     PACKED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """gates [chunks, HV, 5, 64] fp32 from g and beta. Grid [chunks * head blocks].
 
     Rows: G, gamma = exp(G), beta, D = exp(G_last - G), the low part of G. Beyond the last token of a document g, beta and gamma are 0, so
     that whatever stands there is neither written nor read.
     """
+    if DEPENDENT:
+        gdc_launch_dependents()
     blocks = (HV + BH - 1) // BH
     chunk = tl.program_id(0) // blocks
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
@@ -144,6 +157,7 @@ def pair_kernel(
     MEMBERS: tl.constexpr,
     EASY: tl.constexpr,
     AGAIN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Phi = (I + M diag(beta))^-1 M and A of MEMBERS value heads of one chunk, of the same group. Grid [chunks * HV / MEMBERS].
 
@@ -172,6 +186,7 @@ def pair_kernel(
         kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
         q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
         qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
+    take_turns(DEPENDENT)  # so far nothing was read that the kernel before this one writes
     at = i[:, None] * C + i[None, :]
     for member in tl.static_range(MEMBERS):
         tile = int64(chunk) * HV + first_hv + member

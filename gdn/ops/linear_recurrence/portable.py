@@ -51,7 +51,7 @@ def _forward(
     heads = min(16, padded(p.HV))
     key = _key(p, q, k, v, g)
     p.launches["gates"](
-        gates_kernel, key, -(-p.HV // heads) * p.chunks, g, g, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed
+        gates_kernel, key, -(-p.HV // heads) * p.chunks, g, g, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed, False
     )
     if p.S:
         enter_segments(p, key, k, v, gates, None, initial_state, entering, bounds, scale, backward=False)
