@@ -58,6 +58,8 @@ from gdn.ops.delta_rule.portable_scan import (
 
 GATES = int(_GATES.value)
 CANDIDATE: dict[str, Any] = {"easy": 4.0, "again": False, "members": False, "dependent": False, "registers": 128}
+"""Forms to be measured against each other. easy: see `_is_easy`, 0 corrects always; again: the diagonal blocks from keys loaded again; members:
+all value heads of a group in one program; dependent: programmatic dependent launch, sm_90 only; registers: of a thread of `pair_kernel`."""
 
 
 @dataclass(frozen=True)
