@@ -1,4 +1,5 @@
-"""Linear attention with decay on a GPU: error against fp64, then time, beside FLA's `chunk_simple_gla` and `chunk_gla` where they can be imported.
+"""Linear attention with decay, and the delta rule with channel decays, on a GPU: error against fp64, then time, beside FLA's `chunk_simple_gla`, `chunk_gla` and `chunk_kda` where they can be
+imported.
 
     python benchmarks/bench_linear_gpu.py [--sizes gla,hgrn2] [--out FILE]
 
@@ -29,9 +30,14 @@ SIZES = {
     "gla": ("gated_linear_attention", 4, 4, 128, 256),
     "hgrn2": ("gated_linear_attention", 8, 8, 128, 128),
     "gsa values": ("gated_linear_attention", 4, 4, 64, 256),
+    "kda": ("channel_delta_rule", 8, 8, 128, 128),
 }
 """Operator, H, HV, K, V."""
-PEERS = {"linear_attention": ("fla.ops.simple_gla", "chunk_simple_gla"), "gated_linear_attention": ("fla.ops.gla", "chunk_gla")}
+PEERS = {
+    "linear_attention": ("fla.ops.simple_gla", "chunk_simple_gla"),
+    "gated_linear_attention": ("fla.ops.gla", "chunk_gla"),
+    "channel_delta_rule": ("fla.ops.kda", "chunk_kda"),
+}
 Rule = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -39,9 +45,12 @@ def inputs(name: str, batch: int, length: int) -> list[Tensor]:
     op, H, HV, K, V = SIZES[name]
     r = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(batch, length, *x, generator=r, device="cuda").bfloat16() for x in ((H, K), (H, K), (HV, V)))
-    gates = {"linear_attention": (HV,), "gated_linear_attention": (H, K)}[op]
+    gates = {"linear_attention": (HV,), "gated_linear_attention": (H, K), "channel_delta_rule": (HV, K)}[op]
     g = -0.1 * torch.randn(batch, length, *gates, generator=r, device="cuda").abs()
-    return [x.requires_grad_() for x in (q, k, v, g)]
+    if op != "channel_delta_rule":
+        return [x.requires_grad_() for x in (q, k, v, g)]
+    beta = torch.randn(batch, length, HV, generator=r, device="cuda").sigmoid()
+    return [x.requires_grad_() for x in (q, torch.nn.functional.normalize(k, dim=-1), v, g, beta)]
 
 
 def row(op: str, impl: str) -> Rule:
@@ -58,9 +67,9 @@ def peer(op: str) -> dict[str, Rule]:
     module, function = PEERS[op]
     rule = getattr(importlib.import_module(module), function)
 
-    def call(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> tuple[Tensor, Tensor]:
         q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))  # it takes no groups
-        return rule(q, k, v, g, scale=q.shape[3] ** -0.5, output_final_state=True)
+        return rule(q, k, v, *gates, scale=q.shape[3] ** -0.5, output_final_state=True)
 
     return {"fla": call}
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent / "gdn"
 
 # From the top. A layer may import what stands below it; names on one line are independent of each other.
 LAYERS = [
+    ["__main__"],
     ["cli"],
     ["testing"],
     ["recipes", "experiments"],
@@ -79,6 +80,11 @@ def test_only_one_file_asks_what_hardware_this_is() -> None:
     assert not asking
 
 
-def test_importing_gdn_loads_neither_torch_nor_triton() -> None:
-    code = "import sys, gdn; print([m for m in ('torch', 'triton', 'transformers', 'datasets') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+def test_importing_gdn_loads_nothing_heavy_and_importing_a_model_no_compiler() -> None:
+    code = """
+import sys, gdn
+print([m for m in ("torch", "triton", "transformers", "datasets") if m in sys.modules])
+import gdn.models.lm, gdn.train.step, gdn.mixers
+print([m for m in ("torch._dynamo", "torch.distributed.tensor", "triton", "transformers", "datasets") if m in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["[]", "[]"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn.core.errors import ArgumentError
+from gdn.core.packing import Packing
 
 
 def shapes(*arguments: tuple[str, Tensor, str], **known: int) -> dict[str, int]:
@@ -16,6 +17,8 @@ def shapes(*arguments: tuple[str, Tensor, str], **known: int) -> dict[str, int]:
     sizes = dict(known)
     for name, tensor, letters in arguments:
         pattern = letters.split()
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name}: expected a tensor [{', '.join(pattern)}], got {type(tensor).__name__}")
         shape = tensor.shape
         if len(shape) != len(pattern):
             raise ArgumentError(f"{name}: expected {len(pattern)} dimensions [{', '.join(pattern)}], got {list(shape)}")
@@ -60,6 +63,16 @@ def not_positive(name: str, tensor: Tensor, meaning: str) -> None:
     largest = tensor.detach().max()
     if bool(largest > 0):
         raise ArgumentError(f"{name}: expected {meaning}, so at most 0 everywhere, got {float(largest):.4g}")
+
+
+def boundaries(packing: Packing | None, batch: int, length: int, device: torch.device) -> None:
+    """Packed documents, if there are any, must be those of `[batch, length]` tokens on `device`."""
+    if packing is None:
+        return
+    if not isinstance(packing, Packing):
+        made = "make one with Packing.from_cu_seqlens or from_lengths"
+        raise ArgumentError(f"packing: expected a gdn.Packing, got {type(packing).__name__}; {made}")
+    packing.check(batch, length, device)
 
 
 def no_gradient(*arguments: tuple[str, Tensor | None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,9 +43,13 @@ class Inputs(NamedTuple):
             targets = targets if places is not None else F.pad(targets, (0, short), value=IGNORE)
         return cls(tokens.to(device), targets.to(device), None if places is None else places.to(device))
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same of every tensor."""
+        return Inputs(change(self.tokens), change(self.targets), None if self.places is None else change(self.places))
+
     def chosen(self, rows: Tensor) -> Inputs:
         """Some of the sequences."""
-        return Inputs(*(None if x is None else x.index_select(0, rows) for x in self))  # type: ignore[arg-type]
+        return self.each(lambda x: x.index_select(0, rows))
 
     @property
     def shape(self) -> tuple[torch.Size | None, ...]:

@@ -2,7 +2,8 @@
 
 The published protocol: two blocks of width 128, 12 800 training sequences, batches of 128, accuracy as the mean over classes, the best of
 six combinations of learning rate and weight decay after 200 epochs. Here one combination, their largest (1e-3, 0.1), which learns most in
-few steps, and 15 epochs; memorisation has 256 training sequences, as published, and as many updates as the others.
+few steps, and 15 epochs, for recall 40: after 15 attention had 44 % of it. Memorisation has 256 training sequences, as published, and as
+many updates as the others. Whoever has 99.9 % twice on the way stops.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gdn.train import AdamW, Schedule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEADS, BATCH, EXAMPLES, EPOCHS = 128, 4, 128, 12_800, 15
+WIDTH, HEADS, BATCH, EXAMPLES = 128, 4, 128, 12_800
 WINDOW = 32
 TASKS: dict[str, Task] = {
     "compression": Compression(),
@@ -50,13 +51,14 @@ def runs(toy: bool) -> list[Run]:
 def _run(series: str, name: str, seed: int, toy: bool) -> Run:
     task, width = TASKS[name], 16 if toy else WIDTH
     training = Training(
-        steps=2 if toy else EPOCHS * EXAMPLES // BATCH,
+        steps=2 if toy else (40 if name == "in-context recall" else 15) * EXAMPLES // BATCH,
         batch=2 if toy else BATCH,
         optim=AdamW(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1),
         schedule=Schedule(warmup=0, final_fraction=1e-6 / 1e-3),
         examples=4 if toy else 256 if name == "memorisation" else EXAMPLES,
         precision="fp32" if toy else "bf16",
-        check_every=500,
+        check_every=250,
+        enough=0.999,
     )
     mixers = models.pattern(series, width, HEADS, WINDOW)
     return Run(

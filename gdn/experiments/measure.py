@@ -40,7 +40,7 @@ def scoring(model: Model, test: Test, sample: Sample, precision: Precision, exam
     """`score` in steps: pauses after each batch."""
     tally, count = Tally(), min(examples or test.examples, test.examples)
     for begin in range(0, count, test.batch):
-        part = Sample(*(None if x is None else x[begin : min(begin + test.batch, count)] for x in sample))  # type: ignore[arg-type]
+        part = sample.part(begin, min(begin + test.batch, count))
         asked = part.targets != IGNORE
         training = model.training
         model.eval()

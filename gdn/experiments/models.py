@@ -19,7 +19,7 @@ SLOW_DECAY = (0.01, 1.0)
 """Rates that decay starts with. With the published 16 at most, a model of two heads forgets within a dozen tokens wherever it begins: it
 had not begun to recall 64 pairs after 2000 steps, where the delta rule without decay took 600."""
 DEAR = ("GSA",)
-"""No kernel serves it: its step is three to seven times as long as the others', so it has one seed."""
+"""Before its operators had Triton rows its step was three to seven times as long as the others', so it has one seed."""
 Pattern = tuple[MixerConfig, ...]
 T = TypeVar("T")
 

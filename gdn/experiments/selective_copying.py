@@ -1,6 +1,6 @@
 """Selective copying, the reproducible small version: 16 of 256 tokens are data, the rest noise; say the data in order.
 
-The published task has 4096 tokens and 400 000 steps (Mamba, arXiv 2312.00752: S4 18.3 %, Mamba 99.8 %). Here 3000 steps at most, on 100 000
+The published task has 4096 tokens and 400 000 steps (Mamba, arXiv 2312.00752: S4 18.3 %, Mamba 99.8 %). Here 5000 steps at most, on 100 000
 sequences, stopped when solved, and a test on sequences four times as long.
 """
 
@@ -27,7 +27,7 @@ def runs(toy: bool) -> list[Run]:
     width, length, copied = (16, 16, 3) if toy else (WIDTH, LENGTH, COPIED)
     task = SelectiveCopying(vocab=16, context=length - copied, copied=copied)
     training = Training(
-        steps=2 if toy else 3000,
+        steps=2 if toy else 5000,
         batch=2 if toy else 64,
         optim=AdamW(lr=2e-3, betas=(0.9, 0.999), weight_decay=0.0),
         schedule=Schedule(warmup=100, final_fraction=0.1),

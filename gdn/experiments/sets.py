@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gdn.data.synthetic.base import Sample, Split, Task
 from gdn.experiments.definition import Test
@@ -72,9 +71,6 @@ def draw(task: Task, examples: int, at_a_time: int, seed: int, split: Split) -> 
     """Some sequences of a task, a few at a time."""
     generator = torch.Generator().manual_seed(seed)
     parts = [task.sample(min(at_a_time, examples - i), generator, split) for i in range(0, examples, at_a_time)]
-    return Sample(*(_joined([part[i] for part in parts]) for i in range(len(Sample._fields))))  # type: ignore[arg-type]
-
-
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
+    known = [part.next_token for part in parts if part.next_token is not None]
+    tokens, targets = torch.cat([part.tokens for part in parts]), torch.cat([part.targets for part in parts])
+    return Sample(tokens, targets, torch.cat(known) if known else None)

@@ -5,6 +5,9 @@ of 2048 for 100 epochs (4900 steps, AdamW 1e-3) and test on 512. Here words have
 is 3000 steps of 256 words at 2e-3, stopped when 95 % of the long words are right. A word is right up to an element if every product up to
 there is. Stopping when the short words are right would be too early: two writes a token had them all after 300 steps of S3 and not one long
 word in a hundred.
+
+A5 and S5 are 6000 steps, words of 12, 24 and 63 elements in turn: of 63 alone two and four writes had not begun to learn after 1900.
+What one write, decay or attention cannot do in S3 is not asked of them again there.
 """
 
 from __future__ import annotations
@@ -27,12 +30,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEADS, TRAINED, LONGEST = 128, 8, 63, 255
+SHORTER = (12, 24)
+"""Elements of words that the hard groups are learned from as well."""
 WORDS = 100_000
-GROUPS = ("S3", "S4", "A5", "S5")
-
-
-WITHOUT = (("3 writes a token", "S3"), ("2 writes, beta < 1", "S4"), ("2 writes, beta < 1", "A5"), ("2 writes, beta < 1", "S5"))
+EASY, HARD = ("S3", "S4"), ("A5", "S5")
+WITHOUT = (("3 writes a token", "S3"), ("2 writes, beta < 1", "S4"))
 """What would say nothing that its neighbours do not."""
+
+
+def asked(series: str, group: str) -> bool:
+    """Whether a model is tried on a group."""
+    return (series, group) not in WITHOUT and (group in EASY or series.endswith("a token"))
 
 
 def models(width: int, heads: int) -> dict[str, MixerConfig]:
@@ -65,7 +73,7 @@ def runs(toy: bool) -> list[Run]:
     )
     found = []
     for seed in range(1 if toy else 3):
-        for group in ("S3",) if toy else GROUPS:
+        for group in ("S3",) if toy else (*EASY, *HARD):
             tests = tuple(
                 Test(
                     name=f"length {n}",
@@ -83,12 +91,12 @@ def runs(toy: bool) -> list[Run]:
                     x=group,
                     seed=seed,
                     model=LM.Config(vocab=vocab, width=width, layers=1, mlp=4 * width * 2 // 3, pattern=(mixer,)),
-                    tasks=(tests[1].task,),
-                    training=training,
+                    tasks=tuple(tests[1].task.with_(elements=n) for n in ((*SHORTER, trained) if group in HARD else (trained,))),
+                    training=training.with_(steps=2 * training.steps) if group in HARD else training,
                     tests=tests,
                 )
                 for series, mixer in models(width, heads).items()
-                if toy or (series, group) not in WITHOUT
+                if toy or asked(series, group)
             ]
     return found
 
@@ -100,7 +108,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     for axes, group in zip(panels, groups):
         plots.over_places(axes, rows, longest, group)
         plots.finish(axes, x="elements read", title=group)
-        axes.axvline(rows[0]["run"]["tasks"][0]["elements"], color="grey", linewidth=1)
+        axes.axvline(rows[0]["run"]["tasks"][-1]["elements"], color="grey", linewidth=1)
     plots.legend(drawn, panels)
     return drawn
 
@@ -112,13 +120,13 @@ EXPERIMENT = Experiment(
     claim="One layer follows S3, S4 and A5 with two writes a token and S5 with four, far beyond the length it was trained on.",
     runs=runs,
     figure=figure,
-    later=lambda run: run.x in ("A5", "S5"),
+    later=lambda run: run.x in HARD,
     x_name="group",
     published={
         f"{n} write{'s' if n > 1 else ''} a token, {group}": "solved" if n >= least else "fails"
         for group, least in SOLVED.items()
         for n in (1, 2, 3, 4)
-        if (f"{n} writes a token", group) not in WITHOUT
+        if asked(f"{n} writes a token", group)
     },
     source="DeltaProduct (arXiv 2502.10297), figures.",
 )

@@ -88,7 +88,7 @@ class Update:
 
     def _capture(self, inputs: Inputs) -> None:
         assert self.capture is not None
-        held = Inputs(*(None if x is None else x.clone() for x in inputs))  # type: ignore[arg-type]
+        held = inputs.each(torch.clone)
         try:
             self.captured[inputs.shape] = held, self.capture(lambda: self.compute(held))
         except RuntimeError as failure:

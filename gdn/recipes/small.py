@@ -21,7 +21,7 @@ def demo() -> Trainer.Config:
         optim=AdamW(lr=4e-3),
         schedule=Schedule(warmup=50),
         steps=4000,
-        time_limit_s=170,
+        time_limit_s=190,
         validate_every=1000,
         log_every=20,
         prompt="def ",

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from gdn.core.config import Config
 from gdn.core.errors import ConfigError
@@ -56,6 +55,8 @@ class AdamW(Config):
         return torch.optim.AdamW(groups(model, self), lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
     def _muon(self, model: nn.Module) -> Muon:
+        from torch.distributed.tensor import DTensor
+
         if any(isinstance(p, DTensor) for p in model.parameters()):
             raise ConfigError('matrices: "muon" needs whole matrices, but the parameters of this model are sharded; expected "adamw"')
         names, rows = split(model)

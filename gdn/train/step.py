@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from gdn.core.errors import ConfigError, DataError, NonFiniteError
 from gdn.data import Batch
@@ -79,6 +78,8 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 
 def gradient_norm(model: nn.Module, clip: float | None) -> torch.Tensor:
     """The norm of all gradients together; scales them down to norm `clip` if they are above it."""
+    from torch.distributed.tensor import DTensor
+
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -38,9 +40,20 @@ def test_the_kernel_imports_by_path(folder: Path, monkeypatch: pytest.MonkeyPatc
     o, _ = kernel.layers.chunk_gated_delta_rule()(one, one, 3 * one, g=g, beta=g + 0.5)
     assert o.flatten().tolist() == [1.5, 2.25]
     assert torch.equal(kernel.layers.recurrent_gated_delta_rule()(one, one, 3 * one, g=g, beta=g + 0.5)[0], o)
+    compiled = torch.compile(kernel.layers.chunk_gated_delta_rule(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(one, one, 3 * one, g=g, beta=g + 0.5)[0], o)
 
 
-def test_build_toml_names_the_package() -> None:
-    general = tomllib.loads((PACKAGE / "build.toml").read_text())["general"]
-    assert general == {"name": PACKAGE.name, "universal": True}
-    assert (VARIANT / general["name"] / "__init__.py").is_file()
+def test_the_loader_finds_what_it_asks_for() -> None:
+    """`kernels` 0.17 parses both files strictly: a name of lower-case letters, digits and dashes, these fields, no others."""
+    build = tomllib.loads((PACKAGE / "build.toml").read_text())
+    general = build["general"]
+    assert set(build) == {"general", "torch-noarch"}
+    assert set(general) == {"edition", "name", "version", "license", "backends"}
+    metadata = json.loads((VARIANT / "metadata.json").read_text())
+    assert set(metadata) == {"name", "id", "version", "license", "python-depends", "backend"}
+    assert re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", metadata["name"])
+    assert metadata["id"].isidentifier()  # the module's name
+    assert metadata["backend"]["type"] in general["backends"]
+    assert all(metadata[name] == general[name] for name in ("name", "version", "license"))
+    assert (VARIANT / metadata["name"].replace("-", "_") / "__init__.py").is_file()

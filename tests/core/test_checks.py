@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from gdn.core import checks
 from gdn.core.errors import ArgumentError
+from gdn.core.packing import Packing
 
 A, B = torch.zeros(2, 3, 4), torch.zeros(2, 4)
+LIST: Any = [0, 20]
+PACKING = Packing.from_lengths([20])
 
 
 def test_shapes_returns_the_size_of_each_letter() -> None:
@@ -28,6 +32,8 @@ def test_nothing_given_is_nothing_wrong() -> None:
     checks.slots(torch.tensor([-1, 4, -1, 0]), 4, 5)
     checks.slots(torch.tensor([-2], dtype=torch.int32), 1, 0)
     checks.no_gradient(("a", None), ("b", B))
+    checks.boundaries(None, 2, 3, A.device)
+    checks.boundaries(PACKING, 1, 20, A.device)
 
 
 def test_gradients_are_refused_only_where_they_are_enabled() -> None:
@@ -45,6 +51,9 @@ def test_gradients_are_refused_only_where_they_are_enabled() -> None:
         (lambda: checks.shapes(("a", A, "B T K"), ("b", B, "B T")), r"b: expected \[B=2, T=3\], got \[2, 4\]"),
         (lambda: checks.shapes(("a", A, "B T T")), r"a: expected \[B=2, T=3, T=3\], got \[2, 3, 4\]"),
         (lambda: checks.shapes(("a", A, "B T K"), T=7), r"a: expected \[B=2, T=7, K\], got \[2, 3, 4\]"),
+        (lambda: checks.shapes(("a", A, "B T K"), ("b", LIST, "B K")), r"b: expected a tensor \[B, K\], got list"),
+        (lambda: checks.boundaries(LIST, 1, 20, A.device), "packing: expected a gdn.Packing, got list; make one with Packing.from_"),
+        (lambda: checks.boundaries(PACKING, 1, 19, A.device), "packing: describes 20 tokens, but the input has 1 x 19"),
         (lambda: checks.same_device(("a", A), ("b", B.to("meta"))), "b: expected on cpu like a, got meta"),
         (lambda: checks.same_dtype(("a", A), ("b", B.half())), "b: expected torch.float32 like a, got torch.float16"),
         (lambda: checks.same_dtype(("a", A.int()), ("b", B.int())), "a: expected a floating dtype, got torch.int32"),

@@ -182,6 +182,11 @@ def test_the_choice_is_part_of_one_compiled_graph(op: Op) -> None:
     assert torch.equal(compiled(torch.zeros(3, 64).half()), torch.full((3, 64), 2.0).half())
 
 
+def test_the_choice_is_marked_as_torch_marks_constants() -> None:
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(dispatch._choose) == vars(marked) != {}
+
+
 def test_forcing_reaches_a_compiled_graph(op: Op) -> None:
     graphs, backend = counting()
     compiled = torch.compile(lambda x: call(op, x), fullgraph=True, backend=backend)

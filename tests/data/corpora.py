@@ -10,7 +10,7 @@ from gdn.data import ByteTokenizer, DataConfig, prepare
 
 TEXTS = [f"# text {i}\n" + "".join(f"line {j} of {i}: é€😀 {'x' * (j * i % 40)}\n" for j in range(i % 13)) for i in range(60)]
 
-LONG = 12
+LONG = 4
 """How often the long text repeats the others."""
 
 Corpus = Callable[[str], DataConfig]

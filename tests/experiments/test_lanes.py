@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_a_lane_waits_for_its_device_and_not_for_others(monkeypatch: pytest.Monk
     lanes, event = module.Lanes(2, CPU, Sets()), Event()
     for number in (0, 1):
         lanes.begin(number, RUNS[number])
-    lanes.lanes[0].reached = event  # type: ignore[assignment]
+    lanes.lanes[0].reached = cast("torch.cuda.Event", event)
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     for _ in range(3):
         assert not list(lanes.advance())

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import fresh
 import pytest
 import torch
 from rich.console import Console
@@ -28,6 +29,13 @@ from gdn.models.lm import LM
 
 CPU = torch.device("cpu")
 TASK = Parity(length=6, shortest=6, running=True)
+
+
+@pytest.fixture(autouse=True)
+def quick_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers begin as new processes would, less the time that imports take, and have one thread for their tiny models."""
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: {"spawn": fresh.context()}[method])
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
 
 def run(series: str = "model", seed: int = 0, **changes: Any) -> Run:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
+import fresh
+import opening
 import pytest
 import torch
 from small import causal, tokens
@@ -14,22 +14,14 @@ from small import causal, tokens
 from gdn.core.errors import CheckpointError
 from gdn.hf import add_remote_code
 
-SCRIPT = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
 
-
-def test_another_process_opens_the_folder_by_its_own_code(tmp_path) -> None:
+def test_another_process_opens_the_folder_by_its_own_code(tmp_path: Path) -> None:
     model, x = causal(), tokens()
     model.save_pretrained(tmp_path / "model")
     add_remote_code(tmp_path / "model")
     torch.save(x, tmp_path / "x")
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model"), str(tmp_path / "x"), str(tmp_path / "y")]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    ended = fresh.run(opening.open_and_read, tmp_path)
+    assert ended.status == 0, ended.output
     assert torch.equal(torch.load(tmp_path / "y"), model(x).logits)
 
 

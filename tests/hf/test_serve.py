@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from small import causal
@@ -60,26 +58,24 @@ def expected(prompt: list[int]) -> str:
 
 @contextmanager
 def serving(command: list[str], log: Path) -> Iterator[str]:
-    """The address of a server that is stopped at the end."""
+    """The address of a module's server that is stopped at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(log.parent / "home"), "OMP_NUM_THREADS": "1"}
-    arguments = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    with log.open("w") as output:
-        server = subprocess.Popen([*command, *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT)
+    server = fresh.start(log, fresh.module, *command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", strict=False)
     try:
         for _ in range(1200):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             except OSError:
-                assert server.poll() is None, log.read_text()[-2000:]
+                assert server.exitcode is None, log.read_text()[-2000:]
                 time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(20)
+        server.join(20)
+        server.kill()
 
 
 def ask(address: str, **body: Any) -> dict[str, Any]:
@@ -92,7 +88,7 @@ def ask(address: str, **body: Any) -> dict[str, Any]:
 
 
 def test_transformers_own_command_serves_a_folder_with_its_code(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--trust-remote-code"]
+    command = ["transformers.cli.transformers", "serve", "--trust-remote-code"]
     with serving(command, tmp_path / "log") as address:
         answer = ask(f"{address}/v1/completions", model=str(folder), prompt="w5 w6 w7")
     assert answer["choices"][0]["text"].split() == expected([5, 6, 7]).split()
@@ -107,6 +103,6 @@ def test_our_command_serves_without_trust(folder: Path, tmp_path: Path) -> None:
     config = json.loads((bare / "config.json").read_text())
     del config["auto_map"]
     (bare / "config.json").write_text(json.dumps(config))
-    with serving([sys.executable, "-m", "gdn.hf", "serve", str(bare)], tmp_path / "log") as address:
+    with serving(["gdn.hf", "serve", str(bare)], tmp_path / "log") as address:
         answer = ask(f"{address}/v1/chat/completions", model=str(bare), messages=[{"role": "user", "content": "w8 w9"}])
     assert re.findall(r"w\d+", answer["choices"][0]["message"]["content"]) == expected([3, 8, 9, 4]).split()

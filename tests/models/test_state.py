@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -165,5 +164,4 @@ def test_another_process_goes_on_with_the_same_tokens(tmp_path: Path, capfd: pyt
     here = capfd.readouterr().out
     assert here.startswith(document)
     assert len(here) > len(document) + 3
-    there = subprocess.run([sys.executable, "-m", "gdn.cli", *command, "--load-state", file], capture_output=True, check=True, text=True)
-    assert there.stdout == here[len(document) :]
+    assert fresh.run(main, [*command, "--load-state", file]) == fresh.Ended(0, here[len(document) :])

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn.core.dispatch import use
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 from gdn.ops import causal_attention
-from gdn.ops.attention import CAUSAL
+from gdn.ops.attention import CAUSAL, documents, sdpa
 from gdn.ops.attention.problems import FULL, WINDOWED, Problem
 from gdn.testing import compare
 
@@ -93,6 +96,53 @@ def test_compiles_as_one_graph(problem: Problem) -> None:
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(**arguments), leaves)
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+PACKED = [p for p in FULL if p.lengths] + [Problem(name="empty documents", T=130, H=4, G=2, V=6, lengths=(0, 66, 0, 64))]
+
+
+@pytest.mark.parametrize("scores", [1 << 25, 900])
+@pytest.mark.parametrize(
+    "problem", [*PACKED, Problem(name="empty documents", T=130, H=4, G=2, V=6, lengths=(0, 66, 0, 64))], ids=lambda p: p.name
+)
+def test_documents_in_a_compiled_graph_match_the_reference(problem: Problem, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator that takes them there, called by itself; with few scores it takes a document's queries in blocks."""
+    monkeypatch.setattr(documents, "SCORES", scores)
+    monkeypatch.setattr(sdpa, "each_document", lambda attend, q, k, v, host: documents._OPAQUE(q, k, v, host, q.shape[3] ** -0.5)[0])
+    wrong = compare.in_three_dtypes(CAUSAL, "sdpa", lambda dtype: problem.build(dtype=dtype))
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("lengths", [(32,) * 64, (2048,)], ids=["many", "one"])
+def test_documents_in_a_compiled_graph_need_no_square_of_the_row(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, in the graphs around the operator and inside it."""
+    monkeypatch.setattr(documents, "SCORES", 64 * 2048)
+    arguments = Problem(name="", T=2048, lengths=lengths).build(dtype=torch.float32)
+    leaves, sizes = [arguments[n] for n in ("q", "k", "v")], list[int]()
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        sizes.extend(node.meta["val"].numel() for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    torch.autograd.grad(torch.compile(lambda **a: causal_attention(**a).sum(), fullgraph=True, backend=backend)(**arguments), leaves)
+    assert sizes
+    with Largest() as inside:
+        torch.autograd.grad(documents.attention_within_documents(*leaves, 1.0, arguments["packing"]).sum(), leaves)
+    assert 2048 <= max(inside.elements, *sizes) <= 64 * 2048
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made under it."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
 
 
 X = torch.zeros(2, 5, 4, 3)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_gpu import gpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -227,10 +228,6 @@ class LiveBytes(TorchDispatchMode):
                 weakref.finalize(storage, self.storages.pop, storage._cdata)
                 self.peak = max(self.peak, sum(self.storages.values()))
         return result
-
-
-def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")(test))
 
 
 @gpu

@@ -18,19 +18,30 @@ from triton.compiler.compiler import make_backend
 
 from gdn.ops import attention, delta_fused, delta_step, gates, loss, norm, short_conv
 from gdn.ops.attention.problems import Problem as Attention
+from gdn.ops.delta_channel import problems as channels
+from gdn.ops.delta_channel.portable import channel_delta_rule
 from gdn.ops.delta_fused.problems import Problem as Core
+from gdn.ops.delta_rule.problems import Problem as Rule
 from gdn.ops.delta_step.problems import Problem as Step
 from gdn.ops.gates.problems import Problem as Gate
+from gdn.ops.linear_recurrence import portable_plan
+from gdn.ops.linear_recurrence.portable import linear_attention
+from gdn.ops.linear_recurrence.portable_gated import gated_linear_attention
+from gdn.ops.linear_recurrence.portable_value_gated import value_gated_linear_attention
+from gdn.ops.linear_recurrence.problems import Gates
+from gdn.ops.linear_recurrence.problems import Problem as Linear
 from gdn.ops.loss.problems import Problem as Loss
 from gdn.ops.norm.problems import Problem as Norm
+from gdn.ops.sequences import portable as sequences
 from gdn.ops.short_conv.problems import Problem as Conv
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 TARGET = GPUTarget("cuda", 80, 32)
 BACKEND = make_backend(TARGET)
+_DONE: set[Any] = set()
 
 
-def translate(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1) -> None:
+def translate(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, key: Any = None) -> None:
     """In place of `gdn.core.portable_launch.launch`."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -43,13 +54,17 @@ def translate(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, st
             value.fill_(0)
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+    if (name, tuple(signature.values()), tuple(constants.values()), warps, stages) in _DONE:
+        return
+    _DONE.add((name, tuple(signature.values()), tuple(constants.values()), warps, stages))
     options = BACKEND.parse_options({"num_warps": warps, "num_stages": stages})
     context = ir.context()
     ir.load_dialects(context)
     BACKEND.load_dialects(context)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     source.make_ir(TARGET, options, BACKEND.get_codegen_implementation(options), BACKEND.get_module_map(), context)
-    print(f"{kernel.fn.__module__}.{kernel.fn.__name__}", flush=True)
+    print(name, flush=True)
 
 
 def train(outputs: Any, arguments: dict[str, Any]) -> None:
@@ -107,6 +122,14 @@ def main() -> None:
         x = arguments_of(attend.build(slopes=True, dtype=dtype))
         packing = x.pop("packing", None)
         train(rows[attention].windowed_sigmoid_attention(**{"start": None, **x}, scale=0.5, packing=packing), x)
+    sequences.launch = translate
+    portable_plan.segment_chunks = lambda *sizes: 1
+    kinds: list[tuple[Gates, Any]] = [("head", linear_attention), ("key", gated_linear_attention), ("value", value_gated_linear_attention)]
+    for kind, row in kinds:
+        x = arguments_of(Linear(name="", T=5, HV=2, K=8, V=8, lengths=(3, 2), initial=True).build(kind, dtype=dtype))
+        train(row(**x, scale=0.5), x)
+    x = arguments_of(channels.Problem(rule=Rule(name="", T=5, HV=2, K=8, V=8, initial=True)).build(dtype=dtype))
+    train(channel_delta_rule(**x, scale=0.5, packing=None), x)
 
 
 if __name__ == "__main__":

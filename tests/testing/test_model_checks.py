@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch import Tensor
@@ -167,8 +166,7 @@ def test_our_model_for_transformers_is_opened_without_the_code_in_its_folder(tmp
     """In another process, since a test may have registered the class in this one."""
     store.save_model(own(), tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "gdn", "gdn")
-    command = [sys.executable, "-m", "gdn.cli", "check", str(tmp_path / "gdn"), "--length", "24"]
-    done = subprocess.run(command, input="n\n", capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == 0, done.stderr
-    assert "rollback by cache.crop" in done.stdout
-    assert "nothing leaks" in done.stdout
+    ended = fresh.run(cli.main, ["check", str(tmp_path / "gdn"), "--length", "24"])
+    assert ended.status == 0, ended.output
+    assert "rollback by cache.crop" in ended.output
+    assert "nothing leaks" in ended.output

@@ -12,7 +12,7 @@ import torch
 from gdn.data import DataConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
-from gdn.train import AdamW, Checkpoints, Schedule, Trainer
+from gdn.train import AdamW, Checkpoints, Schedule, Trainer, report
 
 MODEL = LM.Config(vocab=257, width=16, layers=1, mlp=32, pattern=(GatedDeltaNet.Config(heads=1, head_dim=16, expand_v=1.0),))
 
@@ -24,6 +24,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def picture() -> None:
+    """Asked for by tests that want the picture of the losses."""
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other runs leave none: it takes as long as their steps."""
+    if "picture" not in request.fixturenames:
+        monkeypatch.setattr(report, "has_package", lambda name: False)
 
 
 @pytest.fixture(scope="session")

@@ -1,26 +1,20 @@
-"""Runs a configuration and sends itself a signal in the middle: `python interrupted.py CONFIG.json SIGNAL STEP WHERE`.
-
-WHERE is "step" (as the step ends) or "checkpoint" (when that step's checkpoint is written but not yet in its place).
-"""
+"""Runs a configuration in a process that sends itself a signal in the middle."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from gdn.train import Trainer, checkpoint, trainer
+from gdn.train import Trainer, checkpoint, report, trainer
 
 
-def main() -> int:
+def train(config: dict[str, Any], number: str, at: int, where: str) -> int:
+    """`where` is "step" (as step `at` ends) or "checkpoint" (when its checkpoint is written but not yet in its place)."""
     torch.set_num_threads(1)
-    config = Trainer.Config.from_dict(json.loads(Path(sys.argv[1]).read_text()))
-    number, at, where = signal.Signals[sys.argv[2]], int(sys.argv[3]), sys.argv[4]
+    report.has_package = lambda name: False  # a picture takes as long as the steps
     module, name = (trainer, "train_step") if where == "step" else (checkpoint, "write_synced")
     original, steps = getattr(module, name), 0
 
@@ -30,15 +24,11 @@ def main() -> int:
             result = original(*args, **options)
             steps += 1
             if steps == at:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.Signals[number])
             return result
         if args[0].name == checkpoint.MANIFEST and f"{at:08d}" in str(args[0]):
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.Signals[number])
         return original(*args, **options)
 
     setattr(module, name, interrupted)
-    return Trainer(config).run()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Trainer(Trainer.Config.from_dict(config)).run()

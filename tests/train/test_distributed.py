@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
+import two_processes
 
 from gdn.models.store import load_model
 from gdn.train import Trainer, metrics
@@ -28,19 +28,21 @@ def test_one_process_agrees_with_itself() -> None:
 def test_two_processes_are_one_with_twice_the_batch_and_resume_together(tiny: Callable[..., Trainer.Config], tmp_path: Path) -> None:
     """FSDP2 over gloo on the CPU."""
     config = tiny(sample_tokens=0)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).with_name("two_processes.py")), str(tmp_path / "config.json"), str(tmp_path / "found.json")]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outputs = [tmp_path / f"output {rank}" for rank in (0, 1)]
+    started = [
+        fresh.start(output, two_processes.one_of_two, rank, port, config.to_dict(), tmp_path / "found.json", strict=False)
+        for rank, output in enumerate(outputs)
+    ]
+    try:
+        for process, output in zip(started, outputs):
+            process.join(60)
+            assert process.exitcode == 0, output.read_text()[-3000:]
+    finally:
+        for process in started:
+            process.kill()
     found = json.loads((tmp_path / "found.json").read_text())
 
     for one, two in found["steps"]:
@@ -58,4 +60,4 @@ def test_two_processes_are_one_with_twice_the_batch_and_resume_together(tiny: Ca
     assert [step for step, _, _ in rows[0]] == [2, 4, 6, 8, 10, 12]
     assert load_model(whole / "model").config == config.model
     assert (whole / "model" / "model.safetensors").read_bytes() == (broken / "model" / "model.safetensors").read_bytes()
-    assert "going on after step 5" in done.stdout
+    assert "going on after step 5" in outputs[0].read_text()

@@ -60,6 +60,7 @@ def test_the_table_has_the_last_value_of_each_metric() -> None:
         assert text in output.getvalue(), text
 
 
+@pytest.mark.usefixtures("picture")
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = report.plot(ROWS, tmp_path / "loss.png")

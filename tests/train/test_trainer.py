@@ -6,12 +6,12 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
+import interrupted
 import numpy as np
 import pytest
 import torch
@@ -43,18 +43,16 @@ def run(config: Trainer.Config) -> Trainer.Config:
     return config
 
 
-def interrupt(config: Trainer.Config, signal: str, step: int, where: str = "step") -> subprocess.CompletedProcess[str]:
-    """Run in another process that sends itself a signal. See interrupted.py."""
-    file = Path(config.directory).with_suffix(".json")
-    file.write_text(json.dumps(config.to_dict()))
-    command = [sys.executable, "-W", "error", str(Path(__file__).with_name("interrupted.py")), str(file), signal, str(step), where]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2], check=False)
+def interrupt(config: Trainer.Config, signal: str, step: int, where: str = "step") -> fresh.Ended:
+    """Run in another process that sends itself a signal."""
+    return fresh.run(interrupted.train, config.to_dict(), signal, step, where)
 
 
 def steps_saved(config: Trainer.Config) -> list[str]:
     return sorted(path.name for path in Path(config.directory, "checkpoints").iterdir())
 
 
+@pytest.mark.usefixtures("picture")
 def test_a_run_leaves_what_it_promises(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     config = run(tiny(prompt="one two"))
     folder = Path(config.directory)
@@ -89,9 +87,9 @@ def test_a_run_that_was_stopped_and_resumed_is_bit_for_bit_one_that_was_not(
 ) -> None:
     whole, broken = run(tiny("whole", accumulate=2)), tiny("broken", accumulate=2)
     stopped = interrupt(broken, signal, 7 if where == "step" else 8, where)
-    assert stopped.returncode == status, stopped.stderr
+    assert stopped.status == status, stopped.output
     if status > 0:
-        assert "stopped after step 7 and saved; the same command goes on from there" in stopped.stdout
+        assert "stopped after step 7 and saved; the same command goes on from there" in stopped.output
         assert load_model(Path(broken.directory, "model")).config == broken.model
     if where == "checkpoint":
         assert steps_saved(broken) == ["step_00000004", "step_00000008.partial"]

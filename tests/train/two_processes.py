@@ -1,10 +1,9 @@
-"""What test_distributed.py runs under torchrun: sharded steps beside unsharded ones, then a run that is stopped and resumed."""
+"""What test_distributed.py runs twice, as torchrun does: sharded steps beside unsharded ones, then a run that is stopped and resumed."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import distributed as dist
 
 from gdn.data import Batch
 from gdn.models.lm import LM
-from gdn.train import AdamW, Trainer, train_step, trainer
+from gdn.train import AdamW, Trainer, report, train_step, trainer
 from gdn.train.distributed import World, processes, shard
 from gdn.train.optim import groups
 
@@ -70,17 +69,16 @@ def stopped_after(config: Trainer.Config, step: int, rank: int) -> int:
         trainer.train_step = original
 
 
-def main() -> None:
+def one_of_two(rank: int, port: int, settings: dict[str, Any], file: Path) -> None:
+    """One of the processes, in the environment that torchrun gives it. The first leaves what it found in a file."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    report.has_package = lambda name: False  # a picture takes as long as the steps
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = Trainer.Config.from_dict(json.loads(Path(sys.argv[1]).read_text()))
+    config = Trainer.Config.from_dict(settings)
     with processes("cpu") as world:
         found = sharded_beside_whole(config.model, world)
         whole, broken = (config.with_(directory=f"{config.directory}/{name}") for name in ("whole", "broken"))
         found["statuses"] = [Trainer(whole).run(), stopped_after(broken, 5, world.rank), Trainer(broken).run()]
         if world.is_first:
-            Path(sys.argv[2]).write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+            file.write_text(json.dumps(found))

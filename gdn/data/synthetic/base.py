@@ -36,6 +36,10 @@ class Sample(NamedTuple):
     next_token: Tensor | None = None
     """float32 `[B, T, vocab]`: the true distribution of each target, for tasks that know it"""
 
+    def part(self, begin: int, end: int) -> Sample:
+        """Some of the sequences."""
+        return Sample(self.tokens[begin:end], self.targets[begin:end], None if self.next_token is None else self.next_token[begin:end])
+
 
 class Task(Config):
     """Base of every generated task. Its tag in dictionaries is the name of its file."""

@@ -9,6 +9,7 @@ parameters, names, configuration, cache and everything else stay transformers' o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -151,6 +152,7 @@ def check_sources(family: Family) -> None:
             )
 
 
+@functools.cache
 def digest(kind: type | None) -> str:
     """Sixteen digits that stand for the source code of a class, from its `class` line on."""
     if kind is None:

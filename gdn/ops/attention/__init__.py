@@ -146,7 +146,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, packing: Packi
             raise ArgumentError("start: cannot be given together with packing; a packed batch has no padding")
         if sizes["S"] != sizes["T"]:
             raise ArgumentError(f"k: expected {sizes['T']} keys with packing, as many as queries, got {sizes['S']}")
-        packing.check(sizes["B"], sizes["T"], q.device)
+        checks.boundaries(packing, sizes["B"], sizes["T"], q.device)
     if start is not None:
         checks.shapes(("start", start, "B"), B=sizes["B"])
         if start.dtype not in (torch.int32, torch.int64):

@@ -2,7 +2,7 @@
 
 Without a window, padding or packing it is one call that needs no mask. A window is cut into blocks of queries, each with the keys that its
 window reaches, so that neither time nor memory grows with the square of the length. Packed documents without a window are attended one
-after another; where the graph may not depend on their lengths (torch.compile), by blocks of queries under a mask.
+after another; where the graph may not depend on their lengths (torch.compile), within one operator (documents.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdn.core.packing import Packing
+from gdn.ops.attention.documents import attention_within_documents, each_document
 from gdn.ops.attention.visible import first_keys, visible, without_padding
 
 MASK_ELEMENTS = 1 << 25
@@ -28,8 +29,10 @@ def causal_attention(
         return q.new_zeros(*q.shape[:3], v.shape[3])
     if window is not None and window >= k.shape[1]:
         window = None
-    if packing is not None and window is None and not torch.compiler.is_compiling():
-        return _documents(q, k, v, scale, packing)
+    if packing is not None and window is None:
+        if torch.compiler.is_compiling():
+            return attention_within_documents(q, k, v, scale, packing)
+        return each_document(lambda q, k, v: _attend(q, k, v, scale, None), q, k, v, packing.host)
     first = first_keys(q, k, start, packing)
     o = _full(q, k, v, scale, first) if window is None else _windowed(q, k, v, window, scale, first)
     return without_padding(o, k.shape[1] - q.shape[1], start)
@@ -64,14 +67,6 @@ def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None) -
         mask = visible(places[past + begin : reach], places[:reach], None if first is None else first[:, None, begin:end], None)
         outputs.append(_attend(q[:, begin:end], k[:, :reach], v[:, :reach], scale, mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def _documents(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
-    """One call for each document."""
-    lengths = [n for n in packing.host.diff().tolist() if n]
-    q_pieces, k_pieces, v_pieces = (x.reshape(1, -1, *x.shape[2:]).split(lengths, dim=1) for x in (q, k, v))
-    outputs = [_attend(*piece, scale, None) for piece in zip(q_pieces, k_pieces, v_pieces)]
-    return torch.cat(outputs, dim=1).view(*q.shape[:3], v.shape[3])
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, first: Tensor | None) -> Tensor:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+
+TRITON = dataclasses.replace(triton_gpu(K=range(1, 257), V=range(1, 513)), dtypes=(torch.bfloat16, torch.float32))
+"""What the Triton row needs. Not float16, as for linear attention with decay: gradients times strong decays are below its least number."""
 
 OP = Op(
     "channel_delta_rule",
     (
         Impl("chunked", "gdn.ops.delta_channel.chunked:channel_delta_rule"),
+        Impl("portable", "gdn.ops.delta_channel.portable:channel_delta_rule", TRITON),
         Impl("reference", "gdn.ops.delta_channel.reference:channel_delta_rule"),
     ),
 )
-"""Rows take `(q, k, v, g, beta, scale, initial_state, packing)` and return `(o, final_state)`."""
+"""Rows take `(q, k, v, g, beta, scale, initial_state, packing)` and return `(o, final_state)`.
+
+The Triton row stands after `chunked`, which takes any call, until its tests have passed on a GPU."""
 
 STEP = Op(
     "channel_delta_step",
@@ -77,8 +86,7 @@ def channel_delta_rule(
     """
     sizes = _check(q, k, v, g, beta)
     checks.same_device(("q", q), ("initial_state", initial_state))
-    if packing is not None:
-        packing.check(sizes["B"], sizes["T"], q.device)
+    checks.boundaries(packing, sizes["B"], sizes["T"], q.device)
     if initial_state is not None:
         documents = sizes["B"] if packing is None else packing.num_documents
         checks.shapes(("initial_state", initial_state, "N HV K V"), N=documents, **sizes)

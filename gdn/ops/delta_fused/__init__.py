@@ -102,8 +102,7 @@ def _check(
     if not 0 < gates.top <= 2:
         raise ArgumentError(f"top: expected above 0 and at most 2, got {gates.top}")
     checks.same_device(("q", q), ("k", k), ("v", v), ("a", a), ("b", b), ("A_log", A_log), ("dt_bias", dt_bias))
-    if packing is not None:
-        packing.check(sizes["B"], sizes["T"], q.device)
+    checks.boundaries(packing, sizes["B"], sizes["T"], q.device)
     if initial_state is not None:
         documents = sizes["B"] if packing is None else packing.num_documents
         checks.shapes(("initial_state", initial_state, "N HV K V"), N=documents, **sizes)

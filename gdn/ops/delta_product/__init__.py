@@ -80,8 +80,7 @@ def gated_delta_product(
     """
     sizes = _check(q, k, v, g, beta)
     checks.same_device(("q", q), ("initial_state", initial_state))
-    if packing is not None:
-        packing.check(sizes["B"], sizes["T"], q.device)
+    checks.boundaries(packing, sizes["B"], sizes["T"], q.device)
     if initial_state is not None:
         documents = sizes["B"] if packing is None else packing.num_documents
         checks.shapes(("initial_state", initial_state, "N HV K V"), N=documents, **sizes)

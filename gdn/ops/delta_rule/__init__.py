@@ -82,8 +82,7 @@ def _check(
     checks.floating(("g", g), ("beta", beta))
     checks.same_device(("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta), ("initial_state", initial_state))
     checks.not_positive("g", g, "a log decay")
-    if packing is not None:
-        packing.check(sizes["B"], sizes["T"], q.device)
+    checks.boundaries(packing, sizes["B"], sizes["T"], q.device)
     if initial_state is not None:
         documents = sizes["B"] if packing is None else packing.num_documents
         checks.shapes(("initial_state", initial_state, "N HV K V"), N=documents, **sizes)

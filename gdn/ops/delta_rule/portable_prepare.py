@@ -206,7 +206,7 @@ def pair_kernel(
         m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
         negative = m * (-beta * square)[None, :]
         if WIDE:
-            solved = _substitute(m, negative)
+            solved = substitute(m, negative)
         else:
             high = negative.to(tl.float16)
             easy = _is_easy(negative, EASY)
@@ -274,7 +274,7 @@ def _under(i, level: tl.constexpr):
 
 
 @triton.jit
-def _substitute(m, negative):
+def substitute(m, negative):
     """Phi = M + negative Phi, row after row in fp32. Neither joins of blocks nor the inverse times M will do: where keys repeat with beta = 2
     the entries of the inverse alternate, and the norms of 64 and more of what it is multiplied with make two digits of its rounding."""
     i = tl.arange(0, C)

@@ -33,8 +33,8 @@ LINEAR = Op(
 GATED = Op(
     "gated_linear_attention",
     (
-        Impl("chunked", "gdn.ops.linear_recurrence.channels:gated_linear_attention"),
         Impl("portable", "gdn.ops.linear_recurrence.portable_gated:gated_linear_attention", TRITON),
+        Impl("chunked", "gdn.ops.linear_recurrence.channels:gated_linear_attention"),
         Impl("reference", "gdn.ops.linear_recurrence.reference:gated_linear_attention"),
     ),
 )
@@ -42,17 +42,12 @@ GATED = Op(
 VALUE_GATED = Op(
     "value_gated_linear_attention",
     (
-        Impl("chunked", "gdn.ops.linear_recurrence.channels:value_gated_linear_attention"),
         Impl("portable", "gdn.ops.linear_recurrence.portable_value_gated:value_gated_linear_attention", TRITON_VALUES),
+        Impl("chunked", "gdn.ops.linear_recurrence.channels:value_gated_linear_attention"),
         Impl("reference", "gdn.ops.linear_recurrence.reference:value_gated_linear_attention"),
     ),
 )
-"""Rows of all three take `(q, k, v, g, scale, initial_state, packing)`.
-
-The Triton rows of the last two stand after `chunked`, which takes any call: only `use(gated_linear_attention="portable")` chooses
-them. They are right in Triton's interpreter and compile for sm_90, and have not run on a GPU yet, where kernels that were right in
-the interpreter have been wrong before (notes/triton_pipelines.md).
-"""
+"""Rows of all three take `(q, k, v, g, scale, initial_state, packing)`."""
 
 
 def linear_attention(
@@ -218,8 +213,7 @@ def _call(
     checks.floating(("g", g))
     checks.same_device(("q", q), ("k", k), ("v", v), ("g", g), ("initial_state", initial_state))
     checks.not_positive("g", g, "a log decay")
-    if packing is not None:
-        packing.check(sizes["B"], sizes["T"], q.device)
+    checks.boundaries(packing, sizes["B"], sizes["T"], q.device)
     if initial_state is not None:
         documents = sizes["B"] if packing is None else packing.num_documents
         checks.shapes(("initial_state", initial_state, "N HV K V"), N=documents, **sizes)

@@ -113,44 +113,53 @@ def channels_kernel(
     x_stride,
     y_stride,
     H,
+    GROUP: tl.constexpr,
     X: tl.constexpr,
     W: tl.constexpr,
     PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What a chunk and head needs of its channels alone. Grid [chunks * H].
+    """What a chunk and a head of g needs of its channels alone; GROUP heads of g share one of x and y. Grid [chunks * H].
 
     read, written [tokens, H, X]: x from the begin of the chunk, times scale, and y up to the end of the chunk. last [chunks, H, X]: the decay
-    over the chunk. scores [chunks, H, 64, 64]: A. Without x neither read nor scores.
+    over the chunk, of written. scores [chunks, H, 64, 64]: A, EXACT in fp32 without the rounding of tensor cores. Each but x is left out where
+    it is None, and read and scores need x.
     """
     h = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     tile = int64(chunk) * H + h
+    y += h // GROUP * X
+    if x is not None:
+        x += h // GROUP * X
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     total = tl.zeros((C, C), tl.float32)
     for first in tl.range(0, X, W, num_stages=1):
         log = load_log_decay(g + h * X, start, rows, H * X, first, X, W)
         high, low = apart(log, WIDE)
-        y_rows = load_rows(y + h * X, start, rows, y_stride, first, X, W)
+        y_rows = load_rows(y, start, rows, y_stride, first, X, W)
         wide_y = y_rows.to(tl.float32)
-        tail = decays(load_square(sums, TAIL), high, low, WIDE)
-        store_tokens(written + h * X, wide_y * tail, start, rows, H * X, first, X, W)
-        column = first + tl.arange(0, W)
-        whole = tl.sum(tl.where(i == 0, tail * decay(log, WIDE), 0.0), 0)
-        tl.store(last + tile * X + column, whole, mask=column < X)
+        if written is not None:
+            tail = decays(load_square(sums, TAIL), high, low, WIDE)
+            store_tokens(written + h * X, wide_y * tail, start, rows, H * X, first, X, W)
+            column = first + tl.arange(0, W)
+            whole = tl.sum(tl.where(i == 0, tail * decay(log, WIDE), 0.0), 0)
+            tl.store(last + tile * X + column, whole, mask=column < X)
         if x is not None:
-            x_rows = load_rows(x + h * X, start, rows, x_stride, first, X, W)
+            x_rows = load_rows(x, start, rows, x_stride, first, X, W)
             wide_x = x_rows.to(tl.float32)
             gamma = decays(load_square(sums, GAMMA), high, low, WIDE)
             store_tokens(read + h * X, wide_x * gamma * scale, start, rows, H * X, first, X, W)
-            total += tl.where(i == j, tl.sum(wide_x * wide_y, 1)[:, None], 0.0)
-            for level in tl.range(0, LEVELS, num_stages=1):
-                factor = decays(load_square(sums, level), high, low, WIDE)
-                products = dot((wide_x * factor).to(x_rows.dtype), tl.trans((wide_y * factor).to(x_rows.dtype)), WIDE)
-                total += parted(products, level)
-    if x is not None:
+            if scores is not None:
+                total += tl.where(i == j, tl.sum(wide_x * wide_y, 1)[:, None], 0.0)
+                for level in tl.range(0, LEVELS, num_stages=1):
+                    factor = decays(load_square(sums, level), high, low, WIDE)
+                    left = (wide_x * factor).to(x_rows.dtype)
+                    right = tl.trans((wide_y * factor).to(x_rows.dtype))
+                    total += parted(tl.dot(left, right, input_precision="ieee") if EXACT and WIDE else dot(left, right, WIDE), level)
+    if scores is not None:
         tl.store(scores + tile * (C * C) + (i * C + j), (tl.where(i >= j, total, 0.0) * scale).to(scores.dtype.element_ty))
 
 

@@ -80,8 +80,7 @@ def causal_conv1d(
     """
     sizes = _check(x, weight, bias, activation)
     checks.same_device(("x", x), ("weight", weight), ("bias", bias), ("initial_state", initial_state))
-    if packing is not None:
-        packing.check(sizes["B"], sizes["T"], x.device)
+    checks.boundaries(packing, sizes["B"], sizes["T"], x.device)
     if initial_state is not None:
         documents = sizes["B"] if packing is None else packing.num_documents
         checks.shapes(("initial_state", initial_state, "N W-1 D"), N=documents, D=sizes["D"], **{"W-1": sizes["W"] - 1})
