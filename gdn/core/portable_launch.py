@@ -19,14 +19,7 @@ _LARGEST_INT32 = 2**31 - 1
 
 
 def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *args: Any,
-    warps: int = 4,
-    stages: int = 1,
-    registers: int | None = None,
-    key: Any = None,
-    dependent: bool = False,
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, registers: int | None = None, key: Any = None
 ) -> None:
     """Run `kernel` on the current stream of the device of its tensors. Nothing happens for an empty grid.
 
@@ -38,8 +31,6 @@ def launch(
         stages: depth of the software pipeline of its loops.
         registers: most of them that a thread may use.
         key: everything that the compiled code depends on, if the caller knows it; else each argument is looked at.
-        dependent: start while the kernel before it in the stream still runs (programmatic dependent launch, sm_90 and newer). The kernel
-            must call `gdc_wait` before it reads or writes what earlier kernels touch.
     """
     if 0 in grid:
         return
@@ -49,27 +40,18 @@ def launch(
     device = args[0].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            _launch(kernel, grid, args, device, warps, stages, registers, key, dependent)
+            _launch(kernel, grid, args, device, warps, stages, registers, key)
     else:
-        _launch(kernel, grid, args, device, warps, stages, registers, key, dependent)
+        _launch(kernel, grid, args, device, warps, stages, registers, key)
 
 
 def _launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    device: int,
-    warps: int,
-    stages: int,
-    registers: int | None,
-    key: Any,
-    dependent: bool,
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: int, warps: int, stages: int, registers: int | None, key: Any
 ) -> None:
-    name = (kernel.fn, device, warps, dependent, *((stages, registers, *_kinds(kernel, args)) if key is None else (key,)))
+    name = (kernel.fn, device, warps, stages, registers, *_kinds(kernel, args)) if key is None else (kernel.fn, device, warps, key)
     compiled = _COMPILED.get(name)
     if compiled is None:
-        more = {"launch_pdl": True} if dependent else {}
-        _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages, maxnreg=registers, **more)
+        _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages, maxnreg=registers)
         return
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -171,30 +170,6 @@ def test_triton_agrees_with_the_recurrence(parts: str, name: str, dtype: torch.d
     rounding = [plain_torch(name, dtype, "narrow textbook", seed) for seed in draws]
     truth = [reference(name, torch.float64, seed) for seed in draws]
     assert compare.complaints(*(compare.pool(each) for each in (actual, rounding, truth)), dtype) == []
-
-
-def test_triton_corrects_only_the_chunks_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An easy chunk is bit for bit what it is without the correction, a hard one what it is with it, and these differ. Both are as good
-    as the true Phi in bfloat16."""
-    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
-    chunk = Problem(name="one chunk", T=64, K=128, decay=0.0)
-    each = [chunk, chunk.with_(keys="correlated", top=2.0, full=True)]
-    parts = [problem.build(dtype=torch.bfloat16, device=DEVICE, gradient=False) for problem in each]
-    inputs = [torch.cat([part[name] for part in parts], 1) for name in ("q", "k", "v", "g", "beta")]
-
-    def solved(easy: float) -> Tensor:
-        monkeypatch.setitem(portable.CANDIDATE, "easy", easy)
-        return portable._forward(*inputs, None, None, None, None, 1.0, True)[2][:, 0]
-
-    chosen, always, never = (solved(easy) for easy in (portable.CANDIDATE["easy"], 0.0, math.inf))
-    assert torch.equal(chosen, torch.stack([never[0], always[1]]))
-    assert not torch.equal(never[0], always[0]) and not torch.equal(never[1], always[1])
-    keys, beta = inputs[1].double().view(2, 64, -1), inputs[4].double().view(2, 1, 64)
-    lower = (keys @ keys.mT).tril(-1)
-    matrix = torch.eye(64, dtype=torch.float64, device=DEVICE) + lower * beta
-    true = torch.linalg.solve_triangular(matrix, lower, upper=False)
-    for mine, exact in zip(chosen, true):
-        assert (mine.double() - exact).norm() <= 1.1 * (exact.bfloat16().double() - exact).norm()
 
 
 def test_triton_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:

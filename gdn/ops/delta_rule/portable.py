@@ -57,9 +57,6 @@ from gdn.ops.delta_rule.portable_scan import (
 )
 
 GATES = int(_GATES.value)
-CANDIDATE: dict[str, Any] = {"easy": 4.0, "again": False, "members": False, "dependent": False, "registers": 128}
-"""Forms to be measured against each other. easy: see `_is_easy`, 0 corrects always; again: the diagonal blocks from keys loaded again; members:
-all value heads of a group in one program; dependent: programmatic dependent launch, sm_90 only; registers: of a thread of `pair_kernel`."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,7 @@ class Launch:
     """Most registers of a thread."""
 
     def __call__(self, kernel: Any, key: Any, programs: int, *args: Any) -> None:
-        registers = CANDIDATE["registers"] if kernel is pair_kernel and self.registers else self.registers
-        dependent = bool(args[-1]) and kernel is not gates_kernel
-        launch(kernel, (programs,), *args, warps=self.warps, registers=registers, key=key, dependent=dependent)
+        launch(kernel, (programs,), *args, warps=self.warps, registers=self.registers, key=key)
 
 
 @dataclass(frozen=True)
@@ -175,7 +170,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
         }
     elif BK <= 128:
         rest = {
-            "pair": Launch(block=BK, warps=4, registers=128),
+            "pair": Launch(block=BK, warps=4, registers=168),
             "output": Launch(block=half, warps=4, stages=2),
             "states": Launch(block=half, warps=4, stages=3),
             "summary": Launch(block=half, warps=4, stages=3),
@@ -187,7 +182,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
     else:
         wide_scan = Launch(block=BV, warps=8, stages=2)
         rest = {
-            "pair": Launch(block=128, warps=4, registers=128),
+            "pair": Launch(block=128, warps=4, registers=168),
             "output": wide_scan,
             "states": Launch(block=half, warps=8, stages=2),
             "summary": Launch(block=half, warps=8, stages=2),
@@ -261,14 +256,12 @@ def _forward(
     key = _key(p, q, k, v, g, beta, initial_state is None)
     bounds = (cu_seqlens, chunk_table, chunk_offsets)
     heads = min(16, _power_of_two(p.HV))
-    dependent = CANDIDATE["dependent"]
     use = p.launches["gates"]
-    use(gates_kernel, key, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed, dependent)
+    use(gates_kernel, key, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed)
     use = p.launches["pair"]
-    members = p.HV // p.H if CANDIDATE["members"] and not p.wide else 1
     use(
-        pair_kernel, key, p.HV // members * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
-        p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide, members, CANDIDATE["easy"], CANDIDATE["again"], dependent,
+        pair_kernel, key, p.HV * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
+        p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide,
     )  # fmt: skip
     if p.S:
         added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
@@ -276,7 +269,7 @@ def _forward(
         use(
             summary_kernel, key, (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1), k, v, phi, gates, norms, initial_state,
             added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
-            use.block, _power_of_two(p.S), p.packed, initial_state is not None, p.wide, use.stages, dependent,
+            use.block, _power_of_two(p.S), p.packed, initial_state is not None, p.wide, use.stages,
         )  # fmt: skip
         _hand_over(p, key, added, carried, crosses, entering, backward=False)
     use = p.launches["output"]
@@ -284,7 +277,7 @@ def _forward(
     use(
         output_kernel, (key, halting), -(-p.V // use.block) * p.HV * p.runs, q, k, v, phi, scores, gates, o, initial_state, entering, midway, final,
         *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, scale, q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
-        use.block, p.S > 0, p.packed, initial_state is not None, halting, p.wide, use.stages, dependent,
+        use.block, p.S > 0, p.packed, initial_state is not None, halting, p.wide, use.stages,
     )  # fmt: skip
     return o, final, *saved
 
@@ -307,14 +300,13 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     initial_state = None if initial_state is None else _aligned(initial_state)
     key = _key(p, q, k, v, g, beta, initial_state is None, d_final is None)
     leaving = entering
-    dependent = CANDIDATE["dependent"]
     if p.S:
         added, leaving = torch.empty_like(entering), torch.empty_like(entering)
         use = p.launches["backward_summary"]
         use(
             backward_summary_kernel, key, -(-p.V // use.block) * p.HV * (p.segments - 1), q, k, phi, scores, gates, norms, do, d_final, added,
             *bounds, p.length, p.per_row, p.chunks, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
-            _power_of_two(p.S), p.packed, d_final is not None, p.wide, use.stages, dependent,
+            _power_of_two(p.S), p.packed, d_final is not None, p.wide, use.stages,
         )  # fmt: skip
         _hand_over(p, key, added, carried, crosses, leaving, backward=True)
         del added
@@ -331,34 +323,34 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
         use(
             states_kernel, key, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, midway, *bounds,
             p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
-            p.S > 0, p.packed, initial_state is not None, p.wide, use.stages, dependent,
+            p.S > 0, p.packed, initial_state is not None, p.wide, use.stages,
         )  # fmt: skip
         use = p.launches["backward"]
         use(
             backward_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, dv, d_final, leaving, between,
             d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, scale, q.stride(1), k.stride(1), p.H,
-            p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, *ends, p.wide, use.stages, dependent,
+            p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, *ends, p.wide, use.stages,
         )  # fmt: skip
         use = p.launches["pairs"]
         use(
             pairs_kernel, key, p.HV * p.slots, gates, do, errors, d_scores, pairs, dv, dbeta, *bounds[:2], p.length, p.per_row, p.chunks,
-            p.stretch, p.width, slab, scale, p.HV, p.V, use.block, p.packed, p.wide, use.stages, dependent,
+            p.stretch, p.width, slab, scale, p.HV, p.V, use.block, p.packed, p.wide, use.stages,
         )  # fmt: skip
         use = p.launches["gradient"]
         use(
             gradient_kernel, key, blocks * p.H * p.slots, q, k, g, gates, do, states, errors, d_states, dv, d_scores, pairs, dq, dk, dg,
             *bounds[:2], p.length, p.per_row, p.chunks, p.stretch, p.width, slab, scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV,
-            p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages, dependent,
+            p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
         )  # fmt: skip
     del states, d_states, errors, pairs, d_scores, between
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
 
 
 def _hand_over(p: Plan, key: Any, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
-    use, dependent = p.launches["handover"], CANDIDATE["dependent"]
+    use = p.launches["handover"]
     use(
         handover_kernel, (key, backward), -(-p.V // use.block) * p.HV, added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward,
-        use.stages, dependent,
+        use.stages,
     )  # fmt: skip
 
 
@@ -373,7 +365,7 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor |
 
 def _key(p: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *absent: bool) -> tuple[Any, ...]:
     """What the compiled kernels depend on, beside what each launch is. All pointers are multiples of 16 bytes."""
-    return *CANDIDATE.values(), p.code, q.dtype, g.dtype, beta.dtype, q.stride(1), k.stride(1), v.stride(1), absent
+    return p.code, q.dtype, g.dtype, beta.dtype, q.stride(1), k.stride(1), v.stride(1), absent
 
 
 def _buffers(p: Plan, like: Tensor, keep: bool) -> Tensors:

@@ -14,7 +14,6 @@ from gdn.ops.delta_rule.portable_prepare import (
     load_last,
     load_rows,
     pair_decay,
-    take_turns,
 )
 from gdn.ops.delta_rule.portable_scan import add_dot, dot, load_square, load_tile, program_place, store_rows
 
@@ -51,7 +50,6 @@ def pairs_kernel(
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """What one chunk and value head needs no state for. Grid [slots * HV].
 
@@ -63,7 +61,6 @@ def pairs_kernel(
 
     dv holds dU before and beta dU after.
     """
-    take_turns(DEPENDENT)
     hv = tl.program_id(0) % HV
     slot = tl.program_id(0) // HV
     chunk = slab_chunk(slot, slab, width, length, chunks)
@@ -135,7 +132,6 @@ def gradient_kernel(
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """dq and dk of one chunk and query/key head of a slab, BK of its key columns, summed over the value heads of the group in fp32, and dg.
     Grid [slots * H * 2 * key blocks]: even programs find dq, odd ones dk.
@@ -153,7 +149,6 @@ def gradient_kernel(
     No product is transposed to be the first operand of another: Triton 3.4 to 3.7.0 gets that wrong on Hopper. Nor is BK 32: that read
     beyond shared memory there.
     """
-    take_turns(DEPENDENT)
     block, h, place = program_place(2 * ((K + BK - 1) // BK), H)
     chunk = slab_chunk(place, slab, width, length, chunks)
     if chunk < 0:

@@ -12,22 +12,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdn.core.portable_math import exp, int64
 
 C = tl.constexpr(64)
 GATES = tl.constexpr(5)
 SMALLEST_LOG_DECAY = tl.constexpr(-64.0)
-
-
-@triton.jit
-def take_turns(DEPENDENT: tl.constexpr):
-    """With DEPENDENT this kernel may be started while the one before it still runs (programmatic dependent launch, sm_90): wait here until
-    that one has ended and all it wrote can be seen, and let the next one start once every program of this one has come here."""
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -89,15 +79,12 @@ def gates_kernel(
     HV,
     BH: tl.constexpr,
     PACKED: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """gates [chunks, HV, 5, 64] fp32 from g and beta. Grid [chunks * head blocks].
 
     Rows: G, gamma = exp(G), beta, D = exp(G_last - G), the low part of G. Beyond the last token of a document g, beta and gamma are 0, so
     that whatever stands there is neither written nor read.
     """
-    if DEPENDENT:
-        gdc_launch_dependents()
     blocks = (HV + BH - 1) // BH
     chunk = tl.program_id(0) // blocks
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
@@ -154,30 +141,23 @@ def pair_kernel(
     PACKED: tl.constexpr,
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    EASY: tl.constexpr,
-    AGAIN: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
-    """Phi = (I + M diag(beta))^-1 M and A of MEMBERS value heads of one chunk, of the same group. Grid [chunks * HV / MEMBERS].
+    """Phi = (I + M diag(beta))^-1 M and A of one chunk value head. Grid [chunks * HV].
 
     With L = M diag(beta), E = (I + L)^-1 is found by joining solved diagonal blocks, 2 to 4 to 8 ... to 64: the block under two solved ones
     becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums. Keys are divided by their length first, so that any
     length fits fp16. Then Phi is corrected once by its residual, Phi + E (M - Phi - L Phi), L in two parts: the error is 3e-7 of the norm
     for random keys and 2e-4 for one key repeated with beta = 2. For fp32 inputs Phi is found by substitution.
 
-    Where no row of |L| sums to more than EASY, and Phi is to be bfloat16, the correction is left out: `_is_easy`.
-
     norms [chunks, HV] (if NORMS) bounds the logarithm of the spectral norm of the chunk's map from state to state, for keys of any length:
     the sum of g + log max(1, |1 - beta |k|^2|).
     """
-    blocks = HV // MEMBERS
-    first_hv = tl.program_id(0) % blocks * MEMBERS
-    chunk = tl.program_id(0) // blocks
+    hv = tl.program_id(0) % HV
+    chunk = tl.program_id(0) // HV
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
-    q += first_hv // GROUP * K
-    k += first_hv // GROUP * K
+    q += hv // GROUP * K
+    k += hv // GROUP * K
     k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
     kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
     qk = tl.dot(load_rows(q, start, rows, q_stride, 0, K, BK), tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
@@ -186,70 +166,37 @@ def pair_kernel(
         kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
         q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
         qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
-    take_turns(DEPENDENT)  # so far nothing was read that the kernel before this one writes
-    at = i[:, None] * C + i[None, :]
-    for member in tl.static_range(MEMBERS):
-        tile = int64(chunk) * HV + first_hv + member
-        decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-        tl.store(scores + tile * (C * C) + at, (qk * decay * scale).to(scores.dtype.element_ty))
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     length = tl.sqrt(tl.maximum(square, 1e-30))
     kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
-    for member in tl.range(0, MEMBERS, num_stages=1, disable_licm=True):
-        tile = int64(chunk) * HV + first_hv + member
-        beta = load_gate(gates, tile, 2)
-        if NORMS:
-            growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
-            last = gates + tile * (GATES * C) + (C - 1)
-            tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
-        decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
-        m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
-        negative = m * (-beta * square)[None, :]
-        if WIDE:
-            solved = substitute(m, negative)
-        else:
-            high = negative.to(tl.float16)
-            easy = _is_easy(negative, EASY)
-            if AGAIN:
-                e = _diagonal(k, gates, start, rows, k_stride, tile, K, BK)
-            else:
-                e = _diagonal_of(negative)
-            for level in tl.static_range(4, 6):
-                narrow = e.to(tl.float16)
-                below = tl.where(_under(i, level), tl.dot(narrow, high), 0.0)
-                e = tl.dot(below.to(tl.float16), narrow, e.to(tl.float32))
+    tile = int64(chunk) * HV + hv
+    at = tile * (C * C) + (i[:, None] * C + i[None, :])
+    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+    tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
+    beta = load_gate(gates, tile, 2)
+    if NORMS:
+        growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
+        last = gates + tile * (GATES * C) + (C - 1)
+        tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
+    m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
+    negative = m * (-beta * square)[None, :]
+    if WIDE:
+        solved = substitute(m, negative)
+    else:
+        high = negative.to(tl.float16)
+        low = (negative - high.to(tl.float32)).to(tl.float16)
+        e = _diagonal(negative)
+        for level in tl.static_range(4, 6):
             narrow = e.to(tl.float16)
-            solved = tl.dot(narrow, m.to(tl.float16))
-            if EASY == 0.0 or phi.dtype.element_ty != tl.bfloat16:
-                solved = _corrected(solved, narrow, m, negative)
-            else:
-                if not easy:
-                    solved = _corrected(solved, narrow, m, negative)
-        solved = solved * length[:, None] * length[None, :]
-        tl.store(phi + tile * (C * C) + at, solved.to(phi.dtype.element_ty))
-
-
-@triton.jit
-def _corrected(solved, inverse, m, negative):
-    """Phi + E (M - Phi - L Phi), with L as the sum of two fp16 numbers."""
-    rough = solved.to(tl.float16)
-    high = negative.to(tl.float16)
-    wrong = tl.dot((negative - high.to(tl.float32)).to(tl.float16), rough, m - rough.to(tl.float32))
-    wrong = tl.dot(high, rough, wrong)
-    return tl.dot(inverse, wrong.to(tl.float16), rough.to(tl.float32))
-
-
-@triton.jit
-def _is_easy(negative, EASY: tl.constexpr):
-    """Whether the largest sum of a row of |L|, l, is at most EASY.
-
-    To first order the Phi that is found without the correction is off by E dL Phi + E dM + dE M, where rounding to fp16 makes
-    |dL| <= u |L|, |dM| <= u |M|, and |dE| <= u (|E| + |E| |L| |E|) in all, u = 2^-11. With M = (I + L) Phi and e the largest sum of a row
-    of |E|, the error in that norm is at most u e (2 + 4 l + e l (1 + l)) of Phi: it grows with l. Rounding has random signs, so what is found
-    is far less: over random, correlated, drifting, paired and long keys of 16 to 128, beta up to 2 and decays from 0 to 2 a token, at l <= 4
-    at most 5.6e-4 of the norm of Phi and 0.35 of what rounding Phi to bfloat16 costs in the same chunk, 1.04 to 1.06 of it together.
-    """
-    return tl.max(tl.sum(tl.abs(negative), 1), 0) <= EASY
+            below = tl.where(_under(i, level), tl.dot(narrow, high), 0.0)
+            e = tl.dot(below.to(tl.float16), narrow, e.to(tl.float32))
+        narrow = e.to(tl.float16)
+        rough = tl.dot(narrow, m.to(tl.float16)).to(tl.float16)
+        wrong = tl.dot(low, rough, m - rough.to(tl.float32))
+        wrong = tl.dot(high, rough, wrong)
+        solved = tl.dot(narrow, wrong.to(tl.float16), rough.to(tl.float32))
+    solved = solved * length[:, None] * length[None, :]
+    tl.store(phi + at, solved.to(phi.dtype.element_ty))
 
 
 @triton.jit
@@ -287,37 +234,7 @@ def substitute(m, negative):
 
 
 @triton.jit
-def _diagonal(k, gates, start, rows, k_stride, tile, K: tl.constexpr, BK: tl.constexpr):
-    """(I + L)^-1 of the four 16 x 16 blocks on the diagonal, 0 elsewhere, [64, 64], as small products of four at a time."""
-    b = tl.arange(0, 4)
-    i = tl.arange(0, 16)
-    row = b[:, None] * 16 + i[None, :]
-    gate = gates + tile * (GATES * C) + row
-    G = tl.load(gate) + tl.load(gate + 4 * C)
-    c = tl.arange(0, BK)[None, None, :]
-    k_stride = k_stride // 8 * 8
-    at = k + start * k_stride + row[:, :, None] * k_stride + c
-    kk = tl.zeros((4, 16, 16), tl.float32)
-    for first in tl.static_range(0, K, BK):
-        x = tl.load(at + first, mask=(row[:, :, None] < rows) & (c + first < K), other=0.0)
-        kk = tl.dot(x, tl.permute(x, (0, 2, 1)), kk)
-    square = tl.sum(tl.where(i[None, :, None] == i[None, None, :], kk, 0.0), 2)
-    length = 1.0 / tl.sqrt(tl.maximum(square, 1e-30))
-    decay = tl.exp(tl.where(i[None, :, None] > i[None, None, :], G[:, :, None] - G[:, None, :], float("-inf")))
-    m = kk * decay * length[:, :, None] * length[:, None, :]
-    negative = (m * (-tl.load(gate + 2 * C) * square)[:, None, :]).to(tl.float16)
-    e = tl.where((i[:, None] == i[None, :])[None, :, :], 1.0, tl.where(_under(i, 0)[None, :, :], negative.to(tl.float32), 0.0))
-    for level in tl.static_range(1, 4):
-        narrow = e.to(tl.float16)
-        below = tl.where(_under(i, level)[None, :, :], tl.dot(narrow, negative), 0.0)
-        e = tl.dot(below.to(tl.float16), narrow, e)
-    same = (b[:, None] == b[None, :])[:, None, :, None]
-    e = tl.where(same, tl.reshape(e.to(tl.float16), (4, 16, 1, 16)), 0.0)
-    return tl.reshape(e, (C, C))
-
-
-@triton.jit
-def _diagonal_of(negative):
+def _diagonal(negative):
     """(I + L)^-1 of the four 16 x 16 blocks on the diagonal of L, 0 elsewhere, [64, 64], as small products of four at a time."""
     b = tl.arange(0, 4)
     i = tl.arange(0, 16)

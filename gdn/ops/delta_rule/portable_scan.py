@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from gdn.core.portable_math import int64
-from gdn.ops.delta_rule.portable_prepare import C, load_gate, load_last, load_rows_again, take_turns
+from gdn.ops.delta_rule.portable_prepare import C, load_gate, load_last, load_rows_again
 
 FORGOTTEN = tl.constexpr(-20.0)
 
@@ -198,14 +198,12 @@ def output_kernel(
     MIDWAY: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """o and the final states; with MIDWAY also midway [slabs - 1, runs, HV, K, V], the states inside a run where a slab of the backward
     begins. Grid [runs * HV * value blocks].
 
     O = gamma scale Q S + A (beta V');  S <- gamma_last S + K^T (D beta V').
     """
-    take_turns(DEPENDENT)
     block, hv, index = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     h = hv // (HV // H)
@@ -284,11 +282,9 @@ def states_kernel(
     INITIAL: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """For the backward: the state before each chunk of a slab, states [slots, HV, V, K], and the errors U / beta,
     [slots, HV, V, 64]. Grid [runs * HV * value blocks]."""
-    take_turns(DEPENDENT)
     block, hv, index = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     h = hv // (HV // H)
@@ -356,7 +352,6 @@ def summary_kernel(
     INITIAL: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """What a segment hands to the next: the state R S + N at its end. Grid [(segments - 1) * HV * (value blocks + key blocks)].
 
@@ -364,7 +359,6 @@ def summary_kernel(
     inside one document and does not forget what came before. R is the state that grows from the identity with values 0.
     Segments at whose end a document ends write crosses alone.
     """
-    take_turns(DEPENDENT)
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     block, hv, index = program_place(VALUE_BLOCKS + (K + BV - 1) // BV, HV)
     h = hv // (HV // H)
@@ -425,14 +419,12 @@ def handover_kernel(
     BV: tl.constexpr,
     BACKWARD: tl.constexpr,
     STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Chain the maps of the segments. Grid [HV * value blocks].
 
     Forward, out[s + 1] = R_s out[s] + N_s; backward, out[s - 1] = R_s^T out[s] + N_s. R_s is 0 where crosses[s] is.
     Keys beyond 128 go in two halves, so that R fits shared memory. Where nothing crosses, N may be unwritten memory: it goes no further.
     """
-    take_turns(DEPENDENT)
     block, hv, _ = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     HALVES: tl.constexpr = 2 if BK > 128 else 1
@@ -522,12 +514,10 @@ def backward_kernel(
     INITIAL: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """The gradient of the state after each chunk of a slab, d_states [slots, HV, V, K], dU in the rows of dv, and d_initial.
     between [runs, HV, K, V]: the gradient of the state between this slab and the next, afterwards that between the one before and this.
     Grid [runs * HV * value blocks]."""
-    take_turns(DEPENDENT)
     block, hv, index = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     h = hv // (HV // H)
@@ -608,11 +598,9 @@ def backward_summary_kernel(
     FINAL: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """The part N of the state gradient R^T dS + N that a segment hands to the one before it. Grid [(segments - 1) * HV * value blocks].
     Segments at whose beginning a document begins write nothing."""
-    take_turns(DEPENDENT)
     block, hv, index = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     index += 1

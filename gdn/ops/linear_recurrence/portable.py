@@ -28,7 +28,7 @@ def _forward(call: Call, o: Tensor, final: Tensor, kept: tuple[Tensor, Tensor]) 
     (entering, gates), p, q, k, v, g, bounds = kept, call.p, call.q, call.k, call.v, call.g, call.bounds
     heads = min(16, padded(p.HV))
     p.launches["gates"](
-        gates_kernel, call.key, -(-p.HV // heads) * p.chunks, g, g, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed, False
+        gates_kernel, call.key, -(-p.HV // heads) * p.chunks, g, g, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed
     )
     if p.S:
         enter_segments(call, k, v, gates, None, call.initial, entering, backward=False)
