@@ -20,8 +20,10 @@ _LARGEST_INT32 = 2**31 - 1
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, registers: int | None = None, key: Any = None
-) -> None:
+) -> Any:
     """Run `kernel` on the current stream of the device of its tensors. Nothing happens for an empty grid.
+
+    Returns what was compiled; None for an empty grid and from the interpreter.
 
     Args:
         kernel: a `triton.jit` function.
@@ -33,29 +35,29 @@ def launch(
         key: everything that the compiled code depends on, if the caller knows it; else each argument is looked at.
     """
     if 0 in grid:
-        return
+        return None
     if not isinstance(kernel, JITFunction):
         kernel[grid](*args)
-        return
+        return None
     device = args[0].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            _launch(kernel, grid, args, device, warps, stages, registers, key)
-    else:
-        _launch(kernel, grid, args, device, warps, stages, registers, key)
+            return _launch(kernel, grid, args, device, warps, stages, registers, key)
+    return _launch(kernel, grid, args, device, warps, stages, registers, key)
 
 
 def _launch(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: int, warps: int, stages: int, registers: int | None, key: Any
-) -> None:
+) -> Any:
     name = (kernel.fn, device, warps, stages, registers, *_kinds(kernel, args)) if key is None else (kernel.fn, device, warps, key)
     compiled = _COMPILED.get(name)
     if compiled is None:
-        _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages, maxnreg=registers)
-        return
+        compiled = _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages, maxnreg=registers)
+        return compiled
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+    return compiled
 
 
 def integer_kind(n: int) -> int:

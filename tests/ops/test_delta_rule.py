@@ -172,10 +172,49 @@ def test_triton_agrees_with_the_recurrence(parts: str, name: str, dtype: torch.d
     assert compare.complaints(*(compare.pool(each) for each in (actual, rounding, truth)), dtype) == []
 
 
+def test_triton_remembers_what_a_call_depends_on() -> None:
+    """Launches are written down once for calls alike. A call gives the same bits first of all and after all others."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    problem = Problem(name="", T=9, H=1, HV=1, K=16, V=16, initial=True)
+    base = problem.build(dtype=torch.bfloat16, device=DEVICE)
+    narrow = {name: base[name].detach().bfloat16().requires_grad_() for name in ("g", "beta")}
+    sliced = {n: torch.cat([base[n], base[n]], -2).detach()[:, :, :1].requires_grad_() for n in ("q", "k", "v")}
+    changes = [{}, {"scale": 0.3}, {"initial_state": None}, {"g": narrow["g"]}, {"beta": narrow["beta"]}, sliced]
+    calls = [base | change for change in changes] + [problem.build(dtype=dtype, device=DEVICE) for dtype in (torch.float16, torch.float32)]
+
+    def results(arguments: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+        with torch.no_grad():
+            plain = call("portable", arguments)
+        outputs = call("portable", arguments)
+        only_o = arguments is base
+        return [plain, outputs, gradients(outputs[:1] if only_o else outputs, arguments)]
+
+    first = []
+    for arguments in calls:
+        portable.plan.cache_clear()
+        first.append(results(arguments))
+    again = [results(arguments) for arguments in calls]
+    for a, b in zip(first, again, strict=True):
+        assert all(torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other, strict=True))
+
+
+def test_triton_compiles_for_any_length() -> None:
+    """The first length is compiled in, the second makes it a symbol, and forward keeps as many bytes as only the call will know."""
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    compiled = torch.compile(gated_delta_rule, backend="aot_eager", fullgraph=True)
+    with use(gated_delta_rule="portable"):
+        for T in (70, 130):
+            arguments = Problem(name="", T=T, H=1, HV=1, K=16, V=16, lengths=(30, T - 30)).build(dtype=torch.bfloat16, device=DEVICE)
+            results = [gradients(function(**arguments), arguments) for function in (compiled, gated_delta_rule)]
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_triton_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of 16 heads of 128, 8 x 4096, bf16, counted on tensors without data: at most FlashQLA's 1370 MiB."""
     portable = pytest.importorskip("gdn.ops.delta_rule.portable")
-    monkeypatch.setattr(portable, "launch", lambda *args, **options: None)
+    portable_schedule = pytest.importorskip("gdn.core.portable_schedule")
+    monkeypatch.setattr(portable_schedule, "launch", lambda *args, **options: None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no device without data
     monkeypatch.setattr(portable.hardware, "multiprocessors", lambda index: 132)
     with LiveBytes() as count:

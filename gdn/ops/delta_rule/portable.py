@@ -30,9 +30,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +41,10 @@ from torch.nn import functional as F
 from gdn.core import device as hardware
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
-from gdn.core.portable_launch import integer_kind, launch
 from gdn.core.portable_rows import aligned as _aligned
 from gdn.core.portable_rows import token_rows as _rows
+from gdn.core.portable_schedule import Schedule
+from gdn.core.portable_workspace import Buffers, Workspace
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
 from gdn.ops.delta_rule.portable_prepare import gates_kernel, pair_kernel
@@ -73,8 +74,24 @@ class Launch:
     registers: int | None = None
     """Most registers of a thread."""
 
-    def __call__(self, kernel: Any, key: Any, programs: int, *args: Any) -> None:
-        launch(kernel, (programs,), *args, warps=self.warps, registers=self.registers, key=key)
+    @property
+    def resources(self) -> dict[str, Any]:
+        return {"warps": self.warps, "registers": self.registers}
+
+
+class Kind(NamedTuple):
+    """What the launches of a call depend on beside its sizes. All pointers are multiples of 16 bytes."""
+
+    device: int
+    dtypes: tuple[torch.dtype, ...]
+    """Of q, g and beta."""
+    strides: tuple[int, ...]
+    """From token to token, of q, k and v."""
+    scale: float
+    initial: bool
+    """Whether there is an initial state."""
+    also: bool
+    """Forward: whether a backward will follow. Backward: whether the final state has a gradient."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +117,8 @@ class Plan:
     width: int
     """Chunks of a slab."""
     launches: dict[str, Launch]
-    code: tuple[Any, ...]
-    """Names the compiled kernels: constants, and what Triton specialises on in the other integers (whether 1, whether a multiple of 16)."""
+    made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What `prepared` has made."""
 
     @property
     def segments(self) -> int:
@@ -124,6 +141,13 @@ class Plan:
     def slots(self) -> int:
         """Chunks that the buffers of a slab have room for."""
         return self.width * (self.documents if not self.packed and not self.S else max(self.segments, 1))
+
+    def prepared(self, make: Callable[[Plan, Kind], Prepared], kind: Kind) -> Prepared:
+        """`make(self, kind)`, made once."""
+        found = self.made.get((make, kind))
+        if found is None:
+            found = self.made[make, kind] = make(self, kind)
+        return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -152,7 +176,6 @@ def plan(
         S=S,
         width=width,
         launches=table,
-        code=(H, HV, K, V, S, width, packed, wide, *[integer_kind(n) for n in (rows, per_row, chunks, documents, batch * length)]),
     )
 
 
@@ -170,7 +193,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
         }
     elif BK <= 128:
         rest = {
-            "pair": Launch(block=BK, warps=4, registers=128),
+            "pair": Launch(block=BK, warps=4, registers=168),
             "output": Launch(block=half, warps=4, stages=2),
             "states": Launch(block=half, warps=4, stages=3),
             "summary": Launch(block=half, warps=4, stages=3),
@@ -182,7 +205,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
     else:
         wide_scan = Launch(block=BV, warps=8, stages=2)
         rest = {
-            "pair": Launch(block=128, warps=4, registers=128),
+            "pair": Launch(block=128, warps=4, registers=168),
             "output": wide_scan,
             "states": Launch(block=half, warps=8, stages=2),
             "summary": Launch(block=half, warps=8, stages=2),
@@ -242,116 +265,168 @@ def _forward(
     chunk_offsets: Tensor | None,
     scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, final state; saved: Phi, A, gates, with segments norms, crosses, carried and entering, and the states midway."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, final state; saved: one workspace (`_kept`)."""
     p = _plan(q, v, cu_seqlens, chunk_table)
     q, k, v = _rows(q), _rows(k), _rows(v)
     g, beta = _aligned(g), _aligned(beta)
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    final, *saved = _buffers(p, q, keep)
+    initial = None if initial_state is None else _aligned(initial_state)
+    schedule, workspace, more = p.prepared(_schedule_forward, _kind(q, k, v, g, beta, scale, initial, keep))
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = torch.empty((p.documents, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
+    kept = workspace.allocate(q)
     if p.chunks == 0:
-        return o, final.zero_() if initial_state is None else final.copy_(initial_state), *saved
-    phi, scores, gates, norms, crosses, carried, entering, midway = saved
-    initial_state = None if initial_state is None else _aligned(initial_state)
-    key = _key(p, q, k, v, g, beta, initial_state is None)
-    bounds = (cu_seqlens, chunk_table, chunk_offsets)
-    heads = min(16, _power_of_two(p.HV))
-    use = p.launches["gates"]
-    use(gates_kernel, key, -(-p.HV // heads) * p.chunks, g, beta, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed)
-    use = p.launches["pair"]
-    use(
-        pair_kernel, key, p.HV * p.chunks, q, k, phi, scores, gates, norms, *bounds[:2], p.length, p.per_row, scale, q.stride(1), k.stride(1),
-        p.HV, p.HV // p.H, p.K, use.block, p.packed, p.S > 0, p.wide,
-    )  # fmt: skip
-    if p.S:
-        added = torch.empty((p.segments, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
-        use = p.launches["summary"]
-        use(
-            summary_kernel, key, (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1), k, v, phi, gates, norms, initial_state,
-            added, carried, crosses, *bounds, p.length, p.per_row, p.chunks, p.S, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
-            use.block, _power_of_two(p.S), p.packed, initial_state is not None, p.wide, use.stages,
-        )  # fmt: skip
-        _hand_over(p, key, added, carried, crosses, entering, backward=False)
-    use = p.launches["output"]
-    halting = keep and p.slabs > 1
-    use(
-        output_kernel, (key, halting), -(-p.V // use.block) * p.HV * p.runs, q, k, v, phi, scores, gates, o, initial_state, entering, midway, final,
-        *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, scale, q.stride(1), k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK,
-        use.block, p.S > 0, p.packed, initial_state is not None, halting, p.wide, use.stages,
-    )  # fmt: skip
-    return o, final, *saved
+        return o, final.zero_() if initial is None else final.copy_(initial), kept
+    bounds = {"cu_seqlens": cu_seqlens, "chunk_table": chunk_table, "chunk_offsets": chunk_offsets}
+    spaces = [(workspace, kept), *[(each, each.allocate(q)) for each in more]]
+    schedule.run({"q": q, "k": k, "v": v, "g": g, "beta": beta, "o": o, "initial": initial, "final": final, **bounds}, *spaces)
+    return o, final, kept
 
 
 def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    q, k, v, g, beta, initial_state, *bounds, scale = args
-    phi, scores, gates, norms, crosses, carried, entering, midway = saved
+    q, k, v, g, beta, initial_state, cu_seqlens, chunk_table, chunk_offsets, scale = args
     do, d_final = grads
-    p = _plan(q, v, bounds[0], bounds[1])
+    p = _plan(q, v, cu_seqlens, chunk_table)
     q, k, v, g = _rows(q), _rows(k), _rows(v), _aligned(g)
     do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else _aligned(do)
     d_final = None if d_final is None else _aligned(d_final)
-    dq, dk = (torch.empty((*x.shape,), dtype=x.dtype, device=x.device) for x in (q, k))
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dq, dk, dv, dbeta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta))
     d_initial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     if p.chunks == 0:
         if d_initial is not None:
             d_initial = d_initial.zero_() if d_final is None else d_final
-        return [dq, dk, dv, torch.zeros_like(g), torch.zeros_like(beta), d_initial]
-    initial_state = None if initial_state is None else _aligned(initial_state)
-    key = _key(p, q, k, v, g, beta, initial_state is None, d_final is None)
-    leaving = entering
+        return [dq, dk, dv, torch.zeros_like(g), dbeta, d_initial]
+    initial = None if initial_state is None else _aligned(initial_state)
+    schedule, workspace, more = p.prepared(_schedule_backward, _kind(q, k, v, g, beta, scale, initial, d_final is not None))
+    dg = torch.empty((2 * _key_blocks(p), *g.shape), dtype=torch.float32, device=g.device)
+    inputs = {"q": q, "k": k, "v": v, "g": g, "initial": initial, "do": do, "d_final": d_final}
+    outputs = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "dbeta": dbeta, "d_initial": d_initial}
+    bounds = {"cu_seqlens": cu_seqlens, "chunk_table": chunk_table, "chunk_offsets": chunk_offsets}
+    schedule.run(inputs | outputs | bounds, (workspace, _aligned(saved[0])), *[(each, each.allocate(q)) for each in more])
+    return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta, d_initial]
+
+
+Prepared = tuple[Schedule, Workspace, tuple[Workspace, ...]]
+"""The launches, what is kept from forward to backward, and other memory."""
+
+
+def _schedule_forward(p: Plan, kind: Kind) -> Prepared:
+    schedule, keep = _schedule(p, kind), kind.also
+    use, heads = p.launches["gates"], min(16, _power_of_two(p.HV))
+    schedule.add(gates_kernel, -(-p.HV // heads) * p.chunks, **use.resources, BH=heads)
+    use = p.launches["pair"]
+    schedule.add(pair_kernel, p.HV * p.chunks, **use.resources, GROUP=p.HV // p.H, BK=use.block, NORMS=p.S > 0)
     if p.S:
-        added, leaving = torch.empty_like(entering), torch.empty_like(entering)
+        use = p.launches["summary"]
+        programs = (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1)
+        schedule.add(summary_kernel, programs, **use.resources, BV=use.block, BS=_power_of_two(p.S), STAGES=use.stages)
+        _add_handover(schedule, p, "entering", backward=False)
+    use = p.launches["output"]
+    halting = keep and p.slabs > 1
+    schedule.add(output_kernel, _columns(p, use), **use.resources, BV=use.block, MIDWAY=halting, STAGES=use.stages)
+    return schedule, _kept(p, kind.dtypes[0], keep), (Workspace({"added": _handed(p)}),) if p.S else ()
+
+
+def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
+    schedule, narrow = _schedule(p, kind), kind.dtypes[0]
+    leaving = "leaving" if p.S else "entering"
+    if p.S:
         use = p.launches["backward_summary"]
-        use(
-            backward_summary_kernel, key, -(-p.V // use.block) * p.HV * (p.segments - 1), q, k, phi, scores, gates, norms, do, d_final, added,
-            *bounds, p.length, p.per_row, p.chunks, p.S, scale, q.stride(1), k.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
-            _power_of_two(p.S), p.packed, d_final is not None, p.wide, use.stages,
-        )  # fmt: skip
-        _hand_over(p, key, added, carried, crosses, leaving, backward=True)
-        del added
-    states, d_states = (torch.empty((p.slots, p.HV, p.V, p.K), dtype=q.dtype, device=q.device) for _ in range(2))
-    errors = torch.empty((p.slots, p.HV, p.V, CHUNK), dtype=q.dtype, device=q.device)
-    pairs, d_scores = (torch.empty((p.slots, p.HV, CHUNK, CHUNK), dtype=q.dtype, device=q.device) for _ in range(2))
-    between = torch.empty((p.runs if p.slabs > 1 else 0, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
-    dbeta = torch.empty(beta.shape, dtype=torch.float32, device=g.device)
-    blocks = 2 * -(-p.K // p.launches["gradient"].block)
-    dg = torch.empty((blocks, *g.shape), dtype=torch.float32, device=g.device)
-    ends = d_final is not None, d_initial is not None
+        programs = -(-p.V // use.block) * p.HV * (p.segments - 1)
+        schedule.add(
+            backward_summary_kernel, programs, **use.resources, BV=use.block, BS=_power_of_two(p.S), FINAL=kind.also, STAGES=use.stages
+        )
+        _add_handover(schedule, p, "leaving", backward=True)
     for slab in reversed(range(p.slabs)):
         use = p.launches["states"]
-        use(
-            states_kernel, key, -(-p.V // use.block) * p.HV * p.runs, k, v, phi, gates, states, errors, initial_state, entering, midway, *bounds,
-            p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, k.stride(1), v.stride(1), p.H, p.HV, p.K, p.V, p.BK, use.block,
-            p.S > 0, p.packed, initial_state is not None, p.wide, use.stages,
-        )  # fmt: skip
+        schedule.add(states_kernel, _columns(p, use), **use.resources, slab=slab, BV=use.block, STAGES=use.stages)
         use = p.launches["backward"]
-        use(
-            backward_kernel, key, -(-p.V // use.block) * p.HV * p.runs, q, k, phi, scores, gates, do, d_states, dv, d_final, leaving, between,
-            d_initial, *bounds, p.length, p.per_row, p.chunks, p.documents, p.S, p.width, slab, scale, q.stride(1), k.stride(1), p.H,
-            p.HV, p.K, p.V, p.BK, use.block, p.S > 0, p.packed, *ends, p.wide, use.stages,
+        schedule.add(
+            backward_kernel, _columns(p, use), **use.resources, names={"leaving": leaving}, slab=slab, BV=use.block, FINAL=kind.also,
+            STAGES=use.stages,
         )  # fmt: skip
         use = p.launches["pairs"]
-        use(
-            pairs_kernel, key, p.HV * p.slots, gates, do, errors, d_scores, pairs, dv, dbeta, *bounds[:2], p.length, p.per_row, p.chunks,
-            p.stretch, p.width, slab, scale, p.HV, p.V, use.block, p.packed, p.wide, use.stages,
-        )  # fmt: skip
+        schedule.add(pairs_kernel, p.HV * p.slots, **use.resources, slab=slab, BV=use.block, STAGES=use.stages)
         use = p.launches["gradient"]
-        use(
-            gradient_kernel, key, blocks * p.H * p.slots, q, k, g, gates, do, states, errors, d_states, dv, d_scores, pairs, dq, dk, dg,
-            *bounds[:2], p.length, p.per_row, p.chunks, p.stretch, p.width, slab, scale, p.tokens, q.stride(1), k.stride(1), p.H, p.HV,
-            p.HV // p.H, p.K, p.V, use.block, use.inner, p.packed, p.wide, use.stages,
+        schedule.add(
+            gradient_kernel, 2 * _key_blocks(p) * p.H * p.slots, **use.resources, slab=slab, GROUP=p.HV // p.H, BK=use.block, BV=use.inner,
+            STAGES=use.stages,
         )  # fmt: skip
-    del states, d_states, errors, pairs, d_scores, between
-    return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta.to(beta.dtype), d_initial]
+    handed: Buffers = {"leaving": _handed(p)} if p.S else {}
+    slabs: Buffers = {
+        "states": ((p.slots, p.HV, p.V, p.K), narrow),
+        "d_states": ((p.slots, p.HV, p.V, p.K), narrow),
+        "errors": ((p.slots, p.HV, p.V, CHUNK), narrow),
+        "pairs": ((p.slots, p.HV, CHUNK, CHUNK), narrow),
+        "d_scores": ((p.slots, p.HV, CHUNK, CHUNK), narrow),
+        "between": ((p.runs if p.slabs > 1 else 0, p.HV, p.K, p.V), torch.float32),
+    }
+    return schedule, _kept(p, narrow, True), (Workspace(handed, {"added": _handed(p)} if p.S else {}, slabs),)
 
 
-def _hand_over(p: Plan, key: Any, added: Tensor, carried: Tensor, crosses: Tensor, out: Tensor, *, backward: bool) -> None:
+def _schedule(p: Plan, kind: Kind) -> Schedule:
+    """A schedule that knows what all kernels are told alike."""
+    q_stride, k_stride, v_stride = kind.strides
+    return Schedule(
+        T=p.length,
+        per_row=p.per_row,
+        chunks=p.chunks,
+        documents=p.documents,
+        segments=p.segments,
+        S=p.S,
+        width=p.width,
+        length=p.stretch,
+        tokens=p.tokens,
+        scale=kind.scale,
+        q_stride=q_stride,
+        k_stride=k_stride,
+        v_stride=v_stride,
+        H=p.H,
+        HV=p.HV,
+        K=p.K,
+        V=p.V,
+        BK=p.BK,
+        PACKED=p.packed,
+        SEGMENTS=p.S > 0,
+        INITIAL=kind.initial,
+        WIDE=p.wide,
+    )
+
+
+def _add_handover(schedule: Schedule, p: Plan, out: str, *, backward: bool) -> None:
     use = p.launches["handover"]
-    use(
-        handover_kernel, (key, backward), -(-p.V // use.block) * p.HV, added, carried, crosses, out, p.segments, p.HV, p.K, p.V, p.BK, use.block, backward,
-        use.stages,
-    )  # fmt: skip
+    programs = -(-p.V // use.block) * p.HV
+    schedule.add(handover_kernel, programs, **use.resources, names={"out": out}, BV=use.block, BACKWARD=backward, STAGES=use.stages)
+
+
+def _columns(p: Plan, use: Launch) -> int:
+    """Programs of a kernel that walks along every run with a block of columns of every head."""
+    return -(-p.V // use.block) * p.HV * p.runs
+
+
+def _key_blocks(p: Plan) -> int:
+    return -(-p.K // p.launches["gradient"].block)
+
+
+def _handed(p: Plan) -> tuple[tuple[int, ...], torch.dtype]:
+    """A state for each segment and head."""
+    return (p.segments, p.HV, p.K, p.V), torch.float32
+
+
+def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
+    """What forward finds for itself and for backward."""
+    return Workspace(
+        {
+            "phi": ((p.chunks, p.HV, CHUNK, CHUNK), dtype),
+            "scores": ((p.chunks, p.HV, CHUNK, CHUNK), dtype),
+            "gates": ((p.chunks, p.HV, GATES, CHUNK), torch.float32),
+            "norms": ((p.chunks if p.S else 0, p.HV), torch.float32),
+            "crosses": ((p.segments, p.HV), torch.int32),
+            "carried": ((p.segments, p.HV, p.K, p.K), torch.float32),
+            "entering": _handed(p),
+            "midway": ((p.slabs - 1 if keep else 0, p.runs, p.HV, p.K, p.V), torch.float32),
+        }
+    )
 
 
 def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None) -> Plan:
@@ -363,26 +438,9 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor |
     return plan(B, T, cu_seqlens.shape[0] - 1, chunk_table.shape[0], H, v.shape[2], K, v.shape[3], True, wide, processors)
 
 
-def _key(p: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *absent: bool) -> tuple[Any, ...]:
-    """What the compiled kernels depend on, beside what each launch is. All pointers are multiples of 16 bytes."""
-    return p.code, q.dtype, g.dtype, beta.dtype, q.stride(1), k.stride(1), v.stride(1), absent
-
-
-def _buffers(p: Plan, like: Tensor, keep: bool) -> Tensors:
-    """final, Phi, A, gates, norms, crosses, carried, entering, midway."""
-    f32 = {"dtype": torch.float32, "device": like.device}
-    segmented = [p.segments, p.HV] if p.S else [0, 0]
-    return (
-        torch.empty((p.documents, p.HV, p.K, p.V), **f32),
-        torch.empty((p.chunks, p.HV, CHUNK, CHUNK), dtype=like.dtype, device=like.device),
-        torch.empty((p.chunks, p.HV, CHUNK, CHUNK), dtype=like.dtype, device=like.device),
-        torch.empty((p.chunks, p.HV, GATES, CHUNK), **f32),
-        torch.empty((p.chunks if p.S else 0, p.HV), **f32),
-        torch.empty(segmented, dtype=torch.int32, device=like.device),
-        torch.empty((*segmented, p.K, p.K), **f32),
-        torch.empty((*segmented, p.K, p.V), **f32),
-        torch.empty((p.slabs - 1 if keep else 0, p.runs, p.HV, p.K, p.V), **f32),
-    )
+def _kind(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, also: bool) -> Kind:
+    strides = (q.stride(1), k.stride(1), v.stride(1))
+    return Kind(q.get_device(), (q.dtype, g.dtype, beta.dtype), strides, scale, initial is not None, also)
 
 
 def _fake(
@@ -397,8 +455,18 @@ def _fake(
     chunk_offsets: Tensor | None,
     scale: float,
     keep: bool,
-) -> Tensors:
-    return (v.new_empty(v.shape), *_buffers(_plan(q, v, cu_seqlens, chunk_table), q, keep))
+) -> tuple[Tensor, Tensor, Tensor]:
+    documents = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = q.new_empty((documents, *v.shape[2:3], q.shape[3], v.shape[3]), dtype=torch.float32)
+    return v.new_empty(v.shape), final, q.new_empty(_kept_size(q, v, cu_seqlens, chunk_table, keep), dtype=torch.uint8)
+
+
+def _kept_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None, keep: bool) -> Any:
+    """Bytes that forward keeps. How it cuts the work follows from its sizes, so where these are symbols, the bytes are a symbol of their own."""
+    sizes = [*q.shape, *v.shape, *(n for x in (cu_seqlens, chunk_table) if x is not None for n in x.shape)]
+    if all(isinstance(n, int) for n in sizes):
+        return _kept(_plan(q, v, cu_seqlens, chunk_table), q.dtype, keep).size
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 _OPAQUE = Opaque(
