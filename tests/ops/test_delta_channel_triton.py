@@ -173,12 +173,14 @@ def test_launches_keep_what_compilers_get_right(K: int, V: int, wide: bool) -> N
         assert wide or name == "solve" or min(launch.block, plan.BK) >= 64
 
 
-@pytest.mark.parametrize("dtype", TRITON.dtypes, ids=str)
-def test_is_taken_by_name_only(dtype: torch.dtype) -> None:
-    """No GPU has run it."""
-    rows = OP.explain("cuda", dtype, K=64, V=64)
-    assert next(row.name for row in rows if row.reason is None) == "chunked"
-    assert next(row.reason for row in rows if row.name == "portable") is None
+@pytest.mark.parametrize(
+    ("device", "dtype", "row"),
+    [*(("cuda", dtype, "portable") for dtype in TRITON.dtypes), ("cuda", torch.float16, "chunked"), ("cpu", torch.float32, "chunked")],
+    ids=str,
+)
+def test_is_the_first_choice_of_a_gpu(device: str, dtype: torch.dtype, row: str) -> None:
+    verdicts = OP.explain(device, dtype, K=64, V=64)
+    assert next(verdict.name for verdict in verdicts if verdict.reason is None) == row
 
 
 @gpu
