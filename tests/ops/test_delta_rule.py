@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import weakref
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn.core.dispatch import Impl, use
 from gdn.core.errors import ArgumentError
-from gdn.core.packing import Packing
+from gdn.core.packing import CHUNK, Packing
 from gdn.ops import gated_delta_rule
 from gdn.ops.delta_rule import OP, chunked, scan
 from gdn.ops.delta_rule.problems import SMALL, Problem
@@ -170,6 +171,30 @@ def test_triton_agrees_with_the_recurrence(parts: str, name: str, dtype: torch.d
     rounding = [plain_torch(name, dtype, "narrow textbook", seed) for seed in draws]
     truth = [reference(name, torch.float64, seed) for seed in draws]
     assert compare.complaints(*(compare.pool(each) for each in (actual, rounding, truth)), dtype) == []
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("lengths", "segment", "slab"), [((70, 3, 0, 0), 0, 1), ((70, 3, 0, 0), 1, 2), ((70, 0, 3, 20), 2, 1)], ids=str)
+def test_triton_takes_a_chunk_table_with_rows_beyond_the_end(
+    lengths: tuple[int, ...], segment: int, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compiled graph makes it (`Packing.stretched`): the same bits, and nothing read where nobody wrote."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
+    monkeypatch.setattr(portable, "slab_chunks", lambda *sizes: slab)
+    found: list[tuple[Tensor, ...]] = []
+    for surplus in (0, sum(lengths) // CHUNK + len(lengths)):
+        arguments = Problem(name="", T=sum(lengths), lengths=lengths, initial=True).build(dtype=torch.float32, device=DEVICE)
+        packing = arguments["packing"]
+        if surplus:
+            arguments["packing"] = dataclasses.replace(packing, chunk_table=packing._stretch(1, surplus).chunk_table)
+            assert len(arguments["packing"].chunk_table) > len(packing.chunk_table)
+        portable.plan.cache_clear()
+        outputs = call("portable", arguments)
+        found.append((*outputs, *gradients(outputs, arguments)))
+    portable.plan.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(x.isfinite().all() for x in found[1])
 
 
 def test_triton_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
