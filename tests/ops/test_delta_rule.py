@@ -197,6 +197,24 @@ def test_triton_takes_a_chunk_table_with_rows_beyond_the_end(
     assert all(x.isfinite().all() for x in found[1])
 
 
+def test_one_compiled_graph_of_triton_serves_any_number_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plan decides from the sizes is no constant of the graph."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: 1)
+    portable.plan.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(gated_delta_rule, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths, recompile in (((20, 10, 5), True), ((3, 20, 0, 7), False)):
+        found = []
+        for run in (gated_delta_rule, compiled):
+            arguments = Problem(name="", T=sum(lengths), lengths=lengths).build(dtype=torch.float32, device=DEVICE)
+            with use(gated_delta_rule="portable"), torch._dynamo.config.patch(error_on_recompile=not recompile):
+                outputs = run(**arguments)
+                found.append((*outputs, *gradients(outputs, arguments)))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    portable.plan.cache_clear()
+
+
 def test_triton_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of 16 heads of 128, 8 x 4096, bf16, counted on tensors without data: at most FlashQLA's 1370 MiB."""
     portable = pytest.importorskip("gdn.ops.delta_rule.portable")

@@ -371,7 +371,7 @@ def _key(p: Plan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *abs
 def _buffers(p: Plan, like: Tensor, keep: bool) -> Tensors:
     """final, Phi, A, gates, norms, crosses, carried, entering, midway."""
     f32 = {"dtype": torch.float32, "device": like.device}
-    segmented = [p.segments, p.HV] if p.S else [0, 0]
+    segmented = [p.segments, p.HV]
     return (
         torch.empty((p.documents, p.HV, p.K, p.V), **f32),
         torch.empty((p.chunks, p.HV, CHUNK, CHUNK), dtype=like.dtype, device=like.device),
@@ -398,7 +398,31 @@ def _fake(
     scale: float,
     keep: bool,
 ) -> Tensors:
-    return (v.new_empty(v.shape), *_buffers(_plan(q, v, cu_seqlens, chunk_table), q, keep))
+    sizes = (*q.shape, *v.shape, *(() if cu_seqlens is None or chunk_table is None else (*cu_seqlens.shape, *chunk_table.shape)))
+    if all(isinstance(size, int) for size in sizes):
+        return (v.new_empty(v.shape), *_buffers(_plan(q, v, cu_seqlens, chunk_table), q, keep))
+    return (v.new_empty(v.shape), *_buffers_of_any_size(q, v, cu_seqlens, chunk_table))
+
+
+def _buffers_of_any_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None) -> Tensors:
+    """`_buffers` in a graph for any number of tokens or documents: what the plan decides is then known only when it runs."""
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    documents = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunks = B * -(-T // CHUNK) if chunk_table is None else chunk_table.shape[0]
+    context = torch.library.get_ctx()
+    segmented, segments, slabs, runs = (context.new_dynamic_size() for _ in range(4))
+    f32 = functools.partial(q.new_empty, dtype=torch.float32)
+    return (
+        f32((documents, HV, K, V)),
+        q.new_empty((chunks, HV, CHUNK, CHUNK)),
+        q.new_empty((chunks, HV, CHUNK, CHUNK)),
+        f32((chunks, HV, GATES, CHUNK)),
+        f32((segmented, HV)),
+        q.new_empty((segments, HV), dtype=torch.int32),
+        f32((segments, HV, K, K)),
+        f32((segments, HV, K, V)),
+        f32((slabs, runs, HV, K, V)),
+    )
 
 
 _OPAQUE = Opaque(
