@@ -282,7 +282,7 @@ def accelerated(results: Sequence[Result], runs: Numbered) -> Lines:
     for problem, found in groups(results).items():
         mine, stock = found.get("ours"), found.get("transformers")
         what = f"{problem[0]}, {problem[1]} tokens, {problem[3]} layers, vocabulary {problem[2]:,}"
-        limit = f"{mine['limit']:.2f}×" if mine and "limit" in mine else ""
+        limit = f"{mine['limit']:.2f}×" if mine and mine.get("limit") else ""
         lines.append([what, time_of(mine), time_of(stock), over(mine, stock), limit, runs(found.values())])
     columns = ["", "with gdn.accelerate, ms", "as it comes, ms", "ratio", "limit", "run"]
     note = "The limit is the ratio if nothing but the matrix products of the weights took time, and these ran at the cores' greatest rate."
