@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
-from gdn.core.portable_rows import aligned, dense, token_rows
+from gdn.core.portable_rows import aligned, dense, fresh, token_rows
 from gdn.ops.sequences.portable import Bounds, bounds_of
 
 
@@ -142,7 +142,7 @@ class Recurrence:
         return Call(p, key, q, k, v, g, beta, initial, bounds, scale)
 
     def _buffers(self, p: Any, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        o = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        o = fresh(like)
         final = torch.empty((p.documents, p.HV, p.K, p.V), dtype=torch.float32, device=like.device)
         return o, final, *self.kept(p, like)
 
