@@ -2,7 +2,7 @@
 
     python benchmarks/bench_convert.py                                   the table, for what is installed here
     TRITON_INTERPRET=1 python benchmarks/bench_convert.py                flash-linear-attention's classes too, without a GPU (minutes)
-    python benchmarks/bench_convert.py --device cuda --dtype float32 bfloat16
+    python benchmarks/bench_convert.py --device cuda --dtype float32 bfloat16 --jobs 12
 
 Rows "in": a small random model of the library's own class (transformers, flash-linear-attention) is saved, read here, converted to gdn and
 back. Rows "out": a random model of gdn is converted and opened by that class, then converted back. Families without a class of another
@@ -23,6 +23,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,19 @@ def measure(name: str, direction: str, dtype: str, device: str) -> dict[str, Any
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
+def measured(cases: list[tuple[str, str, str, str]], jobs: int) -> Iterator[dict[str, Any]]:
+    """The rows in the order of the cases, several processes at work: most of the time is spent compiling the peers' kernels."""
+    if jobs == 1:
+        yield from (measure(*case) for case in cases)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
+        yield from pool.map(measure, *zip(*cases))
+
+
+def quiet() -> None:
+    logging.disable(logging.WARNING)
+
+
 def line(row: dict[str, Any]) -> str:
     start = f"{row['family']:20}{row['direction']:4}{row['dtype']:9} "
     if "without" in row:
@@ -173,21 +189,21 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), metavar="NAME", help="default: all")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(LENGTH))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--jobs", type=int, default=1, help="processes; default: 1")
     parser.add_argument("--out", type=Path, help="append the rows here as JSON")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
+    quiet()
     here = machine()
     common = {"device": here.name, "torch": here.torch, "transformers": transformers.__version__}
     print(
         f"{here.name}, torch {here.torch}, transformers {transformers.__version__}, flash-linear-attention: {missing('gla') or 'its own classes'}"
     )
     print(f"{'family':20}{'':4}{'dtype':9} {'opened by':30}{'difference':>10}{'ours':>10}{'theirs':>10}  logits     and back")
+    cases = [(name, way, dtype, options.device) for dtype in options.dtype for name in options.families for way in DIRECTIONS]
     rows = []
-    for dtype in options.dtype:
-        for name in options.families:
-            for direction in DIRECTIONS:
-                rows.append({**measure(name, direction, dtype, options.device), **common})
-                print(line(rows[-1]), flush=True)
+    for row in measured(cases, options.jobs):
+        rows.append({**row, **common})
+        print(line(row), flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a") as file:

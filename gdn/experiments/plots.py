@@ -60,7 +60,8 @@ def over_tests(axes: Axes, rows: Sequence[Row], tests: Mapping[str, float], x: f
 
 
 def over_steps(axes: Axes, rows: Sequence[Row]) -> None:
-    """A thin line for each run: the score of the first test while it learns. One that stopped early keeps its last score."""
+    """A thin line for each run whose scores were kept: that of the first test while it learns. One that stopped early keeps its last score."""
+    rows = [row for row in rows if row["curve"]]
     longest = max(row["curve"][-1][0] for row in rows)
     for series in dict.fromkeys(row["series"] for row in rows):
         for i, row in enumerate([row for row in rows if row["series"] == series]):
@@ -69,12 +70,12 @@ def over_steps(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def over_places(axes: Axes, rows: Sequence[Row], test: str, x: float | str = "") -> None:
-    """A line for each series: a test's measure at each place of the sequence, for the rows of one `x`."""
+    """A line for each series: a test's measure at each place of the sequence, for the rows of one `x` that kept it."""
     for series in dict.fromkeys(row["series"] for row in rows):
         points: dict[float, list[float]] = {}
         for row in rows:
             if (row["series"], row["x"]) == (series, x):
-                for at, value in row["profiles"][test]:
+                for at, value in row["profiles"].get(test, ()):
                     points.setdefault(at + 1, []).append(value)
         lines(axes, sorted(points.items()), colour(series, rows), series)
 

@@ -16,6 +16,7 @@ class GdnConfig(PreTrainedConfig):
     Args:
         vocab_size, hidden_size, num_hidden_layers, intermediate_size, tie_word_embeddings: as everywhere.
         lm: the other fields of `LM.Config`, above all `pattern`, the list of mixers: `[{"type": "gated_deltanet", "heads": 6}]`.
+        first_memory: the weights hold a memory that texts begin with (`gdn.models.start`); saving a model writes this down.
         logits_with_loss: give logits beside a loss. False never holds `[B, T, vocab]` in training; TRL needs them.
     """
 
@@ -29,6 +30,7 @@ class GdnConfig(PreTrainedConfig):
     intermediate_size: int = 1408
     tie_word_embeddings: bool = True
     lm: dict[str, Any] | None = None
+    first_memory: bool = False
     logits_with_loss: bool = True
     use_cache: bool = True
     initializer_range: float = 0.02

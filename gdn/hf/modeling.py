@@ -19,6 +19,7 @@ from gdn.hf.configuration import GdnConfig
 from gdn.hf.inputs import Boundaries, Layout, layout
 from gdn.mixers.base import FLOAT32
 from gdn.models.lm import LM
+from gdn.models.start import Start
 from gdn.ops import linear_cross_entropy
 
 
@@ -30,18 +31,24 @@ class GdnPreTrainedModel(PreTrainedModel):
     base_model_prefix = "lm"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = FLOAT32  # type: ignore[assignment]
+    _keep_in_fp32_modules_strict = (*FLOAT32, "memories")  # type: ignore[assignment]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = False  # transformers' word for states that cannot go back: these can
 
     def __init__(self, config: GdnConfig) -> None:
         super().__init__(config)
         self.lm = LM(config.lm_config())
+        if config.first_memory:
+            self.lm.start = Start(self.lm.init_state(1))
         self._initialised = not self.lm.embedding.weight.is_meta
 
     @property
     def base_model(self) -> nn.Module:
         return self
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        self.config.first_memory = self.lm.start is not None
+        super().save_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.lm.embedding

@@ -33,6 +33,12 @@ class Start(nn.Module):
             raise ArgumentError("model: has no recurrent memory to begin with")
         self.memories = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(memory)) for name, memory in first.items()})
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to zero."""
+        for memory in self.memories.values():
+            memory.zero_()
+
     def fill(self, state: LMState) -> LMState:
         """An empty state with these memories; gradients flow to them."""
         for i, layer in enumerate(state.layers):
@@ -40,6 +46,10 @@ class Start(nn.Module):
                 memory: Tensor = self.memories[f"layer_{i}"]
                 layer.tensors[MEMORY] = memory.to(layer[MEMORY].dtype).expand_as(layer[MEMORY]).clone()
         return state
+
+
+PREFIX = "start."
+"""What the names of its weights begin with in a model that has one."""
 
 
 def tune_start(model: LM) -> Start:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gdn.core.errors import CheckpointError
 from gdn.mixers.base import FLOAT32
 from gdn.models.lm import LM
+from gdn.models.start import PREFIX, Start
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -73,7 +74,9 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu", dtype:
     config = stored_config(folder)
     with torch.device("meta"):
         model = LM(config)
-    weights = _weights(folder, device)
+        weights = _weights(folder, device)
+        if any(name.startswith(PREFIX) for name in weights):
+            model.start = Start(model.init_state(1))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

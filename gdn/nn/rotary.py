@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gdn.core.checks import accumulate_dtype
 from gdn.core.errors import ConfigError
+from gdn.ops import rotary_embedding
 
 
 class Rotary(nn.Module):
@@ -37,18 +38,15 @@ class Rotary(nn.Module):
         if not self.channels:
             return heads
         steps = torch.arange(0, self.channels, 2, device=positions.device, dtype=torch.float64) / self.channels
-        angles = (positions.double().unsqueeze(-1) * self.base**-steps).remainder(2 * math.pi).unsqueeze(-2)
+        angles = (positions.double().unsqueeze(-1) * self.base**-steps).remainder(2 * math.pi)
         tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        return tuple(self._turn(x, angles, tables) for x in heads)
-
-    def _turn(self, x: Tensor, angles: Tensor, tables: dict[torch.dtype, tuple[Tensor, Tensor]]) -> Tensor:
-        wide = accumulate_dtype(x.dtype)
-        if wide not in tables:
-            tables[wide] = angles.to(wide).cos(), angles.to(wide).sin()
-        cos, sin = tables[wide]
-        turned, rest = x.split([self.channels, x.shape[-1] - self.channels], dim=-1)
-        a, b = turned.to(wide).chunk(2, dim=-1)
-        return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], dim=-1)
+        turned = []
+        for x in heads:
+            wide = accumulate_dtype(x.dtype)
+            if wide not in tables:
+                tables[wide] = angles.to(wide).cos(), angles.to(wide).sin()
+            turned.append(rotary_embedding(x, *tables[wide]))
+        return tuple(turned)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, base={self.base}"

@@ -19,6 +19,7 @@ _WHERE = {
     "l2norm": "norm",
     "rms_norm": "norm",
     "gated_rms_norm": "norm",
+    "rotary_embedding": "rotary",
     "decay_gate": "gates",
     "write_gate": "gates",
     "linear_cross_entropy": "loss",

@@ -314,6 +314,12 @@ def _simple(**shapes: tuple[int, ...]) -> Callable[[torch.device, torch.dtype, t
     return make
 
 
+def _rotary(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    random = _random(device, dtype, wide)
+    angles = random(50, 8, gradient=False, precise=True)
+    return {"x": random(2, 50, 3, 20), "cos": angles.cos(), "sin": angles.sin()}
+
+
 def _attention(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
     random = _random(device, dtype, wide)
     packing = Packing.from_lengths([83, 67], device=device)
@@ -347,6 +353,7 @@ EXAMPLES: dict[str, Callable[[torch.device, torch.dtype, torch.dtype], Arguments
     "gated_rms_norm": _simple(x=(50, 64), gate=(50, 64), weight=(64,)),
     "decay_gate": _simple(a=(2, 50, 4), A_log=(4,), dt_bias=(4,)),
     "write_gate": _simple(b=(2, 50, 4)),
+    "rotary_embedding": _rotary,
     "linear_cross_entropy": _loss,
     "causal_attention": _attention,
     "windowed_sigmoid_attention": _sigmoid_attention,

@@ -13,21 +13,28 @@ from torch import nn
 from transformers import (
     OlmoHybridConfig,
     OlmoHybridForCausalLM,
+    Qwen3_5Config,
     Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
 
 from gdn.core.errors import ConfigError
-from gdn.hf.adapters import PRESETS, check_targets, lora_targets, projections
+from gdn.hf.adapters import PRESETS, check_targets, lora_parameters, lora_targets, projections, routed_experts
 
 SIZES = {"vocab_size": 33, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 GATED = {**LINEAR, "num_key_value_heads": 1, "head_dim": 8}
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+SIGHT = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16, "num_position_embeddings": 16}
 ARCHITECTURES: dict[str, Any] = {
     "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, GATED),
     "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM, {**GATED, "num_experts": 0, "mlp_only_layers": [0, 1, 2, 3]}),
+    "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration, {"text_config": {**SIZES, **GATED}, "vision_config": SIGHT}),
     "olmo_hybrid": (OlmoHybridConfig, OlmoHybridForCausalLM, {**LINEAR, "pad_token_id": 0, "eos_token_id": 1}),
 }
 
@@ -36,7 +43,7 @@ def build(name: str) -> nn.Module:
     if name == "gdn":
         return causal("hybrid")
     config, model, sizes = ARCHITECTURES[name]
-    return model(config(**{**SIZES, **sizes}))
+    return model(config(**(sizes if "text_config" in sizes else {**SIZES, **sizes})))
 
 
 @pytest.mark.parametrize("name", ["gdn", *ARCHITECTURES])
@@ -54,6 +61,35 @@ def test_presets_reach_every_projection_of_every_layer(name: str) -> None:
             lora_targets(model)
     with pytest.raises(ConfigError, match=r"skip \d+ of \d+ projections"):
         check_targets(model, ["o_proj", "v_proj"])
+
+
+def test_routed_experts_are_not_skipped_in_silence() -> None:
+    model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**SIZES, **GATED, **EXPERTS}))
+    for part in ("all", "mlps"):
+        with pytest.raises(
+            ConfigError, match=r"8 parameters of routed experts \(model.layers.0.mlp.experts.gate_up_proj, ...\) are no modules"
+        ):
+            lora_targets(model, part)  # type: ignore[arg-type]
+    assert lora_targets(model, "mixers") == lora_targets(build("qwen3_5_text"), "mixers")
+    assert lora_parameters(build("qwen3_5_text")) == []
+    before, routed = [path for path, _ in projections(model)], len(list(routed_experts(model)))
+    targets = {"target_modules": lora_targets(model, experts=True), "target_parameters": lora_parameters(model)}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **targets))
+    x = tokens(1, 12)
+    wrapped(input_ids=x, labels=x).loss.backward()
+    trained = {name: p.grad for name, p in wrapped.named_parameters() if "lora_B" in name}
+    assert len(trained) == len(before) + routed
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in trained.values())
+
+
+def test_routed_experts_of_qwen3_next_beside_its_mixers() -> None:
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**{**SIZES, **GATED, **EXPERTS}))
+    with pytest.raises(ConfigError, match="PEFT takes gate_proj, up_proj, down_proj for experts"):
+        lora_targets(model, experts=True)
+    expected = len(list(projections(model, "mixers"))) + len(list(routed_experts(model)))
+    targets = {"target_modules": lora_targets(model, "mixers"), "target_parameters": lora_parameters(model)}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **targets))
+    assert sum("lora_B" in name for name, _ in wrapped.named_parameters()) == expected
 
 
 def test_what_a_preset_does_not_know_is_refused() -> None:

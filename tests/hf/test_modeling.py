@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DataCollat
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.hf import GdnConfig, GdnForCausalLM, GdnModel
 from gdn.models.lm import LM
+from gdn.models.start import tune_start
+from gdn.models.store import load_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -199,6 +201,22 @@ def test_embeddings_resize(tmp_path, tied: bool) -> None:
     torch.testing.assert_close(after[..., :17], before)
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(x).logits, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_first_memory_is_saved_with_the_model(tmp_path, dtype: torch.dtype) -> None:
+    model, x = causal("hybrid"), tokens()
+    with torch.no_grad():
+        for memory in tune_start(model.lm).memories.values():
+            memory.normal_()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for name, memory in model.lm.start.memories.items():
+        assert torch.equal(again.lm.start.memories[name], memory)
+    if dtype == torch.float32:
+        assert torch.equal(again(x).logits, model(x).logits)
+        assert torch.equal(AutoModel.from_pretrained(tmp_path)(x).last_hidden_state, model(x, output_hidden_states=True).hidden_states[-1])
+        assert torch.equal(load_model(tmp_path)(x).logits, model(x).logits)
 
 
 def test_a_model_that_exists_is_wrapped_without_a_copy() -> None:

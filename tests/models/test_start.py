@@ -13,6 +13,7 @@ from gdn.mixers.attention import Attention
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 from gdn.models.start import load_start, save_start, tune_start
+from gdn.models.store import load_model, save_model
 
 LINEAR = GatedDeltaNet.Config(heads=2, head_dim=8)
 CONFIG = LM.Config(vocab=17, width=24, layers=2, mlp=32, pattern=(LINEAR, Attention.Config(heads=2, head_dim=8)))
@@ -86,3 +87,11 @@ def test_it_is_kept_in_a_file_for_one_model(tmp_path: Path) -> None:
         model(tokens()[:1], packing=Packing.from_lengths([5, 7]))
     with pytest.raises(ArgumentError, match="no recurrent memory"):
         tune_start(LM(CONFIG.with_(pattern=(Attention.Config(heads=2, head_dim=8),))))
+
+
+def test_a_stored_model_keeps_it(tmp_path: Path) -> None:
+    model = build().float()
+    with torch.no_grad():
+        tune_start(model).memories["layer_0"].normal_()
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path)(tokens()).logits, model(tokens()).logits)

@@ -85,7 +85,10 @@ def test_a_window_needs_no_square_of_the_length(lengths: tuple[int, ...] | None)
 
 
 @pytest.mark.parametrize("problem", [p for p in (*WINDOWED, *FULL) if p.name in ("packed", "no window: packed rows")], ids=lambda p: p.name)
-def test_compiles_as_one_graph(problem: Problem) -> None:
+@pytest.mark.parametrize("square", [0, 1 << 26], ids=["operator", "mask"])
+def test_compiles_as_one_graph(problem: Problem, square: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "LARGEST_SQUARE", square)
+    torch._dynamo.reset()
     arguments = problem.build(dtype=torch.float32)
     leaves = [arguments[n] for n in ("q", "k", "v")]
 
@@ -116,6 +119,7 @@ def test_documents_in_a_compiled_graph_match_the_reference(problem: Problem, sco
 @pytest.mark.parametrize("lengths", [(32,) * 64, (2048,)], ids=["many", "one"])
 def test_documents_in_a_compiled_graph_need_no_square_of_the_row(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, in the graphs around the operator and inside it."""
+    monkeypatch.setattr(sdpa, "LARGEST_SQUARE", 0)
     monkeypatch.setattr(documents, "SCORES", 64 * 2048)
     arguments = Problem(name="", T=2048, lengths=lengths).build(dtype=torch.float32)
     leaves, sizes = [arguments[n] for n in ("q", "k", "v")], list[int]()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from on_gpu import gpu
+from tensor_cores import sums_are_cut
 from torch import Tensor
 
 from gdn.core.dispatch import Impl, use
@@ -34,6 +35,8 @@ TINY = (
     (problem("correlated keys", T=64, decay=0.02, top=2.0, keys="correlated", initial=True), torch.bfloat16),
 )
 """What Triton's interpreter, which is slow, runs."""
+
+CANCELS = (problem("repeated keys", T=130, K=16, V=16, keys="repeated", initial=True), TINY[-1][0])
 
 
 def call(arguments: Arguments, impl: str = "portable") -> tuple[Tensor, Tensor]:
@@ -112,6 +115,15 @@ def test_agrees_with_the_recurrence(case: Problem, dtype: torch.dtype) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("case", CANCELS, ids=lambda x: x.name)
+def test_float32_stands_sums_that_tensor_cores_cut(case: Problem) -> None:
+    """The errors of cut sums all have the sign of the sum, and where keys repeat the sums cancel and the errors do not."""
+    with sums_are_cut():
+        actual = compare.run(OP, "portable", case.build(dtype=torch.float32, device=DEVICE))
+    truth = compare.run(OP, "reference", case.build())
+    assert compare.complaints(actual, textbook(case, torch.float32), truth, torch.float32) == []
+
+
 def test_the_textbook_is_right() -> None:
     case = problem(T=70, H=1, HV=2, K=3, V=4, lengths=(66, 4), decay=3.0, initial=True)
     truth, found = compare.run(OP, "reference", case.build()), textbook(case, torch.float64)
@@ -159,16 +171,18 @@ def test_launches_keep_what_compilers_get_right(K: int, V: int, wide: bool) -> N
     row = pytest.importorskip("gdn.ops.delta_channel.portable")
     plan = row._whole(1, 64, 1, 1, 1, K, V, False, wide)
     for name, launch in row.launches(plan.BK, V, wide).items():
-        assert launch.warps * 16 <= (max(64, launch.block) if name == "scan" else 64)
+        assert launch.warps * 16 <= (max(64, launch.block) if name in ("scan", "backward") else 64)
         assert wide or name == "solve" or min(launch.block, plan.BK) >= 64
 
 
-@pytest.mark.parametrize("dtype", TRITON.dtypes, ids=str)
-def test_is_taken_by_name_only(dtype: torch.dtype) -> None:
-    """No GPU has run it."""
-    rows = OP.explain("cuda", dtype, K=64, V=64)
-    assert next(row.name for row in rows if row.reason is None) == "chunked"
-    assert next(row.reason for row in rows if row.name == "portable") is None
+@pytest.mark.parametrize(
+    ("device", "dtype", "row"),
+    [*(("cuda", dtype, "portable") for dtype in TRITON.dtypes), ("cuda", torch.float16, "chunked"), ("cpu", torch.float32, "chunked")],
+    ids=str,
+)
+def test_is_the_first_choice_of_a_gpu(device: str, dtype: torch.dtype, row: str) -> None:
+    verdicts = OP.explain(device, dtype, K=64, V=64)
+    assert next(verdict.name for verdict in verdicts if verdict.reason is None) == row
 
 
 @gpu

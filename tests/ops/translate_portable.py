@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from gdn.ops import attention, delta_fused, delta_step, gates, loss, norm, short_conv
+from gdn.ops import attention, delta_fused, delta_step, gates, loss, norm, rotary, short_conv
 from gdn.ops.attention.problems import Problem as Attention
 from gdn.ops.delta_channel import problems as channels
 from gdn.ops.delta_channel.portable import channel_delta_rule
@@ -32,6 +32,7 @@ from gdn.ops.linear_recurrence.problems import Gates
 from gdn.ops.linear_recurrence.problems import Problem as Linear
 from gdn.ops.loss.problems import Problem as Loss
 from gdn.ops.norm.problems import Problem as Norm
+from gdn.ops.rotary.problems import PROBLEMS as ROTARY
 from gdn.ops.sequences import portable as sequences
 from gdn.ops.short_conv.problems import Problem as Conv
 
@@ -79,7 +80,7 @@ def arguments_of(built: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     rows = {}
-    for package in (attention, delta_fused, delta_step, gates, loss, norm, short_conv):
+    for package in (attention, delta_fused, delta_step, gates, loss, norm, rotary, short_conv):
         module = importlib.import_module(f"{package.__name__}.portable")
         module.launch = translate
         rows[package] = module
@@ -107,6 +108,9 @@ def main() -> None:
     train(rows[gates].decay_gate(**x), x)
     x = arguments_of(Gate(name="", T=5, HV=3).build_write(dtype=dtype))
     train(rows[gates].write_gate(**x), x)
+    for turns in ROTARY[:2]:
+        x = turns.build(dtype=dtype)
+        train(rows[rotary].rotary_embedding(**x), x)
     for reduction in ("mean", "none"):
         x = arguments_of(Loss(name="", tokens=(9,), D=8, vocab=30).build(dtype=dtype))
         train(rows[loss].linear_cross_entropy(**x, ignore_index=-100, reduction=reduction), x)

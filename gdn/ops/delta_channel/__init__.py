@@ -18,14 +18,12 @@ TRITON = dataclasses.replace(triton_gpu(K=range(1, 257), V=range(1, 513)), dtype
 OP = Op(
     "channel_delta_rule",
     (
-        Impl("chunked", "gdn.ops.delta_channel.chunked:channel_delta_rule"),
         Impl("portable", "gdn.ops.delta_channel.portable:channel_delta_rule", TRITON),
+        Impl("chunked", "gdn.ops.delta_channel.chunked:channel_delta_rule"),
         Impl("reference", "gdn.ops.delta_channel.reference:channel_delta_rule"),
     ),
 )
-"""Rows take `(q, k, v, g, beta, scale, initial_state, packing)` and return `(o, final_state)`.
-
-The Triton row stands after `chunked`, which takes any call, until its tests have passed on a GPU."""
+"""Rows take `(q, k, v, g, beta, scale, initial_state, packing)` and return `(o, final_state)`."""
 
 STEP = Op(
     "channel_delta_step",

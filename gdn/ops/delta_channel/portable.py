@@ -54,7 +54,8 @@ class Decayed:
 def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
     """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32.
 
-    Products of 64 tokens take 4 warps, and tiles in 16 bits have rows of at least 128 bytes (notes/triton_pipelines.md).
+    Products of 64 tokens take 4 warps, and tiles in 16 bits have rows of at least 128 bytes (notes/triton_pipelines.md). A product without tensor
+    cores, as one backwards in fp32 is, spills more than twice as much with 32 columns as with 16.
     """
     block = 32 if wide else 64
     scan = (
@@ -66,6 +67,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
         "channels": Launch(block=block, warps=4),
         "solve": Launch(block=0, warps=4),
         "scan": scan,
+        "backward": dataclasses.replace(scan, block=16) if wide else scan,
         "pairs": Launch(block=block, warps=4),
         "gradient": Launch(block=block, warps=4),
     }
@@ -90,18 +92,18 @@ def _backward(call: Call, kept: Tensors, do: Tensor, d_final: Tensor | None, d_i
     beta, use = cast(Tensor, call.beta), _launches(p)
     sums = exponent_sums(p, v)
     x = _decay(call, sums, None, None)
-    scan = use["scan"]
-    columns = -(-p.V // scan.block) * p.HV * p.documents
-    sizes = (p.HV, p.K, p.V, p.BK, scan.block, p.packed, p.wide, scan.stages)
+    scan, back = use["scan"], use["backward"]
+    programs = p.HV * p.documents
     states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=v.dtype, device=v.device) for _ in range(2))
     errors, dv = (fresh(v) for _ in range(2))
     scan(
-        states_kernel, (call.key, initial is None), columns, x.met, x.written, x.last, v, beta, phi, states, errors, initial, bounds[0], bounds[2],
-        p.length, p.per_row, v.stride(1), *sizes,
+        states_kernel, (call.key, initial is None), -(-p.V // scan.block) * programs, x.met, x.written, x.last, v, beta, phi, states, errors, initial,
+        bounds[0], bounds[2], p.length, p.per_row, v.stride(1), p.HV, p.K, p.V, p.BK, scan.block, p.packed, p.wide, scan.stages,
     )  # fmt: skip
-    scan(
-        backward_kernel, (call.key, d_final is None, d_initial is None), columns, x.read, x.met, x.written, x.last, beta, phi, scores, do, d_states, dv,
-        d_final, d_initial, bounds[0], bounds[2], p.length, p.per_row, *sizes,
+    back(
+        backward_kernel, (call.key, d_final is None, d_initial is None), -(-p.V // back.block) * programs, x.read, x.met, x.written, x.last, beta, phi,
+        scores, do, d_states, dv, d_final, d_initial, bounds[0], bounds[2], p.length, p.per_row, p.HV, p.K, p.V, p.BK, back.block, p.packed, p.wide,
+        back.stages,
     )  # fmt: skip
     last = x.last
     del x

@@ -31,6 +31,13 @@ from gdn.ops.delta_rule.portable_scan import (
 
 
 @triton.jit
+def exact_dot(x, y, WIDE: tl.constexpr):
+    """A product whose sums are rounded to nearest in fp32. Tensor cores cut theirs, so that all errors have the sign of the sum; where keys repeat,
+    little of X is left in `X - Phi^T beta X`, and all of its error."""
+    return tl.dot(x, y, input_precision="ieee" if WIDE else "tf32")
+
+
+@triton.jit
 def load_last(last, tile, K: tl.constexpr, BK: tl.constexpr):
     """The decay of each channel over a chunk, [1, BK]."""
     channel = tl.arange(0, BK)
@@ -196,7 +203,7 @@ def backward_kernel(
         do_columns = tl.trans(load_rows(do + hv * V, start, rows, HV * V, first, V, BV))
         x = dot(narrow, tl.trans(writing), WIDE)
         x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
-        x -= dot((x * strength).to(writing.dtype), load_square(phi, tile), WIDE)
+        x -= exact_dot((x * strength).to(writing.dtype), load_square(phi, tile), WIDE)
         store_rows(dv + hv * V, x, start, rows, HV * V, first, V, BV)
         reading = load_rows_again(read + hv * K, start, rows, HV * K, 0, K, BK)
         meeting = load_rows_again(met + hv * K, start, rows, HV * K, 0, K, BK)

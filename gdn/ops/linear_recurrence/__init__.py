@@ -15,10 +15,12 @@ from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
-TRITON = dataclasses.replace(triton_gpu(K=range(1, 257)), dtypes=(torch.bfloat16, torch.float32))
-"""What the Triton rows need. Not float16: products of the backward hold gradients times decays, which under a strong decay are below its
-least number, and the gradient of the initial state came out as 0."""
-TRITON_VALUES = dataclasses.replace(TRITON, dims={"V": range(1, 257)})
+TRITON = triton_gpu(K=range(1, 257))
+"""What the Triton row with one decay per head needs."""
+TRITON_KEYS = dataclasses.replace(TRITON, dtypes=(torch.bfloat16, torch.float32))
+"""What it needs with decay on the keys. Not float16: gradients times decays are held in the dtype of the inputs, under a strong decay they
+are below its least number, and there is no one factor to take out of them as with one decay per head."""
+TRITON_VALUES = dataclasses.replace(TRITON_KEYS, dims={"V": range(1, 257)})
 """With decay on the values, keys and values change places."""
 
 LINEAR = Op(
@@ -33,7 +35,7 @@ LINEAR = Op(
 GATED = Op(
     "gated_linear_attention",
     (
-        Impl("portable", "gdn.ops.linear_recurrence.portable_gated:gated_linear_attention", TRITON),
+        Impl("portable", "gdn.ops.linear_recurrence.portable_gated:gated_linear_attention", TRITON_KEYS),
         Impl("chunked", "gdn.ops.linear_recurrence.channels:gated_linear_attention"),
         Impl("reference", "gdn.ops.linear_recurrence.reference:gated_linear_attention"),
     ),

@@ -3,7 +3,8 @@
 A program owns BV columns of the memory of one head and walks over a run of chunks: a document, or with segments S consecutive chunks of the
 flattened list, wherever documents begin and end. Forward, with x = k and y = v, a chunk does S <- decay S + x^T (w y), w the decay from a
 token to the chunk's end; backward, with x = q and y the gradient of o, chunks go from the last to the first and w is the decay from the
-chunk's begin to a token. With one decay per channel of x, the tokens come with their decays multiplied in, and w is 1.
+chunk's begin to a token. With one decay per channel of x, the tokens come with their decays multiplied in, and w is 1. In float16, whose least number is
+6e-8, the decay of the first token is left out of the w of a chunk and multiplied in afterwards: under a strong decay nothing else would be seen of w.
 
 With segments, `states_kernel` first finds what each adds to a memory that enters it and what it leaves of it (SUMMARY), `handover_kernel`
 chains these, and the runs start from the results.
@@ -15,8 +16,8 @@ import triton
 import triton.language as tl
 
 from gdn.core.portable_math import int64
-from gdn.ops.delta_rule.portable_prepare import C, load_gate, load_last, load_rows, load_rows_again
-from gdn.ops.delta_rule.portable_scan import add_dot, document_bounds, program_place, run_bounds
+from gdn.ops.delta_rule.portable_prepare import GATES, C, load_gate, load_last, load_rows, load_rows_again
+from gdn.ops.delta_rule.portable_scan import add_dot, document_bounds, dot, program_place, run_bounds
 
 
 @triton.jit
@@ -149,16 +150,23 @@ def states_kernel(
             y_rows = load_rows(y, token + inside, length - inside, y_stride, first, V, BV)
             if not SUMMARY:
                 store_block(states + tile * (K * V), state, first, K, V, BK, BV)
+            SCALED: tl.constexpr = BACKWARD and not CHANNEL and x_rows.dtype == tl.float16
             if not CHANNEL:
                 if BACKWARD:
                     weight = load_gate(gates, tile, 1) * scale
                 else:
                     weight = load_gate(gates, tile, 3)
+                if SCALED:
+                    common = tl.load(gates + tile * (GATES * C) + C)
+                    weight /= common
                 y_rows = (y_rows.to(tl.float32) * weight[:, None]).to(x_rows.dtype)
             keep = load_kept(gates, last, chunk, hv, HV, GROUP, K, BK, CHANNEL)
             if SUMMARY:
                 kept *= keep
-            state = add_dot(state * keep[:, None], tl.trans(x_rows), y_rows, WIDE)
+            if SCALED:
+                state = state * keep[:, None] + dot(tl.trans(x_rows), y_rows, WIDE) * common
+            else:
+                state = add_dot(state * keep[:, None], tl.trans(x_rows), y_rows, WIDE)
         if SUMMARY:
             at = int64(index) * HV + hv
             store_block(added + at * (K * V), tl.where(leaves, state, 0.0), first, K, V, BK, BV)
