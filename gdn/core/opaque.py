@@ -154,9 +154,9 @@ class InPlace:
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        device = _first_tensor(args).device.type
-        if not torch.is_autocast_enabled(device):
+        if not torch._C._is_any_autocast_enabled():
             return function(*args)
+        device = _first_tensor(args).device.type
         with torch.autocast(device, enabled=False):
             return function(*args)
 

@@ -49,14 +49,15 @@ def launch(
 def _launch(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: int, warps: int, stages: int, registers: int | None, key: Any
 ) -> Any:
-    name = (kernel.fn, device, warps, stages, registers, *_kinds(kernel, args)) if key is None else (kernel.fn, device, warps, key)
+    kinds, plain = _kinds(kernel, args) if key is None else ((key,), args)
+    name = (kernel.fn, device, warps, stages, registers, *kinds)
     compiled = _COMPILED.get(name)
     if compiled is None:
         compiled = _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages, maxnreg=registers)
         return compiled
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *plain)
     return compiled
 
 
@@ -68,17 +69,27 @@ def integer_kind(n: int) -> int:
     return 1 if n == 1 else 16 if n % 16 == 0 else 0
 
 
-def _kinds(kernel: Any, args: tuple[Any, ...]) -> list[Any]:
+def _kinds(kernel: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+    """What the code depends on in each argument, and the arguments with addresses for tensors, which Triton's launcher would ask each one for.
+
+    Triton specialises on types, and on whether a pointer or an integer is a multiple of 16 or the integer is 1.
+    """
     constants = _CONSTANTS.get(kernel.fn)
     if constants is None:
         constants = _CONSTANTS[kernel.fn] = tuple(parameter.is_constexpr for parameter in kernel.params)
-    return [a if constant else _kind(a) for a, constant in zip(args, constants, strict=True)]
-
-
-def _kind(argument: Any) -> Any:
-    """What Triton specialises on: the type, and whether a pointer or an integer is a multiple of 16 or the integer is 1."""
-    if isinstance(argument, Tensor):
-        return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
-    if isinstance(argument, int):
-        return (integer_kind(argument), argument > _LARGEST_INT32)
-    return None if argument is None else type(argument)
+    if len(args) != len(constants):
+        raise TypeError(f"{kernel.fn.__name__}: expected {len(constants)} arguments, got {len(args)}")
+    kinds: list[Any] = []
+    plain = list(args)
+    for i, constant in enumerate(constants):
+        argument = args[i]
+        if constant or argument is None:
+            kinds.append(argument)
+        elif isinstance(argument, Tensor):
+            plain[i] = address = argument.data_ptr()
+            kinds.append(argument.dtype if address % 16 == 0 else (argument.dtype,))
+        elif isinstance(argument, int):
+            kinds.append(integer_kind(argument) if argument <= _LARGEST_INT32 else (integer_kind(argument),))
+        else:
+            kinds.append(type(argument))
+    return kinds, plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +43,8 @@ def token_rows(x: Tensor) -> Tensor:
 def dense(x: Tensor) -> Tensor:
     """Like `aligned`, with the strides that follow from the shape: a contiguous x of one token may have any stride over tokens."""
     return aligned(x).view(-1).view(x.shape)
+
+
+def fresh(x: Tensor) -> Tensor:
+    """Uninitialised, dense, of the shape, dtype and device of x. Half of what `torch.empty` takes to read these."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from gdn.core.portable_launch import _kind, integer_kind
+from gdn.core.portable_launch import _kinds, integer_kind
 from gdn.core.portable_rows import token_rows
+
+
+class Kernel:
+    """Stands for a kernel whose parameters are constants of the code or not."""
+
+    def __init__(self, *constant: bool) -> None:
+        self.params = [SimpleNamespace(is_constexpr=each) for each in constant]
+        self.fn = lambda: None
+
+
+def kinds(argument: Any, constant: bool = False) -> Any:
+    return tuple(_kinds(Kernel(constant), (argument,))[0])
 
 
 def test_kinds_of_integers_have_different_keys() -> None:
     """One is compiled in as a constant, so its code must serve no multiple of 16; as a key, `True` would be 1."""
     assert len({integer_kind(n) for n in (1, 16, 17)}) == 3
     assert integer_kind(16) == integer_kind(0) == integer_kind(64)
-    assert len({_kind(n) for n in (1, 16, 17, 2**32 + 1, 2**32)}) == 5
+    assert len({kinds(n) for n in (1, 16, 17, 2**32 + 1, 2**32)}) == 5
+    assert kinds(17, constant=True) != kinds(18, constant=True)
 
 
-def test_short_and_long_rows_do_not_share_code() -> None:
-    from gdn.ops.delta_rule.portable import plan
+def test_kinds_of_tensors_are_their_dtype_and_whether_they_are_aligned() -> None:
+    x = torch.zeros(64)
+    assert kinds(x) == kinds(x[4:]) == kinds(torch.ones(3, 5))
+    assert len({kinds(each) for each in (x, x[1:], x.half(), x.half()[1:], None)}) == 5
+    assert kinds(0.5) == kinds(2.0) != kinds(2)
 
-    short, long = (plan(1, n, 1, n // 64, 512, 512, 64, 64, False, False, 132) for n in (64, 1024))
-    assert short.S == long.S and short.code != long.code
+
+def test_compiled_kernels_get_addresses() -> None:
+    x = torch.zeros(64)
+    args = (x, None, 3, x[1:], 0.5, 7)
+    assert _kinds(Kernel(False, False, False, False, False, True), args)[1] == [x.data_ptr(), None, 3, x.data_ptr() + 4, 0.5, 7]
+
+
+def test_a_wrong_number_of_arguments_is_named() -> None:
+    with pytest.raises(TypeError, match="expected 2 arguments, got 3"):
+        _kinds(Kernel(False, False), (1, 2, 3))
 
 
 def test_rows_of_one_token_have_the_stride_of_a_token() -> None:

@@ -89,7 +89,8 @@ def test_later_runs_hand_over_addresses(launched: tuple[list[Any], list[Any]]) -
     for _ in range(3):
         x, space = torch.zeros(4), workspace.allocate(torch.empty(0))
         hidden = space.data_ptr() + 256
-        first.clear(), later.clear()
+        first.clear()
+        later.clear()
         schedule.run({"x": x, "absent": None}, (workspace, space))
         done = later or [tuple(0 if n == 4 and a is None else a for n, a in enumerate(call)) for call in first]
         assert done == [("fn", 3, x.data_ptr(), hidden, 0, 7, 16, 2), ("fn", 5, hidden, x.data_ptr(), 2, 8)]

@@ -24,7 +24,7 @@ from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
 from gdn.core.portable_launch import launch
 from gdn.core.portable_math import int64, sigmoid
-from gdn.core.portable_rows import aligned, power_of_two, token_rows
+from gdn.core.portable_rows import aligned, fresh, power_of_two, token_rows
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -501,7 +501,7 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     assert do is not None
     do = aligned(do)
     call = _Call.of(q, k, v, slopes, window, scale)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (fresh(x) for x in (q, k, v))
     use = call.launch_of("keys")
     blocks = -(-k.shape[1] // use.keys)
     launch(

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from gdn.core.opaque import Tensors
 from gdn.core.packing import CHUNK, Packing
+from gdn.core.portable_rows import fresh
 from gdn.ops.delta_channel.portable_grad import gradient_kernel, pairs_kernel
 from gdn.ops.delta_channel.portable_scan import backward_kernel, output_kernel, states_kernel
 from gdn.ops.delta_channel.portable_solve import solve_kernel
@@ -94,7 +95,7 @@ def _backward(call: Call, kept: Tensors, do: Tensor, d_final: Tensor | None, d_i
     scan, back = use["scan"], use["backward"]
     programs = p.HV * p.documents
     states, d_states = (torch.empty((p.chunks, p.HV, p.V, p.K), dtype=v.dtype, device=v.device) for _ in range(2))
-    errors, dv = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
+    errors, dv = (fresh(v) for _ in range(2))
     scan(
         states_kernel, (call.key, initial is None), -(-p.V // scan.block) * programs, x.met, x.written, x.last, v, beta, phi, states, errors, initial,
         bounds[0], bounds[2], p.length, p.per_row, v.stride(1), p.HV, p.K, p.V, p.BK, scan.block, p.packed, p.wide, scan.stages,
@@ -115,7 +116,7 @@ def _backward(call: Call, kept: Tensors, do: Tensor, d_final: Tensor | None, d_i
     )  # fmt: skip
     group = p.HV // q.shape[2]
     dq, dk = (torch.empty(g.shape, dtype=q.dtype if group == 1 else torch.float32, device=g.device) for _ in range(2))
-    dg = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    dg = fresh(g)
     grad = use["gradient"]
     grad(
         gradient_kernel, call.key, -(-p.K // grad.block) * p.HV * p.chunks, q, k, g, sums, beta, last, do, errors, dv, states, d_states, d_scores, d_pairs,

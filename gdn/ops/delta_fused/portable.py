@@ -18,7 +18,7 @@ from gdn.core.opaque import Opaque
 from gdn.core.packing import Packing
 from gdn.core.portable_launch import launch
 from gdn.core.portable_math import int64, sigmoid
-from gdn.core.portable_rows import power_of_two, rows
+from gdn.core.portable_rows import fresh, power_of_two, rows
 from gdn.ops.delta_fused import GateParameters
 from gdn.ops.delta_rule import gated_delta_rule
 from gdn.ops.gates.portable import BLOCK, decay, decay_gradients, parts_of
@@ -160,7 +160,7 @@ def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[
     q, k, a, b, A_log, dt_bias, top = args
     q_inverse, k_inverse = saved
     slopes = [_dense(slope, like) for slope, like in zip(grads, (q, k, a, b), strict=True)]
-    dq, dk, da, db = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, a, b))
+    dq, dk, da, db = (fresh(x) for x in (q, k, a, b))
     D, count, BD, BR, tiles = _sizes(q)
     tokens, BH, BT, each, parts = parts_of(a.shape[0] * a.shape[1], a.shape[2])
     partial = torch.empty((2, parts, a.shape[2]), dtype=torch.float32, device=a.device)

@@ -42,6 +42,7 @@ from gdn.core import device as hardware
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import CHUNK, Packing
 from gdn.core.portable_rows import aligned as _aligned
+from gdn.core.portable_rows import fresh
 from gdn.core.portable_rows import token_rows as _rows
 from gdn.core.portable_schedule import Schedule
 from gdn.core.portable_workspace import Buffers, Workspace
@@ -272,7 +273,7 @@ def _forward(
     g, beta = _aligned(g), _aligned(beta)
     initial = None if initial_state is None else _aligned(initial_state)
     schedule, workspace, more = p.prepared(_schedule_forward, _kind(q, k, v, g, beta, scale, initial, keep))
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    o = fresh(v)
     final = torch.empty((p.documents, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
     kept = workspace.allocate(q)
     if p.chunks == 0:
@@ -290,8 +291,8 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     q, k, v, g = _rows(q), _rows(k), _rows(v), _aligned(g)
     do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else _aligned(do)
     d_final = None if d_final is None else _aligned(d_final)
-    dq, dk, dv, dbeta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta))
-    d_initial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    dq, dk, dv, dbeta = (fresh(x) for x in (q, k, v, beta))
+    d_initial = None if initial_state is None else fresh(initial_state)
     if p.chunks == 0:
         if d_initial is not None:
             d_initial = d_initial.zero_() if d_final is None else d_final

@@ -14,7 +14,7 @@ from torch import Tensor
 from gdn.core.opaque import Opaque
 from gdn.core.portable_launch import launch
 from gdn.core.portable_math import exp, int64, sigmoid, softplus
-from gdn.core.portable_rows import power_of_two
+from gdn.core.portable_rows import fresh, power_of_two
 
 BLOCK = 1024
 """Numbers of a program."""
@@ -111,7 +111,7 @@ def _decay_backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Seq
     (dg,) = grads
     assert dg is not None
     HV = a.shape[2]
-    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    da = fresh(a)
     tokens, BH, BT, each, parts = parts_of(a.shape[0] * a.shape[1], HV)
     partial = torch.empty((2, parts, HV), dtype=torch.float32, device=a.device)
     launch(
@@ -144,7 +144,7 @@ def _write_backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Seq
     b, top = args
     (dbeta,) = grads
     assert dbeta is not None
-    db = torch.empty(b.shape, dtype=b.dtype, device=b.device)
+    db = fresh(b)
     launch(write_backward_kernel, (-(-b.numel() // BLOCK),), b.contiguous(), dbeta.contiguous(), db, top, b.numel(), BLOCK)
     return [db]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gdn.core.opaque import Tensors
 from gdn.core.packing import CHUNK, Packing
+from gdn.core.portable_rows import fresh
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
 from gdn.ops.delta_rule.portable_prepare import gates_kernel
 from gdn.ops.linear_recurrence.portable_heads import gradient_kernel, output_kernel
@@ -46,7 +47,7 @@ def _backward(call: Call, kept: Tensors, do: Tensor, d_final: Tensor | None, d_i
     d_states = walk_back(call, q, do, gates, None, d_final, entering, d_initial)
     dtype = q.dtype if p.parts == 1 else torch.float32
     dq, dk = (torch.empty((p.parts, *q.shape), dtype=dtype, device=q.device) for _ in range(2))
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dv = fresh(v)
     dg = torch.empty((2, *g.shape), dtype=torch.float32, device=g.device)
     use = p.launches["gradient"]
     use(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gdn.core.opaque import Tensors
 from gdn.core.packing import CHUNK, Packing
+from gdn.core.portable_rows import fresh
 from gdn.ops.linear_recurrence.portable_channels import (
     between_kernel,
     channel_gradient_kernel,
@@ -47,7 +48,7 @@ def _backward(call: Call, kept: Tensors, do: Tensor, d_final: Tensor | None, d_i
     read, written, last, scores = channels(call, q, k, sums)
     states = walk_states(call, written, v, None, last, call.initial, entering, None, backward=False)
     d_states = walk_back(call, cast(Tensor, read), do, None, last, d_final, entering, d_initial)
-    dq, dk, dv, dg = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g))
+    dq, dk, dv, dg = (fresh(x) for x in (q, k, v, g))
     other_gradient(call, written, cast(Tensor, scores), do, d_states, dv, turned=True)
     channel_gradient(call, (q, k, do, v), sums, states, d_states, (dq, dk, dg))
     return dq, dk, dv, dg, None
@@ -63,7 +64,7 @@ def exponent_sums(p: Plan, like: Tensor) -> Tensor:
 def channels(call: Call, x: Tensor | None, y: Tensor, sums: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """x and y times their decays, the decay over each chunk, and the scores; without x those of y alone."""
     p = call.p
-    read, written = (None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, y))
+    read, written = (None if t is None else fresh(t) for t in (x, y))
     last = torch.empty((p.chunks, p.H, p.K), dtype=torch.float32, device=y.device)
     scores = None if x is None else torch.empty((p.chunks, p.H, CHUNK, CHUNK), dtype=y.dtype, device=y.device)
     use = p.launches["channels"]

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from gdn.core.opaque import Tensors
 from gdn.core.packing import Packing
+from gdn.core.portable_rows import fresh
 from gdn.ops.linear_recurrence.portable_channels import channel_read_kernel
 from gdn.ops.linear_recurrence.portable_gated import channel_gradient, channels, exponent_sums, other_gradient, segments_alone
 from gdn.ops.linear_recurrence.portable_plan import Plan, plan_of
@@ -43,7 +43,7 @@ def _backward(call: Call, kept: Tensors, do: Tensor, d_final: Tensor | None, d_i
     read, scores = cast(Tensor, x), cast(Tensor, A)
     states = walk_states(call, written, k, None, last, call.initial, entering, None, backward=False)
     d_states = walk_back(call, read, q, None, last, d_final, entering, d_initial)
-    dq, dk, dv, dg = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g))
+    dq, dk, dv, dg = (fresh(x) for x in (q, k, v, g))
     other_gradient(call, read, scores, k, states, dq, turned=False)
     other_gradient(call, written, scores, q, d_states, dk, turned=True)
     channel_gradient(call, (do, v, q, k), sums, states, d_states, (None, dv, dg))

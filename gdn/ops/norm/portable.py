@@ -18,7 +18,7 @@ from torch import Tensor
 from gdn.core.opaque import Opaque
 from gdn.core.portable_launch import launch
 from gdn.core.portable_math import int64, sigmoid
-from gdn.core.portable_rows import power_of_two, rows
+from gdn.core.portable_rows import fresh, power_of_two, rows
 
 PARTS = 1024
 """Most programs of a backward pass that sums a gradient over rows."""
@@ -46,7 +46,8 @@ def norm_kernel(
     valid = (r < count)[:, None] & (c < D)[None, :]
     value = tl.load(x + vectors(r, x_group, x_outer, x_inner, c), mask=valid, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / DIVISOR + eps)
-    tl.store(inverse + r, scale, mask=r < count)
+    if inverse is not None:
+        tl.store(inverse + r, scale, mask=r < count)
     out = value * scale[:, None]
     if weight is not None:
         out *= tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
@@ -103,16 +104,18 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     return _GATED_RMS_NORM(x, gate, weight, eps)[0]
 
 
-def _run(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, divisor: int) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inverse = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    D, count = x.shape[-1], inverse.numel()
+def _run(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, divisor: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """y, and for the backward pass the inverse of each vector's length or root mean square."""
+    y, inverse = fresh(x), _empty_inverse(x, keep)
+    D = x.shape[-1]
+    count = x.numel() // D
     BD, BR, warps = _sizes(D, TILE)
     x, *layout = rows(x)
     gate, *gate_layout = (None, 1, 1, 1) if gate is None else rows(gate)
     weight = None if weight is None else weight.contiguous()
     launch(
-        norm_kernel, (-(-count // BR),), x, gate, weight, y, inverse, eps, count, *layout, *gate_layout, divisor, D, BD, BR, warps=warps
+        norm_kernel, (-(-count // BR),), x, gate, weight, y, inverse if keep else None, eps, count, *layout, *gate_layout, divisor, D, BD, BR,
+        warps=warps,
     )  # fmt: skip
     return y, inverse
 
@@ -121,8 +124,8 @@ def _run_backward(
     x: Tensor, gate: Tensor | None, weight: Tensor | None, inverse: Tensor, dy: Tensor, divisor: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, gate and weight."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+    dx = fresh(x)
+    dgate = None if gate is None else fresh(gate)
     D, count = x.shape[-1], inverse.numel()
     BD, BR, warps = _sizes(D, TILE if weight is None else TILE // 2)
     blocks = -(-count // BR)
@@ -144,16 +147,16 @@ def _sizes(D: int, tile: int) -> tuple[int, int, int]:
     return BD, max(1, tile // BD), min(16, max(4, BD // 1024 if tile == TILE else BD // 512))
 
 
-def _fake_inverse(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+def _empty_inverse(x: Tensor, keep: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1) if keep else (0,), dtype=torch.float32)
 
 
 def _l2norm(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return _run(x, None, None, eps, 1)
+    return _run(x, None, None, eps, 1, keep)
 
 
 def _l2norm_fake(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _fake_inverse(x)
+    return x.new_empty(x.shape), _empty_inverse(x, keep)
 
 
 def _l2norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
@@ -162,11 +165,11 @@ def _l2norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return _run(x, None, weight, eps, x.shape[-1])
+    return _run(x, None, weight, eps, x.shape[-1], keep)
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _fake_inverse(x)
+    return x.new_empty(x.shape), _empty_inverse(x, keep)
 
 
 def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor | None]:
@@ -177,11 +180,11 @@ def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> lis
 
 
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return _run(x, gate, weight, eps, x.shape[-1])
+    return _run(x, gate, weight, eps, x.shape[-1], keep)
 
 
 def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _fake_inverse(x)
+    return x.new_empty(x.shape), _empty_inverse(x, keep)
 
 
 def _gated_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor | None]:

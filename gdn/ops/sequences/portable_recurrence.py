@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
-from gdn.core.portable_rows import aligned, dense, token_rows
+from gdn.core.portable_rows import aligned, dense, fresh, token_rows
 from gdn.ops.sequences.portable import Bounds, bounds_of
 
 
@@ -142,7 +142,7 @@ class Recurrence:
         return Call(p, key, q, k, v, g, beta, initial, bounds, scale)
 
     def _buffers(self, p: Any, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        o = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        o = fresh(like)
         final = torch.empty((p.documents, p.HV, p.K, p.V), dtype=torch.float32, device=like.device)
         return o, final, *self.kept(p, like)
 
@@ -160,4 +160,15 @@ class Recurrence:
         scale: float,
         keep: bool,
     ) -> Tensors:
-        return self._buffers(self.plan(q, k, v, cu_seqlens, chunk_table), v)
+        tensors = (q, k, v, *(x for x in (cu_seqlens, chunk_table) if x is not None))
+        if all(isinstance(size, int) for x in tensors for size in x.shape):
+            return self._buffers(self.plan(q, k, v, cu_seqlens, chunk_table), v)
+        q, k, like = (x.new_empty((1, 1, *x.shape[2:])) for x in (q, k, v))
+        _, final, *kept = self._buffers(self.plan(q, k, like, None, None), like)
+        documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return v.new_empty(v.shape), _longer(final, documents), *(_longer(x, torch.library.get_ctx().new_dynamic_size()) for x in kept)
+
+
+def _longer(x: Tensor, size: Any) -> Tensor:
+    """Like x, of another size along the first dimension. How many pieces a plan cuts a sequence into is a symbol of its own where its length is one."""
+    return x.new_empty((size, *x.shape[1:]))
