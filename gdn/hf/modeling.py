@@ -31,7 +31,7 @@ class GdnPreTrainedModel(PreTrainedModel):
     base_model_prefix = "lm"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = (*FLOAT32, "memories")  # type: ignore[assignment]
+    _keep_in_fp32_modules_strict = FLOAT32  # type: ignore[assignment]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = False  # transformers' word for states that cannot go back: these can
 
