@@ -174,6 +174,11 @@ def test_norm(norm: Callable[..., Any], problem: norms.Problem, dtype: torch.dty
     as_good_as_the_reference(norm, "portable", arguments)
 
 
+@cases(norms.PROBLEMS[0])
+def test_norm_with_a_gate_through_a_sigmoid(problem: norms.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    as_good_as_the_reference(gated_rms_norm, "portable", {**build(problem, dtype), "activation": "sigmoid"})
+
+
 @every_norm
 def test_norm_of_views_and_of_mixed_types(norm: Callable[..., Any], as_good_as_the_reference: Check) -> None:
     arguments = {name: value for name, value in build(norms.PROBLEMS[0], torch.float32).items() if name in NORMS[norm]}

@@ -104,7 +104,8 @@ def main() -> None:
     x = arguments_of(Norm(name="", shape=(7, 24)).build(dtype=dtype))
     train(rows[norm].l2norm(x["x"], 1e-6), x)
     train(rows[norm].rms_norm(x["x"], x["weight"], 1e-6), x)
-    train(rows[norm].gated_rms_norm(**x, eps=1e-6), x)
+    for silu in (True, False):
+        train(rows[norm].gated_rms_norm(**x, eps=1e-6, silu=silu), x)
     x = arguments_of(Gate(name="", T=5, HV=3).build_decay(dtype=dtype))
     train(rows[gates].decay_gate(**x), x)
     x = arguments_of(Gate(name="", T=5, HV=3).build_write(dtype=dtype))
