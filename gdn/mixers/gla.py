@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gdn.core.checks import accumulate_dtype
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, ShortConv
+from gdn.nn.decay import log_sigmoid
 from gdn.nn.memory import PER_KEY, in_place
 from gdn.nn.widths import head_multiple
 
@@ -107,7 +107,7 @@ class GLA(Mixer):
         if state is not None and packing is not None:
             raise ArgumentError("state: cannot be given together with packing; the documents of a packed batch begin empty")
         qkv, decay = self.qkv_proj(x), self.decay_proj(x)
-        g = F.logsigmoid(decay.to(accumulate_dtype(decay.dtype))) / self.config.gate_normaliser
+        g = log_sigmoid(decay, over=self.config.gate_normaliser)
         if mask is not None:  # padding must write nothing (zero keys) and forget nothing
             hidden = ~mask.unsqueeze(-1)
             qkv, g = qkv.masked_fill(hidden, 0), g.masked_fill(hidden, 0)

@@ -22,6 +22,7 @@ from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import RMSNorm
+from gdn.nn.decay import log_sigmoid
 from gdn.nn.memory import PER_KEY, PER_VALUE
 from gdn.nn.widths import head_multiple
 
@@ -104,8 +105,7 @@ class GSA(Mixer):
     ) -> tuple[Tensor, MixerState | None]:
         if state is not None and packing is not None:
             raise ArgumentError("state: cannot be given together with packing; the documents of a packed batch begin empty")
-        f = self.f_proj(x)
-        g = F.logsigmoid(f.to(accumulate_dtype(f.dtype))) / self.config.gate_normaliser
+        g = log_sigmoid(self.f_proj(x), over=self.config.gate_normaliser)
         if mask is not None:  # padding must forget nothing, and so writes nothing: s = 1 - exp(0)
             g = g.masked_fill(~mask.unsqueeze(-1), 0)
         q, k, v, g = (t.unflatten(-1, (self.config.heads, -1)) for t in (*self._activated(x), g))

@@ -24,7 +24,9 @@ from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import RMSNorm
+from gdn.nn.decay import log_sigmoid
 from gdn.nn.memory import PER_KEY
+from gdn.ops import write_gate
 
 
 class HGRN2(Mixer):
@@ -107,10 +109,10 @@ class HGRN2(Mixer):
 
     def _gates(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """The log decay and the keys, `[B, T, width]`, from the projection to the forget gate."""
-        wide = f.to(accumulate_dtype(f.dtype))
         bound = self.lower_bounds()
         if bound is None:
-            return F.logsigmoid(wide), torch.sigmoid(-wide).to(f.dtype)
+            return log_sigmoid(f), write_gate(-f).to(f.dtype)
+        wide = f.to(accumulate_dtype(f.dtype))
         g = torch.logaddexp(bound.log(), torch.log1p(-bound) + F.logsigmoid(wide))
         return g.clamp(max=0), ((1 - bound) * torch.sigmoid(-wide)).to(f.dtype)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
-from gdn.nn import RMSNorm, ShortConv
+from gdn.nn import GatedRMSNorm, ShortConv
 from gdn.nn.decay import draw_rate, draw_time_step
 from gdn.ops import channel_delta_rule, channel_delta_step, decay_gate, l2norm, write_gate
 
@@ -128,7 +128,7 @@ class KimiDelta(Mixer):
         self.A_log = nn.Parameter(torch.empty(hv, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(config.decay_width, dtype=torch.float32))
         self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True  # type: ignore[attr-defined]
-        self.o_norm = RMSNorm(config.value_dim, config.norm_eps)
+        self.o_norm = GatedRMSNorm(config.value_dim, config.norm_eps, "sigmoid")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -171,8 +171,8 @@ class KimiDelta(Mixer):
             start = None if state is None else state["memory"]
             o, updates["memory"] = channel_delta_rule(*self._split(qkv), g, beta, initial_state=start, packing=packing)
             state = None if state is None else state.update(**updates)
-        gate = torch.sigmoid(self.g_b_proj(self.g_a_proj(x)))
-        return self.o_proj(self.o_norm(o).flatten(2) * gate), state
+        gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, o.shape[2:])
+        return self.o_proj(self.o_norm(o, gate).flatten(2)), state
 
     def _gates(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """g `[B, T, HV, K]` and beta `[B, T, HV]`; padding forgets nothing and writes nothing."""

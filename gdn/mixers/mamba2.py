@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdn.core.checks import accumulate_dtype
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import RMSNorm, ShortConv
 from gdn.nn.decay import draw_rate, draw_time_step
 from gdn.nn.memory import PER_HEAD, in_place
-from gdn.ops import rms_norm
+from gdn.ops import scale_heads, skip_gated_rms_norm
 
 LINEAR = 40.0
 """softplus(z) = z above this, as in `gdn.ops.decay_gate`."""
@@ -140,24 +141,18 @@ class Mamba2(Mixer):
             xbc = self.conv.step(xbc, state["conv"])
         else:
             xbc, after["conv"] = self.conv(xbc, state=None if state is None else state["conv"], packing=packing)
-        y, memory = self._scan(xbc, dt, None if state is None else state["memory"], packing)
+        y, skipped, memory = self._scan(xbc, dt, None if state is None else state["memory"], packing)
         if state is not None and memory is not None:
             state = state.update(memory=memory, **after)
-        return self.out_proj(self._norm(y.flatten(2) * F.silu(z))), state
+        groups, eps = self.config.groups, self.norm.eps
+        return self.out_proj(skip_gated_rms_norm(y, skipped, self.D, z, self.norm.weight, groups=groups, eps=eps)), state
 
-    def _scan(self, xbc: Tensor, dt: Tensor, memory: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor | None]:
-        """y `[B, T, heads, P]` and the memory after the last token."""
+    def _scan(self, xbc: Tensor, dt: Tensor, memory: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the memory gives and x, which skips it, both `[B, T, heads, P]`; the memory after the last token."""
         c = self.config
         x, b, c_ = xbc.split((self.inner, c.groups * c.state_dim, c.groups * c.state_dim), dim=-1)
         x, b, c_ = x.unflatten(-1, (self.heads, -1)), b.unflatten(-1, (c.groups, -1)), c_.unflatten(-1, (c.groups, -1))
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias, threshold=LINEAR)
-        written = (x * dt.unsqueeze(-1)).to(x.dtype)
+        written = scale_heads(x, dt.to(accumulate_dtype(x.dtype)))
         y, memory = PER_HEAD(c_, b, written, -self.A_log.exp() * dt, scale=1.0, state=memory, packing=packing)
-        return y + self.D.unsqueeze(-1) * x, memory
-
-    def _norm(self, y: Tensor) -> Tensor:
-        """RMS norm of each group's channels."""
-        if self.config.groups == 1:
-            return self.norm(y)
-        parts = y.unflatten(-1, (self.config.groups, -1))
-        return rms_norm(parts, torch.ones_like(parts[(0,) * (parts.ndim - 1)]), eps=self.norm.eps).flatten(-2) * self.norm.weight
+        return y, x, memory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +31,11 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """`rms_norm(x) * silu(gate)`: norm first, then gate, as in Gated DeltaNet. Mamba2 gates first and norms after."""
+    """`rms_norm(x) * silu(gate)`, or `sigmoid(gate)`: norm first, then gate, as in Gated DeltaNet. Mamba2 gates first and norms after."""
+
+    def __init__(self, width: int, eps: float = 1e-5, activation: Literal["silu", "sigmoid"] = "silu") -> None:
+        super().__init__(width, eps)
+        self.activation: Literal["silu", "sigmoid"] = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        return gated_rms_norm(x, gate, self.weight, eps=self.eps)
+        return gated_rms_norm(x, gate, self.weight, activation=self.activation, eps=self.eps)

@@ -20,6 +20,8 @@ _WHERE = {
     "rms_norm": "norm",
     "gated_rms_norm": "norm",
     "rotary_embedding": "rotary",
+    "scale_heads": "state_space",
+    "skip_gated_rms_norm": "state_space",
     "decay_gate": "gates",
     "write_gate": "gates",
     "linear_cross_entropy": "loss",

@@ -320,6 +320,11 @@ def _rotary(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Argu
     return {"x": random(2, 50, 3, 20), "cos": angles.cos(), "sin": angles.sin()}
 
 
+def _scale_heads(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    random = _random(device, dtype, wide)
+    return {"x": random(2, 50, 4, 16), "factor": random(2, 50, 4, precise=True)}
+
+
 def _attention(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
     random = _random(device, dtype, wide)
     packing = Packing.from_lengths([83, 67], device=device)
@@ -354,6 +359,8 @@ EXAMPLES: dict[str, Callable[[torch.device, torch.dtype, torch.dtype], Arguments
     "decay_gate": _simple(a=(2, 50, 4), A_log=(4,), dt_bias=(4,)),
     "write_gate": _simple(b=(2, 50, 4)),
     "rotary_embedding": _rotary,
+    "scale_heads": _scale_heads,
+    "skip_gated_rms_norm": _simple(y=(2, 50, 4, 16), x=(2, 50, 4, 16), D=(4,), gate=(2, 50, 64), weight=(64,)),
     "linear_cross_entropy": _loss,
     "causal_attention": _attention,
     "windowed_sigmoid_attention": _sigmoid_attention,

@@ -35,6 +35,11 @@ def test_matches_the_reference(
     as_good_as_the_reference(norm, "torch", arguments_of(norm, problem, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_gate_through_a_sigmoid_matches_the_reference(dtype: torch.dtype, as_good_as_the_reference: Callable[..., None]) -> None:
+    as_good_as_the_reference(gated_rms_norm, "torch", {**PROBLEMS[0].build(dtype=dtype), "activation": "sigmoid"})
+
+
 @norms
 def test_weights_and_gates_of_another_dtype(norm: Callable[..., Tensor], as_good_as_the_reference: Callable[..., None]) -> None:
     arguments = arguments_of(norm, PROBLEMS[0], torch.float32)
@@ -55,6 +60,8 @@ def test_matches_torch(impl: str) -> None:
         torch.testing.assert_close(l2norm(x, eps=1e-30), F.normalize(x, dim=-1))
         torch.testing.assert_close(rms_norm(x, weight, eps=1e-3), expected)
         torch.testing.assert_close(gated_rms_norm(x, gate, weight, eps=1e-3), expected * F.silu(gate))
+        through_sigmoid = gated_rms_norm(x, gate, weight, activation="sigmoid", eps=1e-3)
+        torch.testing.assert_close(through_sigmoid, expected * gate.sigmoid())
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -113,3 +120,9 @@ X, WEIGHT = torch.zeros(2, 5), torch.ones(5)
 def test_wrong_arguments_are_named(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         call()
+
+
+def test_another_activation_is_named() -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(ArgumentError, match='activation: expected "silu" or "sigmoid", got \'relu\''):
+        gated_rms_norm(x, x, x[0], activation="relu")  # type: ignore[arg-type]

@@ -68,19 +68,9 @@ def test_the_compiler_takes_every_kernel() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    packages = (
-        "attention",
-        "delta_channel",
-        "delta_fused",
-        "delta_step",
-        "gates",
-        "linear_recurrence",
-        "loss",
-        "norm",
-        "rotary",
-        "short_conv",
-    )
-    files = [file for package in (*packages, "short_conv") for file in (Path(ops.__path__[0]) / package).glob("portable*.py")]
+    packages = ("attention", "delta_channel", "delta_fused", "delta_step", "gates", "linear_recurrence", "loss", "norm", "rotary")
+    folders = [Path(ops.__path__[0]) / package for package in (*packages, "short_conv", "state_space")]
+    files = [file for folder in folders for file in folder.glob("portable*.py")]
     names = [(file, name) for file in files for name in re.findall(r"def (\w+_kernel)\(", file.read_text())]
     kernels = {f"gdn.ops.{file.parent.name}.{file.stem}.{name}" for file, name in names}
     assert set(done.stdout.split()) == kernels | {"gdn.ops.delta_rule.portable_prepare.gates_kernel"}
@@ -182,6 +172,11 @@ every_norm = pytest.mark.parametrize("norm", NORMS, ids=lambda f: f.__name__)
 def test_norm(norm: Callable[..., Any], problem: norms.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
     arguments = {name: value for name, value in build(problem, dtype).items() if name in NORMS[norm]}
     as_good_as_the_reference(norm, "portable", arguments)
+
+
+@cases(norms.PROBLEMS[0])
+def test_norm_with_a_gate_through_a_sigmoid(problem: norms.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    as_good_as_the_reference(gated_rms_norm, "portable", {**build(problem, dtype), "activation": "sigmoid"})
 
 
 @every_norm

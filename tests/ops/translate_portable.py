@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from gdn.ops import attention, delta_fused, delta_step, gates, loss, norm, rotary, short_conv
+from gdn.ops import attention, delta_fused, delta_step, gates, loss, norm, rotary, short_conv, state_space
 from gdn.ops.attention.problems import Problem as Attention
 from gdn.ops.delta_channel import problems as channels
 from gdn.ops.delta_channel.portable import channel_delta_rule
@@ -35,6 +35,7 @@ from gdn.ops.norm.problems import Problem as Norm
 from gdn.ops.rotary.problems import PROBLEMS as ROTARY
 from gdn.ops.sequences import portable as sequences
 from gdn.ops.short_conv.problems import Problem as Conv
+from gdn.ops.state_space.problems import PROBLEMS as STATE_SPACE
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 TARGET = GPUTarget("cuda", 80, 32)
@@ -80,7 +81,7 @@ def arguments_of(built: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     rows = {}
-    for package in (attention, delta_fused, delta_step, gates, loss, norm, rotary, short_conv):
+    for package in (attention, delta_fused, delta_step, gates, loss, norm, rotary, short_conv, state_space):
         module = importlib.import_module(f"{package.__name__}.portable")
         module.launch = translate
         rows[package] = module
@@ -103,7 +104,8 @@ def main() -> None:
     x = arguments_of(Norm(name="", shape=(7, 24)).build(dtype=dtype))
     train(rows[norm].l2norm(x["x"], 1e-6), x)
     train(rows[norm].rms_norm(x["x"], x["weight"], 1e-6), x)
-    train(rows[norm].gated_rms_norm(**x, eps=1e-6), x)
+    for silu in (True, False):
+        train(rows[norm].gated_rms_norm(**x, eps=1e-6, silu=silu), x)
     x = arguments_of(Gate(name="", T=5, HV=3).build_decay(dtype=dtype))
     train(rows[gates].decay_gate(**x), x)
     x = arguments_of(Gate(name="", T=5, HV=3).build_write(dtype=dtype))
@@ -111,6 +113,11 @@ def main() -> None:
     for turns in ROTARY[:2]:
         x = turns.build(dtype=dtype)
         train(rows[rotary].rotary_embedding(**x), x)
+    for parts in STATE_SPACE[:2]:
+        x = parts.build_scale(dtype=dtype)
+        train(rows[state_space].scale_heads(**x), x)
+        x = parts.build_norm(dtype=dtype)
+        train(rows[state_space].skip_gated_rms_norm(**x), x)
     for reduction in ("mean", "none"):
         x = arguments_of(Loss(name="", tokens=(9,), D=8, vocab=30).build(dtype=dtype))
         train(rows[loss].linear_cross_entropy(**x, ignore_index=-100, reduction=reduction), x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from gdn.core import checks
@@ -36,7 +38,7 @@ GATED_RMS_NORM = Op(
         Impl("reference", "gdn.ops.norm.reference:gated_rms_norm"),
     ),
 )
-"""Rows take `(x, gate, weight, eps)`."""
+"""Rows take `(x, gate, weight, eps, silu)`."""
 
 
 def l2norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -90,22 +92,27 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     return RMS_NORM.pick(x, D=x.shape[-1])(x, weight, eps)
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, *, activation: Literal["silu", "sigmoid"] = "silu", eps: float = 1e-5
+) -> Tensor:
     r"""Norm first, then gate, the output of Gated DeltaNet (arXiv 2412.06464):
 
         y = rms_norm(x, weight) * gate * sigmoid(gate)
+
+    or with "sigmoid" the output of Kimi Delta Attention (arXiv 2510.26692), without the factor `gate`.
 
     Args:
         x: `[..., D]`, any floating dtype.
         gate: the shape of x, any floating dtype.
         weight: `[D]`, any floating dtype.
+        activation: of the gate, "silu" or "sigmoid".
         eps: above 0.
 
     Returns:
         The shape and dtype of x; computed in float32 (float64 with float64 inputs). Differentiable with respect to x, gate and weight.
 
     Raises:
-        ArgumentError: a shape, dtype or device does not fit, or eps is not above 0.
+        ArgumentError: a shape, dtype or device does not fit, the activation is another one, or eps is not above 0.
 
     Example:
         The gate 100 is large, so that its sigmoid is 1.
@@ -115,7 +122,9 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-5
         tensor([100.,   0.])
     """
     _check(x, eps, weight=weight, gate=gate)
-    return GATED_RMS_NORM.pick(x, D=x.shape[-1])(x, gate, weight, eps)
+    if activation not in ("silu", "sigmoid"):
+        raise ArgumentError(f'activation: expected "silu" or "sigmoid", got {activation!r}')
+    return GATED_RMS_NORM.pick(x, D=x.shape[-1])(x, gate, weight, eps, activation == "silu")
 
 
 def _check(x: Tensor, eps: float, *, weight: Tensor | None = None, gate: Tensor | None = None) -> None:

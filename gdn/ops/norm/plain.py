@@ -26,9 +26,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMS_NORM(x, weight, eps)[0]
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool = True) -> Tensor:
     """See `gdn.ops.gated_rms_norm`."""
-    return _GATED_RMS_NORM(x, gate, weight, eps)[0]
+    return _GATED_RMS_NORM(x, gate, weight, eps, silu)[0]
 
 
 def _l2norm(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
@@ -66,25 +66,29 @@ def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> lis
     return list(_through_weighted_norm(dy.to(inverse.dtype), x, weight, inverse))
 
 
-def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
     wide = x.to(accumulate_dtype(x.dtype))
     inverse = _inverse_norm(wide, eps, x.shape[-1])
-    return _result((wide * inverse).mul_(weight).mul_(F.silu(gate.to(wide.dtype))), x), inverse
+    return _result((wide * inverse).mul_(weight).mul_(_activated(gate.to(wide.dtype), silu)), x), inverse
 
 
-def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _fake_inverse(x)
 
 
 def _gated_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
-    x, gate, weight, _ = args
+    x, gate, weight, _, silu = args
     (inverse,), (dy,) = saved, grads
     assert dy is not None
     dy, wide_gate = dy.to(inverse.dtype), gate.to(inverse.dtype)
-    dsilu = (x.to(inverse.dtype) * inverse).mul_(weight).mul_(dy)
-    dgate = torch.ops.aten.silu_backward(dsilu, wide_gate).to(gate.dtype)
-    dx, dweight = _through_weighted_norm(F.silu(wide_gate).mul_(dy), x, weight, inverse)
-    return [dx, dgate, dweight]
+    slope, open_ = (x.to(inverse.dtype) * inverse).mul_(weight).mul_(dy), _activated(wide_gate, silu)
+    dgate = torch.ops.aten.silu_backward(slope, wide_gate) if silu else torch.ops.aten.sigmoid_backward(slope, open_)
+    dx, dweight = _through_weighted_norm(open_.mul_(dy), x, weight, inverse)
+    return [dx, dgate.to(gate.dtype), dweight]
+
+
+def _activated(gate: Tensor, silu: bool) -> Tensor:
+    return F.silu(gate) if silu else torch.sigmoid(gate)
 
 
 def _inverse_norm(x: Tensor, eps: float, divisor: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The norms in Triton, any GPU from sm_80 on: one pass forward, one backward.
 
-All three are y = x r [weight] [silu(gate)] with r = 1 / sqrt(sum of x^2 / divisor + eps), so they share one kernel each way, in which absent
+All three are y = x r [weight] [silu(gate) or sigmoid(gate)] with r = 1 / sqrt(sum of x^2 / divisor + eps), so they share one kernel each way, in which absent
 arguments cost nothing. The backward keeps r. The gradient of the weight is summed by each of at most `PARTS` programs over its rows, then
 over the programs: no atomics, one order.
 """
@@ -38,7 +38,7 @@ def vectors(r, group, outer, inner, c):
 @triton.jit
 def norm_kernel(
     x, gate, weight, y, inverse, eps, count, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
-    DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """BR vectors. Grid [row blocks]."""
     r = int64(tl.program_id(0)) * BR + tl.arange(0, BR)
@@ -53,14 +53,14 @@ def norm_kernel(
         out *= tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
     if gate is not None:
         z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0).to(tl.float32)
-        out *= z * sigmoid(z)
+        out *= z * sigmoid(z) if SILU else sigmoid(z)
     tl.store(y + r[:, None] * D + c[None, :], out.to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def norm_backward_kernel(
     x, gate, weight, inverse, dy, dx, dgate, partial, count, each, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
-    DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """`each` blocks of BR vectors one after another. Grid [parts]."""
     part = int64(tl.program_id(0))
@@ -78,8 +78,9 @@ def norm_backward_kernel(
         if gate is not None:
             z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0).to(tl.float32)
             s = sigmoid(z)
-            tl.store(dgate + at, (slope * unit * w * s * (1.0 + z * (1.0 - s))).to(dgate.dtype.element_ty), mask=valid)
-            slope *= z * s
+            more = 1.0 + z * (1.0 - s) if SILU else 1.0 - s
+            tl.store(dgate + at, (slope * unit * w * s * more).to(dgate.dtype.element_ty), mask=valid)
+            slope *= z * s if SILU else s
         if weight is not None:
             total += slope * unit
             slope *= w
@@ -99,12 +100,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMS_NORM(x, weight, eps)[0]
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool = True) -> Tensor:
     """See `gdn.ops.gated_rms_norm`."""
-    return _GATED_RMS_NORM(x, gate, weight, eps)[0]
+    return _GATED_RMS_NORM(x, gate, weight, eps, silu)[0]
 
 
-def _run(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, divisor: int, keep: bool) -> tuple[Tensor, Tensor]:
+def _run(
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, divisor: int, keep: bool, silu: bool = True
+) -> tuple[Tensor, Tensor]:
     """y, and for the backward pass the inverse of each vector's length or root mean square."""
     y, inverse = fresh(x), _empty_inverse(x, keep)
     D = x.shape[-1]
@@ -115,13 +118,13 @@ def _run(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, divi
     weight = None if weight is None else weight.contiguous()
     launch(
         norm_kernel, (-(-count // BR),), x, gate, weight, y, inverse if keep else None, eps, count, *layout, *gate_layout, divisor, D, BD, BR,
-        warps=warps,
+        silu, warps=warps,
     )  # fmt: skip
     return y, inverse
 
 
 def _run_backward(
-    x: Tensor, gate: Tensor | None, weight: Tensor | None, inverse: Tensor, dy: Tensor, divisor: int
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, inverse: Tensor, dy: Tensor, divisor: int, silu: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, gate and weight."""
     dx = fresh(x)
@@ -136,7 +139,7 @@ def _run_backward(
     gate, *gate_layout = (None, 1, 1, 1) if gate is None else rows(gate)
     launch(
         norm_backward_kernel, (parts,), x, gate, None if weight is None else weight.contiguous(), inverse, dy.contiguous(), dx, dgate,
-        partial, count, each, *layout, *gate_layout, divisor, D, BD, BR, warps=warps,
+        partial, count, each, *layout, *gate_layout, divisor, D, BD, BR, silu, warps=warps,
     )  # fmt: skip
     return dx, dgate, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
 
@@ -179,18 +182,18 @@ def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> lis
     return [dx, dweight]
 
 
-def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return _run(x, gate, weight, eps, x.shape[-1], keep)
+def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    return _run(x, gate, weight, eps, x.shape[-1], keep, silu)
 
 
-def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
+def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _empty_inverse(x, keep)
 
 
 def _gated_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor | None]:
-    x, gate, weight, _ = args
+    x, gate, weight, _, silu = args
     assert grads[0] is not None
-    return list(_run_backward(x, gate, weight, saved[0], grads[0], x.shape[-1]))
+    return list(_run_backward(x, gate, weight, saved[0], grads[0], x.shape[-1], silu))
 
 
 _L2NORM = Opaque("gdn::l2norm_portable", _l2norm, _l2norm_backward, fake=_l2norm_fake, results=1, differentiable=("x",))

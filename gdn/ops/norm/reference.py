@@ -19,10 +19,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps).to(x.dtype)
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool = True) -> Tensor:
     """See `gdn.ops.gated_rms_norm`."""
     gate = gate.to(accumulate_dtype(x.dtype))
-    return (_rms_norm(x, weight, eps) * gate * torch.sigmoid(gate)).to(x.dtype)
+    y = _rms_norm(x, weight, eps) * torch.sigmoid(gate)
+    return (y * gate if silu else y).to(x.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
