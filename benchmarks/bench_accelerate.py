@@ -4,6 +4,9 @@ A random Qwen3.5 text model with the layers of the 0.8B one, fewer of them, and 
 of the work is that of the whole model. Stock and accelerated take turns within each round, on the same weights and tokens; figures are
 medians over the rounds, with the load of the machine beside them: on shared cores only the ratio means something. Processor seconds are
 of all threads of this process; waiting for others is not in them.
+
+The matrix products of the projections, the MLP and the head stay as they are. "limit" is what the speed-up would be if everything else took no
+time: stock's time over that of those products at the greatest rate that these cores reach in any of a few large products.
 """
 
 from __future__ import annotations
@@ -87,6 +90,33 @@ def decoder(model: Any, tokens: Tensor) -> Callable[[Any, Tensor, int], float]:
     return decode
 
 
+def peak_rate() -> float:
+    """The greatest rate of a product of large fp32 matrices, in operations a second."""
+    best = 0.0
+    for rows, inner, columns in ((1024, 1024, 2048), (2048, 2048, 2048), (7168, 1024, 1024), (1024, 3584, 1024)):
+        a, b, out = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
+        for _ in range(8):
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - start))
+    return best
+
+
+def products(model: Any, tokens: Tensor, work: Callable[[Any, Tensor, int], float]) -> dict[str, float]:
+    """The matrix products of weights in one call: their operations, their time in it, and the greatest rate of such products here."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        work(model, tokens, 0)
+    events = [e for e in seen.key_averages(group_by_input_shape=True) if e.key == "aten::mm"]
+    operations = sum(2.0 * e.count * e.input_shapes[0][0] * e.input_shapes[0][1] * e.input_shapes[1][1] for e in events)
+    return {
+        "products_s": sum(e.self_cpu_time_total for e in events) / 1e6,
+        "products_gflop": operations / 1e9,
+        "peak_gflop_per_s": peak_rate() / 1e9,
+    }
+
+
 def measure(model: Any, tokens: Tensor, work: str, rounds: int, steps: int) -> dict[str, Any]:
     wall: dict[str, list[float]] = {"stock": [], "gdn": []}
     busy: dict[str, list[float]] = {"stock": [], "gdn": []}
@@ -114,6 +144,10 @@ def measure(model: Any, tokens: Tensor, work: str, rounds: int, steps: int) -> d
     row["loss_difference" if work != "decode" else "logits_difference"] = abs(values["gdn"] - values["stock"]) / abs(values["stock"])
     if work == "train":
         row["gradient_norm_difference"] = abs(gradients["gdn"] - gradients["stock"]) / gradients["stock"]
+    if work != "decode":
+        with gdn.accelerate(model):
+            row |= products(model, tokens, {"forward": forward, "train": train}[work])
+        row["limit"] = row["stock_s"] * row["peak_gflop_per_s"] / row["products_gflop"]
     if work == "decode":
         row |= {"stock_tokens_per_s": 1 / row["stock_s"], "gdn_tokens_per_s": 1 / row["gdn_s"]}
     return row | {"load_least": min(load), "load_most": max(load)}

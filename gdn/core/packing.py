@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gdn.core.errors import ArgumentError
 
 CHUNK = 64
 """Tokens per chunk of the precomputed chunk table."""
+MOST_TOKENS = 2**31 - 1
+"""Numbers of tokens are int32."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,12 +36,14 @@ class Packing:
     positions: Tensor
     """int32 `[total]` on the device: the place of each token in its document."""
     chunk_table: Tensor
-    """int32 `[chunks, 2]` on the device: (document, chunk in the document) of each chunk of `CHUNK` tokens; none spans two documents."""
+    """int32 `[chunks, 2]` on the device: (document, chunk in the document) of each chunk of `CHUNK` tokens; none spans two documents.
+    In a compiled graph `stretched` adds rows at the end: chunks of the last document that lie beyond its last token."""
     chunk_offsets: Tensor
     """int32 `[N + 1]` on the device: the row of `chunk_table` where each document begins."""
     host: Tensor
     """int64 `[N + 1]`, `cu_seqlens` on the host."""
     _rows: dict[int, bool] = field(default_factory=dict, repr=False)
+    _stretched: dict[int, Packing] = field(default_factory=dict, repr=False)
 
     @property
     def num_documents(self) -> int:
@@ -97,11 +102,11 @@ class Packing:
 
     @classmethod
     def _build(cls, host: Tensor, device: torch.device | str | None) -> Packing:
-        if int(host[-1]) > 2**31 - 1:
+        if int(host[-1]) > MOST_TOKENS:
             raise ArgumentError(f"packing: expected fewer than 2**31 tokens, got {int(host[-1])}")
         lengths = host.diff()
         documents, positions = _enumerate(lengths)
-        chunks = (lengths + CHUNK - 1) // CHUNK
+        chunks = _chunks(lengths)
         table = torch.stack(_enumerate(chunks), dim=1)
         offsets = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
 
@@ -121,6 +126,44 @@ class Packing:
         """The same boundaries on another device."""
         return self if self.cu_seqlens.device == torch.device(device) else self._build(self.host, device)
 
+    def stretched(self, n: int) -> Packing:
+        """The boundaries when each token becomes n tokens. Made on the device, and the host does not wait for it.
+
+        How many chunks there are depends on the lengths. Outside a compiled graph `host` tells; a compiled graph knows no values, so there
+        the chunk table has as many rows as it could need. They are chunks without a token, in which kernels load and store nothing.
+        """
+        if n < 1:
+            raise ArgumentError(f"n: expected at least 1, got {n}")
+        if n == 1:
+            return self
+        if self.total * n > MOST_TOKENS:
+            raise ArgumentError(f"packing: expected at most {MOST_TOKENS} tokens, got {self.total} x {n}")
+        if torch.compiler.is_compiling():
+            return self._stretch(n, self.total * n // CHUNK + self.num_documents if self.total else 0)
+        if n in self._stretched:
+            return self._stretched[n]
+        with torch.inference_mode(False):  # it may serve a training step later
+            made = self._stretch(n, int(_chunks(self.host.diff() * n).sum()))
+        if not (made.cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):  # memory of a captured graph is the graph's
+            self._stretched[n] = made
+        return made
+
+    def _stretch(self, n: int, chunks: int) -> Packing:
+        """Each token n times, with so many rows in the chunk table."""
+        cu_seqlens = self.cu_seqlens * n
+        offsets = F.pad(_chunks(cu_seqlens.diff()).cumsum(0, dtype=torch.int32), (1, 0))
+        places = torch.arange(chunks, dtype=torch.int32, device=offsets.device)
+        documents = (torch.searchsorted(offsets, places, right=True, out_int32=True) - 1).clamp(max=self.num_documents - 1)
+        each = torch.arange(n, dtype=torch.int32, device=offsets.device)
+        return Packing(
+            cu_seqlens=cu_seqlens,
+            documents=self.documents.unsqueeze(1).expand(-1, n).reshape(-1),
+            positions=(self.positions.unsqueeze(1) * n + each).reshape(-1),
+            chunk_table=torch.stack([documents, places - offsets[documents]], dim=1),
+            chunk_offsets=offsets,
+            host=self.host * n,
+        )
+
     def check(self, batch: int, length: int, device: torch.device) -> None:
         """Raise `ArgumentError` unless this packing describes a `[batch, length]` array of tokens on `device`."""
         if self.total != batch * length:
@@ -135,6 +178,10 @@ class Packing:
             ends = torch.arange(0, self.total + 1, length) if length else self.host[:0]
             self._rows[length] = bool(torch.isin(ends, self.host).all())
         return self._rows[length]
+
+
+def _chunks(lengths: Tensor) -> Tensor:
+    return (lengths + CHUNK - 1) // CHUNK
 
 
 def _enumerate(counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 
 from gdn.core import device as hardware
 from gdn.experiments.definition import Row, Run
-from gdn.experiments.learn import Watch, learning, rows, silent
+from gdn.experiments.learn import Watch, learning, silent
 from gdn.experiments.sets import Sets
 
 AHEAD = 50
@@ -170,7 +170,7 @@ def release(device: torch.device) -> None:
 def in_turns(runs: Iterable[tuple[int, Run, Watch]], device: torch.device, count: int, sets: Sets) -> Generator[Outcome | None, None, None]:
     """The ends of runs that are done in this process, and None after each turn. What fails is raised."""
     lanes, waiting = Lanes(room(count, device, 1), device, sets), iter(runs)
-    with closing(lanes), rows(device):
+    with closing(lanes):
         while True:
             while lanes.free and (following := next(waiting, None)):
                 lanes.begin(*following)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from gdn import __version__
 from gdn.core.device import machine
-from gdn.core.dispatch import use
 from gdn.core.errors import NonFiniteError
 from gdn.experiments.definition import Row, Run
 from gdn.experiments.inputs import stream
@@ -34,7 +32,7 @@ def silent(step: int, loss: float, value: float) -> None:
 
 def learn(run: Run, device: torch.device, watch: Watch = silent, sets: Sets | None = None) -> Row:
     """Train and test; the row of results."""
-    with rows(device), own_stream(device):
+    with own_stream(device):
         return whole(learning(run, device, watch, sets or Sets()))
 
 
@@ -98,12 +96,6 @@ def pausing(steps: Generator[None, None, Score]) -> Generator[bool, None, Score]
         except StopIteration as end:
             return end.value
         yield False
-
-
-def rows(device: torch.device) -> AbstractContextManager[None]:
-    """Chooses implementations for the body. On a GPU several writes a token are a longer sequence of single ones, which has kernels: a step
-    with two writes takes a third of the time."""
-    return use(gated_delta_product="stretched") if device.type == "cuda" else nullcontext()
 
 
 def finite(losses: torch.Tensor, step: int) -> float:

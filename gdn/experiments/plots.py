@@ -60,7 +60,7 @@ def over_tests(axes: Axes, rows: Sequence[Row], tests: Mapping[str, float], x: f
 
 
 def over_steps(axes: Axes, rows: Sequence[Row]) -> None:
-    """A thin line for each run whose scores were kept: that of the first test while it learns. One that stopped early keeps its last score."""
+    """A thin line for each run whose scores were kept: those of the first test. One that stopped early keeps its last score."""
     rows = [row for row in rows if row["curve"]]
     longest = max(row["curve"][-1][0] for row in rows)
     for series in dict.fromkeys(row["series"] for row in rows):

@@ -22,7 +22,6 @@ import torch
 from gdn.core.errors import ExperimentError
 from gdn.experiments.definition import Run
 from gdn.experiments.lanes import Lanes, Outcome, outcome, room
-from gdn.experiments.learn import rows
 from gdn.experiments.sets import Sets
 
 HINT = """
@@ -109,19 +108,18 @@ def work(pipe: Connection, device: str, count: int, sharing: int, threads: int, 
         pipe.send(Begun(0, str(error).strip().splitlines()[0]))
         return
     pipe.send(Begun(len(lanes.lanes)))
-    with rows(where):
-        while True:
-            try:
-                while not lanes.busy or (lanes.free and pipe.poll()):
-                    number, described = pipe.recv()
-                    lanes.begin(number, Run.from_dict(described))
-            except EOFError:
+    while True:
+        try:
+            while not lanes.busy or (lanes.free and pipe.poll()):
+                number, described = pipe.recv()
+                lanes.begin(number, Run.from_dict(described))
+        except EOFError:
+            return
+        for number, end in lanes.advance():
+            found = outcome(number, end)
+            pipe.send(found)
+            if found.row is None and not usable(where):
                 return
-            for number, end in lanes.advance():
-                found = outcome(number, end)
-                pipe.send(found)
-                if found.row is None and not usable(where):
-                    return
 
 
 def usable(device: torch.device) -> bool:

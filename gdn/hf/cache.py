@@ -35,10 +35,10 @@ class GdnCache(Cache):
     def __len__(self) -> int:
         return 0 if self.state is None else len(self.state.layers)
 
-    def open(self, lm: LM, batch: int) -> LMState:
-        """The state to go on from, for `batch` sequences of a model."""
+    def open(self, lm: LM, batch: int, device: torch.device) -> LMState:
+        """The state to go on from, for `batch` sequences of a model that is given tokens on a device."""
         if self.state is None:
-            self.state = lm.init_state(batch)
+            self.state = lm.init_state(batch, device=_place(lm, device))
             if self.recording:
                 self.state.record(WINDOW)
         return _fitting(self.state, lm, batch)
@@ -126,6 +126,11 @@ class GdnCache(Cache):
             self.state = self.state.select(torch.arange(self.state.batch).repeat_interleave(repeats))
 
 
+def _place(lm: LM, device: torch.device) -> torch.device | None:
+    """Where states are: beside each layer's weights, or with the tokens where weights are offloaded between calls (`device_map`)."""
+    return device if any(p.is_meta for p in lm.parameters()) else None
+
+
 def _fitting(state: LMState, lm: LM, batch: int) -> LMState:
     if state.batch != batch:
         raise ArgumentError(f"past_key_values: holds {state.batch} sequences, but the input has {batch}")
@@ -157,12 +162,12 @@ class GdnStaticCache(GdnCache):
     def state(self, state: LMState | None) -> None:
         self._state = state
 
-    def open(self, lm: LM, batch: int) -> LMState:
+    def open(self, lm: LM, batch: int, device: torch.device) -> LMState:
         if torch.is_grad_enabled():
             raise ArgumentError("past_key_values: a static cache is written in place; expected torch.no_grad() around the call")
         if self._state is None:
-            self._state = lm.init_state(batch, room=self.room)
-            self.seen = torch.zeros((), dtype=torch.int64, device=lm.embedding.weight.device)
+            self._state = lm.init_state(batch, room=self.room, device=_place(lm, device))
+            self.seen = torch.zeros((), dtype=torch.int64, device=device)
             for tensor in (self.seen, *(t for layer in self._state.layers for t in layer.tensors.values())):
                 torch._dynamo.mark_static_address(tensor)
         return _fitting(self._state, lm, batch)

@@ -31,7 +31,7 @@ class GdnPreTrainedModel(PreTrainedModel):
     base_model_prefix = "lm"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = (*FLOAT32, "memories")  # type: ignore[assignment]
+    _keep_in_fp32_modules_strict = FLOAT32  # type: ignore[assignment]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = False  # transformers' word for states that cannot go back: these can
 
@@ -119,7 +119,7 @@ class GdnPreTrainedModel(PreTrainedModel):
         wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
         if cache is None and wanted and how.packing is None:
             cache = GdnCache()
-        state = None if cache is None else cache.open(self.lm, x.shape[0])
+        state = None if cache is None else cache.open(self.lm, x.shape[0], x.device)
         with _outputs_of(self.lm.blocks if hidden else ()) as seen:
             last, after = self.lm.hidden(how.arrange(x), packing=how.packing, state=state, mask=how.mask)
         if cache is not None:
@@ -241,7 +241,11 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         output, how = self._run(input_ids, inputs_embeds, given, past_key_values, use_cache, bool(hidden))
         last = output.last_hidden_state
         assert last is not None
-        weight = self.lm.head_weight.to(last.dtype)
+        weight = self.lm.head_weight
+        if weight.is_meta and not last.is_meta:
+            raise ArgumentError("device_map: expected the embedding and the head in memory, got one of them offloaded")
+        last = last.to(weight.device)  # layers may be spread over devices
+        weight = weight.to(last.dtype)
         targets = kwargs.get("shift_labels")
         if labels is not None and targets is None:
             targets = shifted(labels, how)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -80,6 +80,38 @@ def test_moves_between_devices_and_stays_where_it_is() -> None:
     assert Packing.from_lengths([3, 4], device="meta").positions.device.type == "meta"
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 2 * CHUNK), max_size=6), st.integers(1, 5))
+def test_stretched_is_the_packing_of_longer_documents(lengths: list[int], n: int) -> None:
+    packing = Packing.from_lengths(lengths)
+    same(packing.stretched(n), Packing.from_lengths([length * n for length in lengths]))
+    assert packing.stretched(n) is packing.stretched(n)
+
+
+def test_a_compiled_graph_stretches_into_a_table_with_chunks_beyond_the_end() -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def stretched(packing: Packing) -> tuple[Tensor, ...]:
+        longer = packing.stretched(3)
+        return tuple(getattr(longer, name) for name in TENSORS)
+
+    for lengths in ([30, 0, 64, 1], [7, 50, 0, 0]):
+        packing = Packing.from_lengths(lengths)
+        made, exact = dict(zip(TENSORS, stretched(packing))), Packing.from_lengths([3 * length for length in lengths])
+        table, chunks = made["chunk_table"], len(exact.chunk_table)
+        assert len(table) == 3 * sum(lengths) // CHUNK + len(lengths) > chunks
+        same(replace(exact, **{**made, "chunk_table": table[:chunks]}), exact)
+        last, own = len(lengths) - 1, -(-3 * lengths[-1] // CHUNK)
+        assert table[chunks:].tolist() == [[last, own + i] for i in range(len(table) - chunks)]
+        assert not packing._stretched
+
+
+def test_stretched_may_be_made_in_inference_mode_and_serve_training() -> None:
+    packing = Packing.from_lengths([3, 4])
+    with torch.inference_mode():
+        made = packing.stretched(2)
+    assert not any(getattr(made, name).is_inference() for name in TENSORS)
+
+
 def test_check_accepts_what_it_describes() -> None:
     Packing.from_lengths([4, 0, 2, 6]).check(2, 6, CPU)
     Packing.from_lengths([4, 0, 2, 6]).check(1, 12, CPU)
@@ -102,6 +134,8 @@ def test_check_accepts_what_it_describes() -> None:
         (lambda: Packing.from_cu_seqlens(torch.tensor([0.0, 1.0])), "cu_seqlens: expected integers"),
         (lambda: Packing.from_cu_seqlens([]), r"cu_seqlens: expected integers \[N \+ 1\]"),
         (lambda: Packing.from_cu_seqlens([0, 2**31]), r"packing: expected fewer than 2\*\*31 tokens"),
+        (lambda: Packing.from_lengths([3]).stretched(2**30), r"packing: expected at most 2147483647 tokens, got 3 x 1073741824"),
+        (lambda: Packing.from_lengths([3]).stretched(0), r"n: expected at least 1, got 0"),
         (lambda: Packing.from_seq_idx(torch.tensor([0, 1, 0])), "seq_idx: expected numbers that never decrease"),
         (lambda: Packing.from_seq_idx(torch.zeros(1, 1, 1, dtype=torch.int64)), r"seq_idx: expected integers \[T\] or \[B, T\]"),
         (lambda: Packing.from_position_ids(torch.zeros(3)), "position_ids: expected integers"),

@@ -14,13 +14,12 @@ from gdn.experiments import lanes as module
 from gdn.experiments import learn as learn_module
 from gdn.experiments.definition import Row, Run, Test, Training
 from gdn.experiments.lanes import AHEAD, Lane, default, in_turns, room
-from gdn.experiments.learn import learn, learning, rows, silent
+from gdn.experiments.learn import learn, learning, silent
 from gdn.experiments.sets import Sets
 from gdn.mixers.attention import Attention
 from gdn.mixers.base import MixerConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
-from gdn.ops.delta_product import OP as PRODUCT
 
 CPU = torch.device("cpu")
 PARITY, RECALL = Parity(length=6, shortest=6, running=True), MQAR(vocab=16, length=16, pairs=3)
@@ -108,14 +107,6 @@ def test_defaults() -> None:
     assert default(CPU) == 1
     assert default(torch.device("cuda")) == module.ON_GPU
     assert AHEAD > 0
-
-
-def test_several_writes_are_a_longer_sequence_on_a_gpu() -> None:
-    with rows(CPU):
-        assert PRODUCT.forced is None
-    with rows(torch.device("cuda")):
-        assert PRODUCT.forced == "stretched"
-    assert PRODUCT.forced is None
 
 
 def test_a_run_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -65,6 +67,36 @@ def test_beams_are_those_found_without_a_cache(mixers: str) -> None:
     assert torch.equal(cached.sequences, without.sequences)
     torch.testing.assert_close(cached.sequences_scores, without.sequences_scores)
     assert len({tuple(s.tolist()) for s in cached.sequences}) > 2
+
+
+@torch.no_grad()
+def contrastive(model: GdnForCausalLM, ids: torch.Tensor, *, cached: bool, **kwargs: Any) -> torch.Tensor:
+    """Contrastive search (arXiv 2202.06417): of the likeliest tokens the one whose hidden state is least like those before it."""
+    out, candidates, alpha = model(ids, use_cache=True, output_hidden_states=True), 4, 0.6
+    cache, seen, logits = out.past_key_values, out.hidden_states[-1], out.logits[:, -1]
+    for _ in range(kwargs["generation_config"].max_new_tokens):
+        chance, tried = logits.softmax(-1).topk(candidates, -1)
+        token = tried.reshape(-1, 1)
+        if cached:
+            cache.batch_repeat_interleave(candidates)
+            out = model(token, past_key_values=cache, output_hidden_states=True)
+        else:
+            out = model(torch.cat([ids.repeat_interleave(candidates, 0), token], 1), use_cache=False, output_hidden_states=True)
+        hidden, after = out.hidden_states[-1][:, -1:], out.logits[:, -1]
+        alike = F.cosine_similarity(seen.repeat_interleave(candidates, 0), hidden, dim=-1).amax(1).view_as(chance)
+        chosen = torch.arange(len(ids)) * candidates + ((1 - alpha) * chance - alpha * alike).argmax(-1)
+        if cached:
+            cache.batch_select_indices(chosen)
+        ids, seen, logits = torch.cat([ids, token[chosen]], 1), torch.cat([seen, hidden[chosen]], 1), after[chosen]
+    return ids
+
+
+@pytest.mark.parametrize("mixers", ["gated_deltanet", "hybrid"])
+def test_contrastive_search_tries_tokens_on_copies_of_a_cache(mixers: str) -> None:
+    model, x = causal(mixers).double(), tokens(2, 6)
+    found = [model.generate(x, custom_generate=contrastive, cached=cached, max_new_tokens=12) for cached in (True, False)]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], model.generate(x, max_new_tokens=12, do_sample=False))
 
 
 def near(model: GdnForCausalLM, noise: float, seed: int) -> GdnForCausalLM:

@@ -49,6 +49,22 @@ def test_saved_whole_or_in_pieces_a_model_comes_back_equal(tmp_path, mixers: str
     assert torch.equal(trunk(tokens()).last_hidden_state, last)
 
 
+def test_layers_may_be_offloaded(tmp_path) -> None:
+    model, x = causal("hybrid"), tokens()
+    model.save_pretrained(tmp_path / "model")
+    places = {"lm.embedding": "cpu", "lm.norm": "cpu", **{f"lm.blocks.{i}": "disk" if i else "cpu" for i in range(3)}}
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "disk"))
+    assert any(p.is_meta for p in opened.parameters())
+    torch.testing.assert_close(opened(x).logits, model(x).logits)
+    for kind in (None, "static"):
+        options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": kind}
+        assert torch.equal(opened.generate(x, **options), model.generate(x, **options))
+    places["lm.embedding"] = "disk"
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "disk"))
+    with pytest.raises(ArgumentError, match="device_map: expected the embedding and the head in memory"):
+        opened(x)
+
+
 def test_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 

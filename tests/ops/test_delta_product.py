@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdn.core.device import has_package
 from gdn.core.dispatch import use
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
@@ -18,6 +19,7 @@ from gdn.ops.delta_product.problems import SMALL, Problem
 from gdn.ops.delta_rule import problems as rule
 from gdn.testing import compare
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["chunked", "stretched"]
 PROBLEMS = {problem.name: problem for problem in SMALL}
 
@@ -131,13 +133,45 @@ def test_packed_equals_separate(impl: str) -> None:
 @in_rows
 def test_compiled_equals_eager(impl: str) -> None:
     torch._dynamo.reset()
-    sizes = {"T": 40, "HV": 2, "initial": True} | ({"lengths": (15, 0, 25)} if impl == "chunked" else {})
+    sizes = {"T": 40, "HV": 2, "initial": True, "lengths": (15, 0, 25)}
     with use(gated_delta_product=impl):
         eager, compiled = small(**sizes), small(**sizes)
         expected = gated_delta_product(**eager)
         actual = torch.compile(gated_delta_product, fullgraph=True, backend="aot_eager")(**compiled)
         close(actual, expected)
         close(gradients(actual, compiled), gradients(expected, eager))
+
+
+def chosen(dtype: torch.dtype, **sizes: int) -> str:
+    return next(verdict.name for verdict in OP.explain("cuda", dtype, **sizes) if verdict.reason is None)
+
+
+@pytest.mark.skipif(not has_package("triton"), reason="needs Triton")
+def test_a_gpu_takes_the_kernels() -> None:
+    assert chosen(torch.bfloat16, K=128, V=256) == chosen(torch.float32, K=1, V=1) == "portable"
+    assert chosen(torch.bfloat16, K=257, V=256) == chosen(torch.float64, K=128, V=128) == "chunked"
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("name", "dtype"), [("packed, 2 writes", torch.float32), ("empty documents, 3 writes", torch.bfloat16)], ids=str)
+def test_the_kernels_agree_with_the_recurrence(name: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("gdn.ops.delta_product.portable")
+    actual = compare.run(OP, "portable", PROBLEMS[name].build(dtype=dtype, device=DEVICE))
+    assert compare.complaints(actual, reference(name, dtype), reference(name, torch.float64), dtype) == []
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_the_kernels_give_the_same_bits_in_a_compiled_graph() -> None:
+    """Packed: there the chunk table has rows beyond the end."""
+    pytest.importorskip("gdn.ops.delta_product.portable")
+    torch._dynamo.reset()
+    found, sizes = [], {"T": 40, "lengths": (15, 25, 0), "initial": True}
+    for run in (gated_delta_product, torch.compile(gated_delta_product, fullgraph=True, backend="aot_eager")):
+        arguments = {name: x.to(DEVICE) for name, x in small(dtype=torch.float32, **sizes).items()}
+        with use(gated_delta_product="portable"):
+            outputs = run(**arguments)
+            found.append((*outputs, *gradients(outputs, arguments)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", ["packed, 2 writes", "empty documents, 3 writes", "odd sizes, 5 writes", "one token, 3 writes"])

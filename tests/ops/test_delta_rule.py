@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import weakref
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn.core.dispatch import Impl, use
 from gdn.core.errors import ArgumentError
-from gdn.core.packing import Packing
+from gdn.core.packing import CHUNK, Packing
 from gdn.ops import gated_delta_rule
 from gdn.ops.delta_rule import OP, chunked, scan
 from gdn.ops.delta_rule.problems import SMALL, Problem
@@ -210,6 +211,48 @@ def test_triton_compiles_for_any_length() -> None:
             arguments = Problem(name="", T=T, H=1, HV=1, K=16, V=16, lengths=(30, T - 30)).build(dtype=torch.bfloat16, device=DEVICE)
             results = [gradients(function(**arguments), arguments) for function in (compiled, gated_delta_rule)]
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("lengths", "segment", "slab"), [((70, 3, 0, 0), 0, 1), ((70, 3, 0, 0), 1, 2), ((70, 0, 3, 20), 2, 1)], ids=str)
+def test_triton_takes_a_chunk_table_with_rows_beyond_the_end(
+    lengths: tuple[int, ...], segment: int, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compiled graph makes it (`Packing.stretched`): the same bits, and nothing read where nobody wrote."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
+    monkeypatch.setattr(portable, "slab_chunks", lambda *sizes: slab)
+    found: list[tuple[Tensor, ...]] = []
+    for surplus in (0, sum(lengths) // CHUNK + len(lengths)):
+        arguments = Problem(name="", T=sum(lengths), lengths=lengths, initial=True).build(dtype=torch.float32, device=DEVICE)
+        packing = arguments["packing"]
+        if surplus:
+            arguments["packing"] = dataclasses.replace(packing, chunk_table=packing._stretch(1, surplus).chunk_table)
+            assert len(arguments["packing"].chunk_table) > len(packing.chunk_table)
+        portable.plan.cache_clear()
+        outputs = call("portable", arguments)
+        found.append((*outputs, *gradients(outputs, arguments)))
+    portable.plan.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(x.isfinite().all() for x in found[1])
+
+
+def test_one_compiled_graph_of_triton_serves_any_number_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plan decides from the sizes is no constant of the graph."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: 1)
+    portable.plan.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(gated_delta_rule, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths, recompile in (((20, 10, 5), True), ((3, 20, 0, 7), False)):
+        found = []
+        for run in (gated_delta_rule, compiled):
+            arguments = Problem(name="", T=sum(lengths), lengths=lengths).build(dtype=torch.float32, device=DEVICE)
+            with use(gated_delta_rule="portable"), torch._dynamo.config.patch(error_on_recompile=not recompile):
+                outputs = run(**arguments)
+                found.append((*outputs, *gradients(outputs, arguments)))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    portable.plan.cache_clear()
 
 
 def test_triton_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:

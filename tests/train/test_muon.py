@@ -104,6 +104,23 @@ def test_it_trains_and_its_state_is_kept() -> None:
     assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), again.parameters()))
 
 
+def test_a_layer_of_transformers_says_its_rows_or_is_refused() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, rows in (("in_proj_qkv", 20), ("in_proj_z", 12), ("in_proj_a", 2), ("in_proj_b", 2)):
+                setattr(self, name, nn.Linear(8, rows, bias=False))
+
+    layers = nn.Sequential(nn.ModuleList([Mixer()]))
+    with pytest.raises(ConfigError, match=r"0.in_proj_qkv holds several matrices"):
+        split(layers)
+    mixer: nn.Module = layers[0][0]  # type: ignore[index]
+    mixer.stacked_rows = {"in_proj_qkv": (4, 4, 12)}  # type: ignore[assignment]
+    names, rows = split(layers)
+    assert names == ["0.0.in_proj_qkv.weight", "0.0.in_proj_z.weight"]
+    assert list(rows.values()) == [(4, 4, 12)]
+
+
 def test_an_undeclared_stack_is_refused() -> None:
     class Mixer(nn.Module):
         def __init__(self) -> None:

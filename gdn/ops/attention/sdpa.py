@@ -19,7 +19,7 @@ from gdn.ops.attention.visible import first_keys, visible, without_padding
 MASK_ELEMENTS = 1 << 25
 """Largest mask of one call: 32 MiB of booleans, which the CPU kernel turns into 128 MiB."""
 LARGEST_SQUARE = 1 << 26
-"""Elements of the mask (batch x length x length) up to which packed documents of a compiled graph are attended to under one. At 8192 tokens of
+"""Elements of the mask (batch x length x length) up to which packed documents of a compiled graph are attended to under one. 8192 tokens of
 16 documents, 16 heads over 4 of 64, bfloat16, on an H200: 3.2 ms forward and backward and 305 MiB, in the operator 43 ms and 144 MiB."""
 SMALLEST_BLOCK = 64
 """Queries of a block of a windowed call, at least."""

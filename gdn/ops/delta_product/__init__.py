@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
 OP = Op(
     "gated_delta_product",
     (
+        Impl("portable", "gdn.ops.delta_product.portable:gated_delta_product", triton_gpu(K=range(1, 257))),
         Impl("chunked", "gdn.ops.delta_rule.chunked:gated_delta_product"),
         Impl("stretched", "gdn.ops.delta_product.stretched:gated_delta_product"),
         Impl("reference", "gdn.ops.delta_product.reference:gated_delta_product"),

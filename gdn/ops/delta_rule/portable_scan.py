@@ -244,7 +244,7 @@ def output_kernel(
             store_rows(o + hv * V, out, start, rows, HV * V, first, V, BV)
             u *= load_gate(gates, tile, 3)[None, :]
             state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
-        if (low < high and high == c1) or c0 == c1:
+        if (low < high and high == c1) or (c0 == c1 and low == c0):  # chunks beyond the end may bring an empty last document up again
             store_state(final + slot * (K * V), state, first, K, V, BK, BV)
 
 
