@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from gdn.core.opaque import Opaque
 from gdn.core.portable_launch import launch
 from gdn.core.portable_math import int64
-from gdn.core.portable_rows import power_of_two, rows
+from gdn.core.portable_rows import fresh, power_of_two, rows
 
 TILE = 2048
 """Pairs of channels of a program."""
@@ -49,7 +48,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = fresh(x)
     H, K, N = x.shape[2], x.shape[3], cos.shape[-1]
     count, period, BN = x.numel() // K, cos.numel() // N, power_of_two(N)
     rest = power_of_two(K - 2 * N) if K > 2 * N else 0
