@@ -213,6 +213,22 @@ def test_triton_compiles_for_any_length() -> None:
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("name", ["k", "v", "g", "beta"])
+@pytest.mark.parametrize("impl", ["portable", "chunked", "recurrent"])
+def test_what_is_no_number_does_not_heal(impl: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token after one that is NaN has no number either, nor the last memory; also where segments hand the state on."""
+    if impl == "portable":
+        portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+        monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: 2)
+        portable.plan.cache_clear()
+    arguments = Problem(name="", T=4 * CHUNK + 5, H=1, HV=1, K=16, V=16).build(dtype=torch.float32, device=DEVICE, gradient=False)
+    arguments[name][0, 3] = torch.nan
+    o, final = call(impl, arguments)
+    assert o[0, 3:].isnan().any(-1).all() and final.isnan().any()
+    if impl == "portable":
+        portable.plan.cache_clear()
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("lengths", "segment", "slab"), [((70, 3, 0, 0), 0, 1), ((70, 3, 0, 0), 1, 2), ((70, 0, 3, 20), 2, 1)], ids=str)
 def test_triton_takes_a_chunk_table_with_rows_beyond_the_end(

@@ -68,6 +68,12 @@ def load_rows_again(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK
 
 
 @triton.jit
+def bounded(g):
+    """Log decays, the least as SMALLEST_LOG_DECAY. What is no number stays so: a GPU's maximum would make a bound of it."""
+    return tl.maximum(g, SMALLEST_LOG_DECAY, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def gates_kernel(
     g,
     beta,
@@ -92,7 +98,7 @@ def gates_kernel(
     hv = tl.program_id(0) % blocks * BH + tl.arange(0, BH)[None, :]
     valid = (i < rows) & (hv < HV)
     at = start * HV + (i * HV + hv)
-    decay = tl.maximum(tl.load(g + at, mask=valid, other=0.0).to(tl.float32), SMALLEST_LOG_DECAY)
+    decay = bounded(tl.load(g + at, mask=valid, other=0.0).to(tl.float32))
     coarse = tl.floor(decay * 256.0) * 0.00390625
     fine = decay - coarse
     G = tl.cumsum(coarse, 0)
@@ -175,7 +181,7 @@ def pair_kernel(
     tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
     beta = load_gate(gates, tile, 2)
     if NORMS:
-        growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0)), 0)
+        growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0, propagate_nan=tl.PropagateNan.ALL)), 0)
         last = gates + tile * (GATES * C) + (C - 1)
         tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
     m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)

@@ -374,8 +374,8 @@ def summary_kernel(
     valid = (place >= low) & (place < end)
     norm = tl.load(norms + place * HV + hv, mask=valid, other=0.0)
     after = tl.cumsum(norm, 0, reverse=True)
-    start = tl.min(tl.where(valid & (after - norm >= FORGOTTEN), place, end - 1), 0)
-    cross = (start == begin) & (begin > c0) & (tl.sum(norm, 0) >= FORGOTTEN) & (c1 > end)
+    start = tl.min(tl.where(valid & ~(after - norm < FORGOTTEN), place, end - 1), 0)
+    cross = (start == begin) & (begin > c0) & ~(tl.sum(norm, 0) < FORGOTTEN) & (c1 > end)
     slot = int64(index) * HV + hv
     if block == 0:
         tl.store(crosses + slot, cross.to(tl.int32))
@@ -617,7 +617,7 @@ def backward_summary_kernel(
     valid = place < high
     norm = tl.load(norms + place * HV + hv, mask=valid, other=0.0)
     before = tl.cumsum(norm, 0) - norm
-    stop = tl.max(tl.where(valid & (before >= FORGOTTEN), place, begin), 0) + 1
+    stop = tl.max(tl.where(valid & ~(before < FORGOTTEN), place, begin), 0) + 1
     if begin > c0:
         state = tl.zeros((BV, BK), tl.float32)
         if FINAL:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from gdn.core.portable_math import exp, int64
-from gdn.ops.delta_rule.portable_prepare import SMALLEST_LOG_DECAY, C, chunk_rows, load_rows, load_rows_again
+from gdn.ops.delta_rule.portable_prepare import SMALLEST_LOG_DECAY, C, bounded, chunk_rows, load_rows, load_rows_again
 from gdn.ops.delta_rule.portable_scan import add_dot, document_bounds, dot, program_place, run_bounds
 from gdn.ops.linear_recurrence.portable_states import load_block, store_block, store_tokens
 
@@ -47,7 +47,7 @@ def between_kernel(sums):
 
 @triton.jit
 def load_log_decay(g, start, rows, stride, first, X: tl.constexpr, W: tl.constexpr):
-    return tl.maximum(load_rows(g, start, rows, stride, first, X, W).to(tl.float32), SMALLEST_LOG_DECAY)
+    return bounded(load_rows(g, start, rows, stride, first, X, W).to(tl.float32))
 
 
 @triton.jit
