@@ -94,8 +94,8 @@ def as_good_as_the_reference() -> Callable[..., None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_computes_like_a_gpu(quick_interpreter: None) -> Iterator[None]:
-    """Let Triton's interpreter round float32 to the nearest bfloat16 (it cuts, which doubles every error), overflow and make NaN silently,
-    and multiply matrices of bfloat16 as numbers (it takes their bits for integers)."""
+    """Let Triton's interpreter round float32 to the nearest bfloat16 (it cuts, which doubles every error), overflow silently, and multiply
+    matrices of bfloat16 as numbers (it takes their bits for integers)."""
     if not (has_package("triton") and interprets_triton()):
         yield
         return
@@ -125,7 +125,7 @@ def interpreter_computes_like_a_gpu(quick_interpreter: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-        before = np.seterr(over="ignore", invalid="ignore")
+        before = np.seterr(over="ignore")
         yield
         np.seterr(**before)
 

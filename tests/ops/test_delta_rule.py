@@ -213,6 +213,7 @@ def test_triton_compiles_for_any_length() -> None:
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", ["k", "v", "g", "beta"])
 @pytest.mark.parametrize("impl", ["portable", "chunked", "recurrent"])
 def test_what_is_no_number_does_not_heal(impl: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +254,7 @@ def test_triton_takes_a_chunk_table_with_rows_beyond_the_end(
     assert all(x.isfinite().all() for x in found[1])
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 def test_one_compiled_graph_of_triton_serves_any_number_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the plan decides from the sizes is no constant of the graph."""
     portable = pytest.importorskip("gdn.ops.delta_rule.portable")

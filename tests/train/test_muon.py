@@ -106,16 +106,18 @@ def test_it_trains_and_its_state_is_kept() -> None:
 
 def test_a_layer_of_transformers_says_its_rows_or_is_refused() -> None:
     class Mixer(nn.Module):
+        stacked_rows: dict[str, tuple[int, ...]]
+
         def __init__(self) -> None:
             super().__init__()
             for name, rows in (("in_proj_qkv", 20), ("in_proj_z", 12), ("in_proj_a", 2), ("in_proj_b", 2)):
                 setattr(self, name, nn.Linear(8, rows, bias=False))
 
-    layers = nn.Sequential(nn.ModuleList([Mixer()]))
+    mixer = Mixer()
+    layers = nn.Sequential(nn.ModuleList([mixer]))
     with pytest.raises(ConfigError, match=r"0.in_proj_qkv holds several matrices"):
         split(layers)
-    mixer: nn.Module = layers[0][0]  # type: ignore[index]
-    mixer.stacked_rows = {"in_proj_qkv": (4, 4, 12)}  # type: ignore[assignment]
+    mixer.stacked_rows = {"in_proj_qkv": (4, 4, 12)}
     names, rows = split(layers)
     assert names == ["0.0.in_proj_qkv.weight", "0.0.in_proj_z.weight"]
     assert list(rows.values()) == [(4, 4, 12)]

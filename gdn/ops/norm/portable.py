@@ -1,8 +1,8 @@
 """The norms in Triton, any GPU from sm_80 on: one pass forward, one backward.
 
-All three are y = x r [weight] [silu(gate) or sigmoid(gate)] with r = 1 / sqrt(sum of x^2 / divisor + eps), so they share one kernel each way, in which absent
-arguments cost nothing. The backward keeps r. The gradient of the weight is summed by each of at most `PARTS` programs over its rows, then
-over the programs: no atomics, one order.
+All three are y = x r [weight] [silu(gate) or sigmoid(gate)] with r = 1 / sqrt(sum of x^2 / divisor + eps), so they share one kernel each
+way, in which absent arguments cost nothing. The backward keeps r. The gradient of the weight is summed by each of at most `PARTS` programs over
+its rows, then over the programs: no atomics, one order.
 """
 
 from __future__ import annotations
