@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gdn.core.portable_launch import launch
 from gdn.core.portable_workspace import Workspace
+from gdn.core.replay import recorder
 
 Tensors = Mapping[str, Tensor | None]
 
@@ -77,7 +78,7 @@ class Schedule:
 
     def run(self, tensors: Tensors, *spaces: tuple[Workspace, Tensor]) -> None:
         """Launch all, on the current stream of the device of the tensors."""
-        if not self._compiled:
+        if not self._compiled or recorder() is not None:
             self._run_first(tensors, *spaces)
             return
         at = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
