@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -62,3 +63,45 @@ def quick_interpreter() -> Iterator[None]:
         patch.setattr(interpreter, "_get_np_dtype", type_of)
         patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", check_overflow)
         yield
+
+
+@pytest.fixture
+def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Calls on the CPU are replayed as on a GPU, and what stands for a compiled kernel runs the interpreter on the addresses that it gets.
+    The names of the kernels that replays run, as they do."""
+    pytest.importorskip("triton")
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from gdn.core import portable_launch, replay
+
+    names: list[str] = []
+
+    class Compiled:
+        function, packed_metadata = "function", "metadata"
+
+        def __init__(self, kernel: Any, args: tuple[Any, ...]) -> None:
+            self.kernel, self.dtypes = kernel, [a.dtype if isinstance(a, torch.Tensor) else None for a in args]
+
+        def run(
+            self, x: int, y: int, z: int, stream: Any, function: Any, metadata: Any, _: Any, enter: Any, leave: Any, *args: Any
+        ) -> None:
+            assert (stream, function, metadata, _, enter, leave) == ("stream", self.function, self.packed_metadata, None, None, None)
+            names.append(self.kernel.fn.__name__)
+            self.kernel[x, y, z](*[a if dtype is None else at(a, dtype) for a, dtype in zip(args, self.dtypes, strict=True)])
+
+    def at(address: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.frombuffer((ctypes.c_byte * 16).from_address(address), dtype=dtype) if address else torch.empty(0, dtype=dtype)
+
+    def first(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *rest: Any) -> Compiled:
+        with _disable_current_modes():
+            kernel[grid](*args)
+        return Compiled(kernel, args)
+
+    monkeypatch.setattr(portable_launch, "JITFunction", object)
+    monkeypatch.setattr(portable_launch, "_launch", first)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
+    monkeypatch.setattr(replay, "FIRST_DEVICE", -1)
+    replay.forget()
+    yield names
+    replay.forget()

@@ -185,7 +185,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
         self.refused = False
-        self._device = tensors[0].get_device()
+        self._device = tensors[0].device
         self._held: list[Tensor] = []
         self._names: dict[int, int] = {}
         self._memory: dict[int, int | None] = {}
@@ -201,7 +201,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **named)
         if func.is_view:
             return out  # `_base` finds it by its memory if it is used
-        if not isinstance(out, Tensor) or out.get_device() != self._device or _UNFORESEEABLE.intersection(func.tags):
+        if not isinstance(out, Tensor) or out.device != self._device or _UNFORESEEABLE.intersection(func.tags):
             self.refused = True
         elif func.overloadpacket in _ALLOCATIONS:
             self._fresh.append(self._hold(out))
@@ -236,7 +236,7 @@ class Recorder(TorchDispatchMode):
             else:
                 steps.append(_operating(step, [(n, number[i]) for n, i in step.tensors]))
         return Recording(
-            self._device,
+            self._held[0].get_device(),
             constants,
             [_template(self._held[i]) for i in fresh],
             [(argument[i, 0], offset) for i, offset in inside],
