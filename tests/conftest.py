@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     The names of the kernels that replays run, as they do."""
     pytest.importorskip("triton")
     from torch.utils._python_dispatch import _disable_current_modes
+    from triton.runtime import interpreter
 
     from gdn.core import portable_launch, replay
 
@@ -87,10 +88,13 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         ) -> None:
             assert (stream, function, metadata, _, enter, leave) == ("stream", self.function, self.packed_metadata, None, None, None)
             names.append(self.kernel.fn.__name__)
-            self.kernel[x, y, z](*[a if dtype is None else at(a, dtype) for a, dtype in zip(args, self.dtypes, strict=True)])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, named: (args, named))
+                patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
+                self.kernel[x, y, z](*[a if dtype is None else pointer(a, dtype) for a, dtype in zip(args, self.dtypes, strict=True)])
 
-    def at(address: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.frombuffer((ctypes.c_byte * 16).from_address(address), dtype=dtype) if address else torch.empty(0, dtype=dtype)
+    def pointer(address: int, dtype: torch.dtype) -> Any:
+        return SimpleNamespace(data_ptr=lambda: address, dtype=dtype)
 
     def first(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *rest: Any) -> Compiled:
         with _disable_current_modes():

@@ -274,7 +274,7 @@ class Recorder(TorchDispatchMode):
         if known is not None:
             return known, 0
         base = self._base(x)
-        offset = x.data_ptr() - self._held[base].data_ptr()
+        offset = _bytes_before(x) - _bytes_before(self._held[base])
         if offset and base in self._made:
             self.refused = True  # unknown until the step that makes it
         return base, offset
@@ -297,6 +297,11 @@ class Recorder(TorchDispatchMode):
         self._names[id(x)] = i
         self._made.append(i)
         return i
+
+
+def _bytes_before(x: Tensor) -> int:
+    """In its memory. From `data_ptr` it would be wrong for a tensor without elements, which is at 0."""
+    return x.storage_offset() * x.element_size()
 
 
 def _template(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
