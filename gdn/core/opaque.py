@@ -46,7 +46,7 @@ class _Kernels:
         """The results, and if `keep` what backward wants saved."""
         raise NotImplementedError
 
-    def _eager(self, args: Arguments) -> Tensors:
+    def _eager(self, args: Arguments) -> Sequence[Tensor]:
         seen = witness() if self._replay else None
         if seen is not None:
             return seen.call(self._find, args)
@@ -104,7 +104,7 @@ class Opaque(_Kernels):
         self.places = tuple(names.index(n) for n in differentiable)
         self._operator = self._register()
 
-    def __call__(self, *args: Any) -> Tensors:
+    def __call__(self, *args: Any) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
             return self._operator(*args, self.keeps(args))[: self.results]
         return self._eager(args)

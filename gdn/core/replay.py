@@ -301,7 +301,7 @@ class Recorder(TorchDispatchMode):
 
 def _bytes_before(x: Tensor) -> int:
     """In its memory. From `data_ptr` it would be wrong for a tensor without elements, which is at 0."""
-    return x.storage_offset() * x.element_size()
+    return int(x.storage_offset()) * x.element_size()
 
 
 def _template(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:

@@ -196,12 +196,12 @@ def test_what_a_backward_gets_may_differ_from_what_forward_saw() -> None:
 )
 def test_a_call_that_differs_is_another_call(other: Callable[[Tensor], dict[str, Any]]) -> None:
     x = numbers()
-    arguments = other(x)
-    expected = plain(arguments["x"].detach(), arguments.get("bias"), arguments.get("factor", 2.0))
+    arguments: dict[str, Any] = {"factor": 2.0} | other(x)
+    expected = plain(arguments["x"].detach(), arguments.get("bias"), arguments["factor"])
     scaled(x, factor=2.0)
     hosts()
-    assert_replayed(lambda: scaled(**({"factor": 2.0} | arguments)), expected, ["contract", "forward"])
-    assert_replayed(lambda: scaled(**({"factor": 2.0} | arguments)), expected)
+    assert_replayed(lambda: scaled(**arguments), expected, ["contract", "forward"])
+    assert_replayed(lambda: scaled(**arguments), expected)
     assert_replayed(lambda: scaled(x, factor=2.0), 2 * x)
 
 

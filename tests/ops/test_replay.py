@@ -123,6 +123,29 @@ def test_replays_give_the_bits_of_calls_as_written(
             assert replayed_here
 
 
+@pytest.mark.parametrize("lengths", [None, (130, 200)])
+@pytest.mark.parametrize("segment", [0, 2])
+def test_segments_and_slabs_are_replayed(
+    segment: int, lengths: tuple[int, ...] | None, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward of up to five kernels and a backward of up to ten and more, all with their buffers in two allocations."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
+    monkeypatch.setattr(portable, "slab_chunks", lambda *sizes: 2)
+    portable.plan.cache_clear()
+    _, build = rule("", T=330, HV=2, initial=True, lengths=lengths)
+    expected = []
+    with use(gated_delta_rule="portable"):
+        for seed in (1, 2):
+            replay.forget()
+            expected.append(run("gated_delta_rule", build, seed, "all"))
+        assert not replayed_here
+        for right, actual in zip(expected, [run("gated_delta_rule", build, seed, "all") for seed in (1, 2)], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
+    portable.plan.cache_clear()
+    assert len(replayed_here) >= 2 * 6
+
+
 def _not_again(*arguments: Any) -> Any:
     raise AssertionError("a host ran as written")
 
