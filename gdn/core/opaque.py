@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdn.core.replay import Table, distinct, record, signature, witness
+from gdn.core.replay import Recording, Table, distinct, record, signature, witness
 
 Arguments = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
@@ -51,19 +51,19 @@ class _Kernels:
         if seen is not None:
             return seen.call(self._find, args)
         call, tensors = self._find(args)
-        return call(*tensors)
+        return call(tensors)
 
-    def _find(self, args: Arguments) -> tuple[_Call, Sequence[Tensor]]:
+    def _find(self, args: Arguments) -> tuple[Callable[[Sequence[Tensor]], Sequence[Tensor]], Sequence[Tensor]]:
         """The call with these arguments, known or new, and its tensors."""
         found = signature(args) if self._replay else None
         if found is None:
-            return _Call(self, args, replay=False), [a for a in args if isinstance(a, Tensor)]
+            return _Call(self, args, replay=False).run, [a for a in args if isinstance(a, Tensor)]
         key, tensors = found
         call = self._calls.get(key)
         if call is None:
             call = _Call(self, args, replay=True)
             self._calls.keep(key, call)
-        return call, tensors
+        return call.run, tensors
 
 
 class Opaque(_Kernels):
@@ -180,16 +180,16 @@ class InPlace(_Kernels):
 
     Args:
         name: "gdn::<name>" of the registered operator.
-        function: annotated (Tensor, Tensor | None, float, int, bool); returns a new tensor that shares no memory with the arguments.
+        function: annotated (Tensor, Tensor | None, float, int, bool); returns new tensors that share no memory with the arguments.
         mutates: names of the arguments that it writes into.
-        fake: like function, on tensors without data; returns a new empty tensor and writes nothing.
-        replay: as for `Opaque`.
+        fake: like function, on tensors without data; returns new empty tensors and writes nothing.
+        replay: as for `Opaque`, and that it returns one tensor.
     """
 
     results = 1
 
     def __init__(
-        self, name: str, function: Callable[..., Tensor], *, mutates: tuple[str, ...], fake: Callable[..., Tensor], replay: bool = False
+        self, name: str, function: Callable[..., Any], *, mutates: tuple[str, ...], fake: Callable[..., Any], replay: bool = False
     ) -> None:
         super().__init__(replay)
         self.name = name
@@ -199,8 +199,10 @@ class InPlace(_Kernels):
         operator.register_fake(fake)
         self._operator = operator._opoverload
 
-    def __call__(self, *args: Any) -> Tensor:
-        return self._operator(*args) if torch.compiler.is_compiling() else self._eager(args)[0]
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._operator(*args)
+        return self._eager(args)[0] if self._replay else self.function(*args)
 
     def keeps(self, args: Arguments) -> bool:
         return False
@@ -222,8 +224,8 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _first_tensor(args: Arguments) -> Tensor:
-    """The first tensor of forward's arguments, which backward receives as a tuple in its first argument."""
-    return next(a for a in (args[0] if isinstance(args[0], tuple) else args) if isinstance(a, Tensor))
+    """The first tensor of the arguments, which may come as a tuple or a list in the first of them."""
+    return next(a for a in (args[0] if isinstance(args[0], (tuple, list)) else args) if isinstance(a, Tensor))
 
 
 def _schema(function: Callable[..., Any]) -> str:
@@ -237,13 +239,17 @@ class _Call:
         self.owner, self.replay, self.keep = owner, replay, owner.keeps(args)
         self.is_tensor = tuple(isinstance(a, Tensor) for a in args)
         self.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
-        self._forward: Callable[[Tensors], Any] | None = None
-        self._backwards: dict[Any, Callable[[Tensors], Any] | None] = {}
+        self._forward: Callable[[Sequence[Tensor]], Any] | None = None
+        self._backwards: dict[Any, Callable[[Sequence[Tensor]], Any] | None] = {}
 
-    def __call__(self, *tensors: Tensor) -> Tensors:
-        return _Function.apply(self, *tensors) if self.keep else self.forward(tensors)  # type: ignore[no-any-return]
+    @property
+    def run(self) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        return self._record if self.keep else self.forward
 
-    def forward(self, tensors: Tensors) -> Tensors:
+    def _record(self, tensors: Sequence[Tensor]) -> Tensors:
+        return _Function.apply(self, *tensors)  # type: ignore[no-any-return]
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensors:
         """The results, and if a backward will follow what it wants saved."""
         if self._forward is not None:
             return self._forward(tensors)
@@ -251,19 +257,19 @@ class _Call:
             return self._host(tensors)
         results, recording = record(lambda: self._host(tensors), tensors)
         self.replay = recording is not None
-        self._forward = None if recording is None else _without_autocast(recording.run)
+        self._forward = None if recording is None else _replaying(recording)
         return results  # type: ignore[return-value]
 
-    def _host(self, tensors: Tensors) -> Tensors:
+    def _host(self, tensors: Sequence[Tensor]) -> Tensors:
         args, _ = self._arguments(tensors)
         return self.owner.run(args, self.keep)
 
-    def _arguments(self, stored: Tensors) -> tuple[Arguments, Tensors]:
+    def _arguments(self, stored: Sequence[Tensor]) -> tuple[Arguments, Tensors]:
         """All arguments, and what comes after them."""
         left = iter(stored)
         return tuple(next(left) if is_tensor else other for is_tensor, other in zip(self.is_tensor, self.rest)), tuple(left)
 
-    def backward(self, stored: Tensors, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def backward(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """A gradient, or None, for each tensor."""
         found = signature((*stored, *grads)) if self.replay else None
         if found is None:
@@ -271,18 +277,22 @@ class _Call:
         key, tensors = found
         if key in self._backwards:
             again = self._backwards[key]
-            return self._backward_host(stored, grads) if again is None else again(tuple(tensors))
+            return self._backward_host(stored, grads) if again is None else again(tensors)
         if not distinct(tensors):
             return self._backward_host(stored, grads)
         gradients, recording = record(lambda: self._backward_host(stored, grads), tensors)
-        self._backwards[key] = None if recording is None else _without_autocast(recording.run)
+        self._backwards[key] = None if recording is None else _replaying(recording)
         return gradients
 
-    def _backward_host(self, stored: Tensors, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def _backward_host(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         assert isinstance(self.owner, Opaque)
         args, saved = self._arguments(stored)
         gradients = self.owner.gradients(args, saved, grads)
         return [gradient for gradient, is_tensor in zip(gradients, self.is_tensor, strict=True) if is_tensor]
+
+
+def _replaying(recording: Recording) -> Callable[[Sequence[Tensor]], Any]:
+    return recording.run if recording.launches_only else _without_autocast(recording.run)
 
 
 class _Function(torch.autograd.Function):
@@ -295,6 +305,13 @@ class _Function(torch.autograd.Function):
         return results[: call.owner.results]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.call.backward(ctx.saved_tensors, grads))
+        # The decorator takes as long as a launch. Gradients are enabled only if there may be a second derivative, which it refuses.
+        return (_refusing_twice if torch.is_grad_enabled() else _gradients)(ctx, *grads)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (None, *ctx.call.backward(ctx.saved_tensors, grads))
+
+
+_refusing_twice = once_differentiable(_gradients)

@@ -25,6 +25,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
@@ -33,8 +34,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Tensors = Sequence[Tensor]
 Results = tuple[Tensor | None, ...]
-Step = Callable[[list[Tensor], list[Any], int], None]
-"""Given the tensors, the arguments of kernels and the stream. What it makes it appends to the first two."""
+Step = tuple[Any, ...] | Callable[[list[Tensor], list[Any]], None]
+"""A launch: what `Recording.run` unpacks. Or given the tensors and the arguments of kernels; what it makes it appends to both."""
 
 FIRST_DEVICE = 0
 """The CPU is device -1."""
@@ -45,6 +46,8 @@ _VALUES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
 _UNFORESEEABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 _TABLES: list[Table] = []
+# Each look-up of a name in a module takes as long as one of these calls.
+_modes, _transforms, _grad = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch.is_grad_enabled
 
 
 class Table(dict[tuple[Any, ...], Any]):
@@ -71,9 +74,9 @@ def signature(values: Iterable[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | N
 
     Objects take part whose type has a method `parts` that lists their tensors and values.
     """
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if _modes() or _transforms():
         return None
-    key: list[Any] = [torch.is_grad_enabled()]
+    key: list[Any] = [_grad()]
     tensors: list[Tensor] = []
     for value in values:
         kind = type(value)
@@ -82,7 +85,8 @@ def signature(values: Iterable[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | N
             if device < FIRST_DEVICE:
                 return None
             tensors.append(value)
-            key += (value.shape, value.stride(), value.dtype, device, value.data_ptr() & 15, value.requires_grad)
+            strides = value.is_contiguous() or value.stride()  # of contiguous ones, which are alike in memory whatever they are
+            key += (value.shape, strides, value.dtype, device, value.data_ptr() & 15, value.requires_grad)
         elif kind in _VALUES:
             key += (kind, value)  # True == 1 == 1.0, but kernels differ
         elif hasattr(kind, "parts"):
@@ -118,13 +122,14 @@ class Recording:
     steps: list[Step]
     results: list[int | None]
 
+    @property
+    def launches_only(self) -> bool:
+        return all(isinstance(step, tuple) for step in self.steps)
+
     def run(self, tensors: Tensors) -> Results:
         if self.device != torch._C._cuda_getDevice():
             with torch.cuda.device(self.device):
-                return self._run(tensors)
-        return self._run(tensors)
-
-    def _run(self, tensors: Tensors) -> Results:
+                return self.run(tensors)
         held = list(tensors)
         arguments: list[Any] = [x.data_ptr() for x in tensors]
         arguments += self.constants
@@ -139,7 +144,11 @@ class Recording:
             arguments.append(arguments[beginning] + offset)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         for step in self.steps:
-            step(held, arguments, stream)
+            if isinstance(step, tuple):
+                run, x, y, z, function, metadata, take = step
+                run(x, y, z, stream, function, metadata, None, None, None, *take(arguments))
+            else:
+                step(held, arguments)
         return tuple([None if i is None else held[i] for i in self.results])
 
 
@@ -162,8 +171,7 @@ Address = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Launch:
-    compiled: Any
-    grid: tuple[int, ...]
+    start: tuple[Any, ...]
     arguments: list[Address | list[Any]]
     """An address, or a list of one constant."""
 
@@ -212,7 +220,8 @@ class Recorder(TorchDispatchMode):
     def launch(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
         """By `portable_launch.launch`: this kernel was launched."""
         arguments = [self._address(a) if isinstance(a, Tensor) else [a] for a in args]
-        self._steps.append(_Launch(compiled, (*grid, 1, 1)[:3], arguments))
+        start = (compiled.run, *(*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata)
+        self._steps.append(_Launch(start, arguments))
 
     def finish(self, results: Sequence[Tensor | None]) -> Recording | None:
         places = [None if x is None else self._place(x) for x in results]
@@ -232,7 +241,7 @@ class Recorder(TorchDispatchMode):
         for step in self._steps:
             if isinstance(step, _Launch):
                 taken = [argument[a] if isinstance(a, tuple) else next(rest) for a in step.arguments]
-                steps.append(_launching(step, operator.itemgetter(*taken)))
+                steps.append((*step.start, operator.itemgetter(*taken)))
             else:
                 steps.append(_operating(step, [(n, number[i]) for n, i in step.tensors]))
         return Recording(
@@ -309,20 +318,10 @@ def _template(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
     return like, None if x.is_contiguous() else x.stride()
 
 
-def _launching(launch: _Launch, take: Callable[[list[Any]], tuple[Any, ...]]) -> Step:
-    run, function, metadata = launch.compiled.run, launch.compiled.function, launch.compiled.packed_metadata
-    x, y, z = launch.grid
-
-    def step(held: list[Tensor], arguments: list[Any], stream: int) -> None:
-        run(x, y, z, stream, function, metadata, None, None, None, *take(arguments))
-
-    return step
-
-
 def _operating(called: _Operator, tensors: list[tuple[int, int]]) -> Step:
     function, named = called.function, called.named
 
-    def step(held: list[Tensor], arguments: list[Any], stream: int) -> None:
+    def step(held: list[Tensor], arguments: list[Any]) -> None:
         given = called.arguments.copy()
         for n, i in tensors:
             given[n] = held[i]
@@ -334,7 +333,7 @@ def _operating(called: _Operator, tensors: list[tuple[int, int]]) -> Step:
     return step
 
 
-Call = Callable[..., Sequence[Tensor]]
+Call = Callable[[Tensors], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -347,7 +346,7 @@ class Outline:
 
     def run(self, tensors: list[Tensor]) -> Any:
         for call, places in self.calls:
-            tensors += call(*[tensors[i] for i in places])
+            tensors += call([tensors[i] for i in places])
         return tensors[self.results] if isinstance(self.results, int) else tuple([tensors[i] for i in self.results])
 
 
@@ -370,7 +369,7 @@ class Witness(TorchDispatchMode):
         """By a call that can be replayed, which `find` gives with its tensors."""
         with _disable_current_modes():
             call, tensors = find(args)
-            results = call(*tensors)
+            results = call(tensors)
         self._calls.append((call, [self._place(x) for x in tensors]))
         self._hold(results)
         return results
@@ -404,7 +403,7 @@ class _Replayed:
         self._outlines = Table()
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._function(*args, **named)
         found = signature((*args, *named, *named.values()))
         if found is None:

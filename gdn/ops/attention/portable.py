@@ -519,11 +519,5 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
 
 
 _OPAQUE = Opaque(
-    "gdn::windowed_sigmoid_attention_portable",
-    _forward,
-    _backward,
-    fake=_fake,
-    results=1,
-    differentiable=("q", "k", "v", "slopes"),
-    replay=True,
+    "gdn::windowed_sigmoid_attention_portable", _forward, _backward, fake=_fake, results=1, differentiable=("q", "k", "v", "slopes")
 )
