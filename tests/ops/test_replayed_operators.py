@@ -164,7 +164,9 @@ def test_operators_are_replayed_whole(name: str, replayed_here: list[str], monke
                 operator(**arguments)
 
 
-def test_parts_of_a_packing_are_all_that_kernels_read() -> None:
+def test_parts_are_all_that_a_call_reads() -> None:
+    gates = GateParameters(torch.zeros(1), torch.ones(1), 2.0)
+    assert all(a is b for a, b in zip(gates.parts(), vars(gates).values(), strict=True))
     read = {field.name for field in dataclasses.fields(Packing)} - {"host", "_rows", "_stretched"}
     packing = Packing.from_lengths([3, 4])
     assert {id(part) for part in packing.parts()} == {id(getattr(packing, name)) for name in read}
