@@ -67,8 +67,8 @@ def quick_interpreter() -> Iterator[None]:
 
 @pytest.fixture
 def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Calls on the CPU are replayed as on a GPU, and what stands for a compiled kernel runs the interpreter on the addresses that it gets.
-    The names of the kernels that replays run, as they do."""
+    """The names of the kernels that replays run, as they do. Without a GPU calls on the CPU are replayed, and what stands for a compiled
+    kernel runs the interpreter on the addresses that it gets."""
     pytest.importorskip("triton")
     from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime import interpreter
@@ -76,8 +76,22 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     from gdn.core import portable_launch, replay
 
     names: list[str] = []
+    launch = portable_launch._launch
 
-    class Compiled:
+    class Noting:
+        """A compiled kernel."""
+
+        def __init__(self, kernel: Any, compiled: Any) -> None:
+            self.name, self.start = kernel.fn.__name__, compiled.run
+            self.function, self.packed_metadata = compiled.function, compiled.packed_metadata
+
+        def run(self, *args: Any) -> None:
+            names.append(self.name)
+            self.start(*args)
+
+    class Interpreted:
+        """Stands for a compiled kernel."""
+
         function, packed_metadata = "function", "metadata"
 
         def __init__(self, kernel: Any, args: tuple[Any, ...]) -> None:
@@ -87,25 +101,31 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             self, x: int, y: int, z: int, stream: Any, function: Any, metadata: Any, _: Any, enter: Any, leave: Any, *args: Any
         ) -> None:
             assert (stream, function, metadata, _, enter, leave) == ("stream", self.function, self.packed_metadata, None, None, None)
-            names.append(self.kernel.fn.__name__)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, named: (args, named))
                 patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
-                self.kernel[x, y, z](*[a if dtype is None else pointer(a, dtype) for a, dtype in zip(args, self.dtypes, strict=True)])
+                args = [a if dtype is None else pointer(a, dtype) for a, dtype in zip(rest[6:], self.dtypes, strict=True)]
+                self.kernel[x, y, z](*args)
 
     def pointer(address: int, dtype: torch.dtype) -> Any:
         return SimpleNamespace(data_ptr=lambda: address, dtype=dtype)
 
-    def first(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *rest: Any) -> Compiled:
+    def compile(kernel: Any, *rest: Any) -> Noting:
+        return Noting(kernel, launch(kernel, *rest))
+
+    def interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *rest: Any) -> Noting:
         with _disable_current_modes():
             kernel[grid](*args)
-        return Compiled(kernel, args)
+        return Noting(kernel, Interpreted(kernel, args))
 
-    monkeypatch.setattr(portable_launch, "JITFunction", object)
-    monkeypatch.setattr(portable_launch, "_launch", first)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
-    monkeypatch.setattr(replay, "FIRST_DEVICE", -1)
+    if torch.cuda.is_available():
+        monkeypatch.setattr(portable_launch, "_launch", compile)
+    else:
+        monkeypatch.setattr(portable_launch, "JITFunction", object)
+        monkeypatch.setattr(portable_launch, "_launch", interpret)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
+        monkeypatch.setattr(replay, "FIRST_DEVICE", -1)
     replay.forget()
     yield names
     replay.forget()

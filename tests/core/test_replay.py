@@ -22,7 +22,10 @@ from gdn.core.packing import Packing  # noqa: E402
 from gdn.core.portable_launch import launch  # noqa: E402
 from gdn.core.replay import replayed  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("quick_interpreter"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="toys on the CPU; with a GPU tests/ops/test_replayed_operators.py is the test"),
+]
 
 HOSTS: list[str] = []
 """What ran as written."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_gpu import gpu
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -26,6 +27,7 @@ from gdn.ops.rotary import problems as rotaries
 from gdn.ops.short_conv import problems as convs
 from gdn.ops.state_space import problems as spaces
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Build = Callable[[int], dict[str, Any]]
 
 
@@ -34,7 +36,7 @@ def short(problems: Any, *names: str, make: str = "build", drop: tuple[str, ...]
 
     def builder(problem: Any) -> Build:
         def build(seed: int) -> dict[str, Any]:
-            found = getattr(problem, make)(dtype=torch.bfloat16, seed=seed)
+            found = getattr(problem, make)(dtype=torch.bfloat16, device=DEVICE, seed=seed)
             return {name: value for name, value in found.items() if name not in drop}
 
         return build
@@ -43,7 +45,7 @@ def short(problems: Any, *names: str, make: str = "build", drop: tuple[str, ...]
 
 
 def rule(name: str, **sizes: Any) -> tuple[str, Build]:
-    return name, lambda seed: rules.Problem(name=name, **sizes).build(dtype=torch.bfloat16, seed=seed)
+    return name, lambda seed: rules.Problem(name=name, **sizes).build(dtype=torch.bfloat16, device=DEVICE, seed=seed)
 
 
 CASES: dict[str, list[tuple[str, Build]]] = {
@@ -93,7 +95,7 @@ def run(name: str, build: Build, seed: int, gradient: str) -> list[Tensor]:
         return results + leaves
     generator = torch.Generator().manual_seed(seed)
     chosen = results if gradient == "all" else results[-1:]
-    slopes = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in chosen]
+    slopes = [torch.randn(x.shape, generator=generator).to(x) for x in chosen]
     found = torch.autograd.grad(chosen, leaves, slopes, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in results] + list(found)
 
@@ -162,6 +164,64 @@ def test_operators_are_replayed_whole(name: str, replayed_here: list[str], monke
             with monkeypatch.context() as patch:
                 patch.setattr(operator, "_function", _not_again)
                 operator(**arguments)
+
+
+@gpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_captures_replays(name: str, replayed_here: list[str]) -> None:
+    """Forward and backward, from memory of the graph's own, with the numbers that are there when it is launched."""
+    build, gradient = CASES[name][0][1], "none" if name.endswith("_step") else "all"
+    leaves: list[Tensor] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        leaves.append(x.detach().clone().requires_grad_(gradient == "all"))
+        return leaves[-1]
+
+    arguments = changed(build(1), leaf)
+
+    def call() -> list[Tensor]:
+        results = tensors_of(getattr(ops, name)(**arguments))
+        return results if gradient == "none" else list(torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results]))
+
+    def start(seed: int) -> None:
+        numbers: list[Tensor] = []
+        changed(build(seed), lambda x: (numbers.append(x), x)[1])
+        with torch.no_grad():
+            for x, now in zip(leaves, numbers, strict=True):
+                x.copy_(now)
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert replayed_here
+    with torch.cuda.graph(graph):
+        captured = call()
+    for seed in (2, 3):
+        start(seed)
+        graph.replay()
+        found = [x.detach().clone() for x in captured]
+        start(seed)
+        assert all(torch.equal(a, b) for a, b in zip(found, call(), strict=True))
+
+
+@gpu
+def test_replays_run_on_the_current_stream(replayed_here: list[str]) -> None:
+    x, stream = torch.randn(1024, 128, device=DEVICE), torch.cuda.Stream()
+    for gradient in (False, True):
+        leaf = x.clone().requires_grad_(gradient)
+        ops.l2norm(leaf)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream), torch.no_grad():
+            torch.cuda._sleep(100_000_000)
+            leaf.copy_(3 * x + 1)
+        with torch.cuda.stream(stream):
+            y = ops.l2norm(leaf).detach()
+        stream.synchronize()
+        assert torch.equal(y, ops.l2norm(3 * x + 1))
+    assert replayed_here
 
 
 def test_parts_are_all_that_a_call_reads() -> None:
