@@ -78,12 +78,16 @@ def _run(series: str, name: str, seed: int, toy: bool) -> Run:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    drawn, (axes,) = plots.panels(1, title="MAD: accuracy on six tasks, mean over classes")
-    drawn.set_size_inches(11, 4.2)
-    names = {name: "memorisation" if name in MEMORISATION else name for name in TASKS}
-    by_task = [row | {"scores": {names[row["x"]]: row["scores"]["accuracy"]}} for row in rows if row["x"] in names]
-    plots.bars(axes, by_task, list(dict.fromkeys(names.values())))
-    plots.finish(axes, x="", y="accuracy", legend=True)
+    drawn, (axes, learned) = plots.panels(2, title="MAD: accuracy, mean over classes")
+    drawn.set_size_inches(13, 4.6)
+    others = [row | {"scores": {row["x"]: row["scores"]["accuracy"]}} for row in rows if row["x"] not in MEMORISATION]
+    plots.bars(axes, others, [task for task in TASKS if task not in MEMORISATION])
+    by_heart = [row | {"x": MEMORISATION[row["x"]].vocab // 2} for row in rows if row["x"] in MEMORISATION]
+    plots.over_x(learned, by_heart, "accuracy")
+    learned.set_xscale("log", base=2)
+    plots.finish(axes, x="", y="accuracy")
+    plots.finish(learned, x="values to memorise")
+    plots.legend(drawn, (axes, learned))
     return drawn
 
 
