@@ -105,6 +105,8 @@ def fla(pair: Pair, width: int, device: torch.device, dtype: torch.dtype) -> tup
         layers.flash_attn_func = flash_attention
     with torch.device(device):
         module = getattr(layers, pair.name)(hidden_size=width, layer_idx=0, **pair.arguments(width)).to(dtype)
+    if pair.name == "Mamba2" and not rows.installed("causal-conv1d"):
+        module.eval()  # or it would call the joint kernel of mamba-ssm, which needs that package, instead of its own convolution
     return module, lambda x: module(x)[0]
 
 
@@ -145,6 +147,8 @@ def footnote(pair: Pair) -> dict[str, str]:
     """What FLA's layer falls back to without packages that it wants."""
     if pair.name == "Mamba2" and not rows.installed("mamba-ssm"):
         return {"note": "without mamba-ssm FLA's layer is plain torch"}
+    if pair.name == "Mamba2" and not rows.installed("causal-conv1d"):
+        return {"note": "FLA's own convolution, for want of causal-conv1d, and mamba-ssm's chunked scan"}
     if pair.name == "Attention" and not rows.installed("flash-attn"):
         return {"note": "torch's flash attention in place of flash-attn"}
     return {}

@@ -49,10 +49,10 @@ def print_mixers(*, width: int, length: int, itemsize: int) -> None:
     table.add_column("mixer", no_wrap=True)
     for column in ("parameters", "forward FLOPs per token", "state per sequence"):
         table.add_column(column, justify="right")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for c in found:
-        growth = "grows with the length" if c.state_grows else ""
-        table.add_row(c.name, f"{c.parameters:,}", f"{c.flops_per_token:,}", _bytes(c.state_bytes), growth)
+        remark = "grows with the length" if c.state_grows else c.chosen
+        table.add_row(c.name, f"{c.parameters:,}", f"{c.flops_per_token:,}", _bytes(c.state_bytes), remark)
     for name, reason in reasons.items():
         table.add_row(name, "", "", "", reason)
     Console().print(table)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 """A finished run, a line of results.jsonl. See `learn`."""
+Order = Literal["turns", "stages"]
 Measure = Literal["tokens", "sequences", "classes", "legal", "distance"]
 
 
@@ -35,6 +36,8 @@ class Training(Config):
     """The optimizer."""
     schedule: Schedule = Schedule(warmup=50, final_fraction=0.0)
     """The learning rate over the run."""
+    order: Order = "turns"
+    """turns: a batch of each task in turn. stages: one task after another, each for an equal share of the steps."""
     examples: int | None = None
     """Size of a fixed training set, gone through in a new order each time. None: every batch is new."""
     clip: float | None = 1.0
@@ -89,7 +92,7 @@ class Run(Config):
     model: LM.Config
     """The model; its vocabulary is that of the task."""
     tasks: tuple[Task, ...]
-    """What is learned: a batch of each in turn."""
+    """What is learned, in the order of the training."""
     training: Training
     """How."""
     tests: tuple[Test, ...]

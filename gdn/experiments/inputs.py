@@ -58,19 +58,24 @@ class Inputs(NamedTuple):
 
 
 def stream(tasks: Sequence[Task], training: Training, seed: int, device: torch.device = CPU, sets: Sets | None = None) -> Iterator[Inputs]:
-    """A batch for each step, from the tasks in turn: always new, or from a fixed set in a new order each epoch."""
+    """A batch for each step, from its task: always new, or from a fixed set in a new order each epoch."""
     generator = torch.Generator().manual_seed(seed)
     fills = [WHOLE if device.type == "cuda" and not task.from_last else 1 for task in tasks]
     if training.examples is None:
         for step in range(training.steps):
-            turn = step % len(tasks)
-            yield Inputs.of(tasks[turn].sample(training.batch, generator), device, fill=fills[turn])
+            number = task_at(step, len(tasks), training)
+            yield Inputs.of(tasks[number].sample(training.batch, generator), device, fill=fills[number])
         return
     sets = sets or Sets()
     fixed = [Inputs.of(sets.training(task, training.examples, seed), device, fill=fill) for task, fill in zip(tasks, fills)]
     rows = torch.stack(list(_orders(len(tasks), training, generator))).to(device)  # at once: a copy on the way would wait for the device
     for step in range(training.steps):
-        yield fixed[step % len(tasks)].chosen(rows[step])
+        yield fixed[task_at(step, len(tasks), training)].chosen(rows[step])
+
+
+def task_at(step: int, tasks: int, training: Training) -> int:
+    """The number of the task of a step, both from 0."""
+    return step % tasks if training.order == "turns" else step * tasks // training.steps
 
 
 def _orders(tasks: int, training: Training, generator: torch.Generator) -> Iterator[Tensor]:
@@ -78,7 +83,7 @@ def _orders(tasks: int, training: Training, generator: torch.Generator) -> Itera
     assert training.examples is not None
     left: list[list[Tensor]] = [[] for _ in range(tasks)]
     for step in range(training.steps):
-        mine = left[step % tasks]
+        mine = left[task_at(step, tasks, training)]
         if not mine:
             order = torch.randperm(training.examples, generator=generator)
             mine += [piece for piece in order.split(training.batch) if len(piece) == training.batch]

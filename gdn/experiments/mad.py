@@ -1,9 +1,10 @@
 """The six tasks of MAD: recall saturates for attention and the delta rule; memorisation and compression go the other way.
 
 The published protocol: two blocks of width 128, 12 800 training sequences, batches of 128, accuracy as the mean over classes, the best of
-six combinations of learning rate and weight decay after 200 epochs. Here one combination, their largest (1e-3, 0.1), which learns most in
-few steps, and 15 epochs, for recall 40: after 15 attention had 44 % of it. Memorisation has 256 training sequences, as published, and as
-many updates as the others. Whoever has 99.9 % twice on the way stops.
+six combinations of learning rate and weight decay after 200 epochs; then the mean over an easy setting and harder ones. Here one
+combination, their largest (1e-3, 0.1), which learns most in few steps, the easy setting, and 15 epochs; for recall 40, since attention had
+44 % of it after 15. Memorisation is as published, 256 training sequences, 200 epochs, all sizes of the vocabulary: the easy one alone does
+not tell models apart. Whoever has 99.9 % twice on the way stops.
 """
 
 from __future__ import annotations
@@ -28,34 +29,38 @@ if TYPE_CHECKING:
 
 WIDTH, HEADS, BATCH, EXAMPLES = 128, 4, 128, 12_800
 WINDOW = 32
+VOCABULARIES = (256, 512, 1024, 2048, 4096, 8192)
+MEMORISATION = {f"memorisation of {vocab // 2}": Memorisation(vocab=vocab) for vocab in VOCABULARIES}
 TASKS: dict[str, Task] = {
     "compression": Compression(),
     "fuzzy recall": FuzzyRecall(),
     "in-context recall": InContextRecall(),
-    "memorisation": Memorisation(),
     "noisy recall": NoisyRecall(),
     "selective copying": MADSelectiveCopying(),
+    **MEMORISATION,
 }
 PUBLISHED = {
-    "Transformer": (51.6, 29.8, 94.1, 85.2, 86.8, 99.6),
-    "DeltaNet": (42.2, 35.7, 100.0, 52.8, 100.0, 100.0),
+    "Transformer": (51.6, 29.8, 94.1, 86.8, 99.6),
+    "DeltaNet": (42.2, 35.7, 100.0, 100.0, 100.0),
 }
-"""Per cent, in the order of the tasks."""
+"""Per cent, in the order of the tasks; memorising, of which the mean is published, is in `EXPERIMENT.source`."""
 
 
 def runs(toy: bool) -> list[Run]:
     seeds = range(1 if toy else 3)
-    return [_run(series, task, seed, toy) for seed in seeds for series, task in models.every(list(TASKS), seed=seed, toy=toy)]
+    return [_run(series, task, seed, toy) for seed in seeds for series, task in models.every(list(TASKS), toy=toy)]
 
 
 def _run(series: str, name: str, seed: int, toy: bool) -> Run:
     task, width = TASKS[name], 16 if toy else WIDTH
+    examples = 256 if name in MEMORISATION else EXAMPLES
+    epochs = 200 if name in MEMORISATION else 40 if name == "in-context recall" else 15
     training = Training(
-        steps=2 if toy else (40 if name == "in-context recall" else 15) * EXAMPLES // BATCH,
+        steps=2 if toy else epochs * examples // BATCH,
         batch=2 if toy else BATCH,
         optim=AdamW(lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1),
         schedule=Schedule(warmup=0, final_fraction=1e-6 / 1e-3),
-        examples=4 if toy else 256 if name == "memorisation" else EXAMPLES,
+        examples=4 if toy else examples,
         precision="fp32" if toy else "bf16",
         check_every=250,
         enough=0.999,
@@ -73,11 +78,16 @@ def _run(series: str, name: str, seed: int, toy: bool) -> Run:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    drawn, (axes,) = plots.panels(1, title="MAD: accuracy on six tasks, mean over classes")
-    drawn.set_size_inches(11, 4.2)
-    by_task = [row | {"scores": {row["x"]: row["scores"]["accuracy"]}} for row in rows]
-    plots.bars(axes, by_task, list(TASKS))
-    plots.finish(axes, x="", y="accuracy", legend=True)
+    drawn, (axes, learned) = plots.panels(2, title="MAD: accuracy, mean over classes")
+    drawn.set_size_inches(13, 4.6)
+    others = [row | {"scores": {row["x"]: row["scores"]["accuracy"]}} for row in rows if row["x"] not in MEMORISATION]
+    plots.bars(axes, others, [task for task in TASKS if task not in MEMORISATION])
+    by_heart = [row | {"x": MEMORISATION[row["x"]].vocab // 2} for row in rows if row["x"] in MEMORISATION]
+    plots.over_x(learned, by_heart, "accuracy")
+    learned.set_xscale("log", base=2)
+    plots.finish(axes, x="", y="accuracy")
+    plots.finish(learned, x="values to memorise")
+    plots.legend(drawn, (axes, learned))
     return drawn
 
 
@@ -86,8 +96,8 @@ EXPERIMENT = Experiment(
     claim="The delta rule is best at recall and copying and worst at memorising; compression is weak as well.",
     runs=runs,
     figure=figure,
-    later=lambda run: run.x not in ("in-context recall", "memorisation"),
     x_name="task",
     published={f"{series}, {task}": f"{value:g} %" for series, values in PUBLISHED.items() for task, value in zip(TASKS, values)},
-    source="DeltaNet (arXiv 2406.06484), table of MAD; the Transformer from the MAD paper (arXiv 2403.17844).",
+    source="DeltaNet (arXiv 2406.06484), table of MAD; the Transformer from the MAD paper (arXiv 2403.17844). "
+    "Memorisation, mean over all: DeltaNet 52.8 %, Transformer 85.2 %.",
 )

@@ -18,8 +18,6 @@ from gdn.mixers.swat import Swat
 SLOW_DECAY = (0.01, 1.0)
 """Rates that decay starts with. With the published 16 at most, a model of two heads forgets within a dozen tokens wherever it begins: it
 had not begun to recall 64 pairs after 2000 steps, where the delta rule without decay took 600."""
-DEAR = ("GSA",)
-"""Before its operators had Triton rows its step was three to seven times as long as the others', so it has one seed."""
 Pattern = tuple[MixerConfig, ...]
 T = TypeVar("T")
 
@@ -65,18 +63,13 @@ MODELS: dict[str, Callable[[int, int, int], Pattern]] = {
 }
 
 
-def names(*without: str) -> Sequence[str]:
-    """All models, or all but some."""
-    return [name for name in MODELS if name not in without]
-
-
 def depth(mixers: Pattern, least: int) -> int:
     """Layers of a model of `least` layers, but at least one of each mixer: a hybrid of three has three."""
     return max(least, len(mixers))
 
 
-def every(settings: Sequence[T], *, seed: int, toy: bool) -> Iterator[tuple[str, T]]:
-    """Every model at every setting, those that take long first; for a toy every model at the first and one model at the others."""
+def every(settings: Sequence[T], *, toy: bool) -> Iterator[tuple[str, T]]:
+    """Every model at every setting; for a toy every model at the first and one model at the others."""
     for i, setting in enumerate(settings):
-        for name in [*(DEAR if seed == 0 else ()), *names(*DEAR)][: 1 if toy and i else None]:
+        for name in list(MODELS)[: 1 if toy and i else None]:
             yield name, setting

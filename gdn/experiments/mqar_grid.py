@@ -40,7 +40,7 @@ RATES = (3.2e-3, 1e-3)
 
 def runs(toy: bool) -> list[Run]:
     seeds = range(1 if toy else 3)
-    return [_run(series, rate, seed, toy) for seed in seeds for series, rate in models.every(RATES, seed=seed, toy=toy)]
+    return [_run(series, rate, seed, toy) for seed in seeds for series, rate in models.every(RATES, toy=toy)]
 
 
 def _run(series: str, rate: float, seed: int, toy: bool) -> Run:

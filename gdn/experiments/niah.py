@@ -3,7 +3,8 @@
 The published figures are from language models of 1.3 B parameters that never saw such a prompt before (Gated DeltaNet, arXiv 2412.06464,
 table 2). Here models of two layers (H2 has three) of width 128 learn the task itself in at most 2000 steps, on 8000 prompts each of 192,
 256 and 512 tokens in turn (short ones show sooner what is asked for), from words of generated sentences, so that only the memory is
-compared. A row counts as found if every character of its value is right.
+compared. Level 3, where 36 characters are to be copied, has 6000 steps: after 2000 only DeltaNet had learned it. A row counts as found if
+every character of its value is right.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 def runs(toy: bool) -> list[Run]:
     seeds = range(1 if toy else 3)
-    return [_run(series, level, seed, toy) for seed in seeds for series, level in models.every(LEVELS, seed=seed, toy=toy)]
+    return [_run(series, level, seed, toy) for seed in seeds for series, level in models.every(LEVELS, toy=toy)]
 
 
 def _run(series: str, level: Level, seed: int, toy: bool) -> Run:
     width, length = (16, 192) if toy else (WIDTH, LENGTH)
     task = Needle(level=level, length=length, vocab=VOCAB)
     training = Training(
-        steps=2 if toy else 2000,
+        steps=2 if toy else 6000 if level == 3 else 2000,
         batch=2 if toy else 32,
         optim=AdamW(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1),
         schedule=Schedule(warmup=100, final_fraction=0.1),

@@ -28,7 +28,7 @@ EXAMPLES = (1000, 5000)
 def runs(toy: bool) -> list[Run]:
     settings = (4,) if toy else EXAMPLES
     seeds = range(1 if toy else 3)
-    return [_run(series, examples, seed, toy) for seed in seeds for series, examples in models.every(settings, seed=seed, toy=toy)]
+    return [_run(series, examples, seed, toy) for seed in seeds for series, examples in models.every(settings, toy=toy)]
 
 
 def _run(series: str, examples: int, seed: int, toy: bool) -> Run:

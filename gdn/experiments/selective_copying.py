@@ -50,7 +50,7 @@ def runs(toy: bool) -> list[Run]:
             tests=tests,
         )
         for seed in range(1 if toy else 3)
-        for series, _ in models.every([None], seed=seed, toy=toy)
+        for series, _ in models.every([None], toy=toy)
         for mixers in (models.pattern(series, width, HEADS, length // 4),)
     ]
 

@@ -15,7 +15,7 @@ requires one) is a new state returned and the given one left as it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,6 +31,8 @@ class MixerConfig(Config):
     """Base of every mixer's configuration. The subclass is nested in its mixer; its tag is the name of its file."""
 
     variants: ClassVar[str | None] = "gdn.mixers"
+    typical: ClassVar[Mapping[str, Any]] = {}
+    """Usual values of fields without a default, for lists of all mixers."""
 
     @property
     def state_grows(self) -> bool:

@@ -12,6 +12,8 @@ and one layer tracks permutations of n + 1 things. The authors' layer and model 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ class DeltaProduct(Mixer):
     """See the module's docstring."""
 
     class Config(MixerConfig):
+        typical: ClassVar[Mapping[str, Any]] = {"householders": 2, "gate": True, "allow_neg_eigval": True}
         householders: int
         """Writes n of a token. 1 is DeltaNet, or gated Gated DeltaNet."""
         gate: bool

@@ -56,7 +56,7 @@ def _saved_channels(config: LM.Config, mixer: MixerConfig) -> int:
 
 @dataclass(frozen=True)
 class MixerCosts:
-    """What one mixer in its default configuration costs at a width and a length."""
+    """What one mixer in its default, or else usual, configuration costs at a width and a length."""
 
     name: str
     parameters: int
@@ -65,17 +65,20 @@ class MixerCosts:
     state_bytes: int
     """Of one sequence after `length` tokens."""
     state_grows: bool
+    chosen: str
+    """Fields that have no default, as in `householders=2`."""
 
 
 def mixer_costs(width: int, length: int, *, itemsize: int = 4) -> tuple[list[MixerCosts], dict[str, str]]:
-    """The costs of every mixer by arithmetic on its configuration alone, smallest state first; and for those that have no default
+    """The costs of every mixer by arithmetic on its configuration alone, smallest state first; and for those that have no usual
     configuration or none at this width, the reason."""
     found, reasons = [], {}
     for name, config_class in MixerConfig.members().items():
         try:
-            config = config_class()
+            config = config_class(**config_class.typical)
             parameters, flops = config.num_parameters(width), config.flops_per_token(width, length)
-            found.append(MixerCosts(name, parameters, flops, config.state_bytes(width, length, itemsize), config.state_grows))
-        except (GdnError, TypeError) as error:  # TypeError: a field without default
+            chosen = ", ".join(f"{field}={value}" for field, value in config.typical.items())
+            found.append(MixerCosts(name, parameters, flops, config.state_bytes(width, length, itemsize), config.state_grows, chosen))
+        except (GdnError, TypeError) as error:  # TypeError: a field without default or usual value
             reasons[name] = str(error)
     return sorted(found, key=lambda costs: costs.state_bytes), reasons

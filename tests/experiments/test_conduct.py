@@ -141,11 +141,13 @@ def test_a_fixed_training_set_is_gone_through_once_an_epoch() -> None:
     assert len(set(rows[0]) | set(rows[1])) <= 14
 
 
-def test_tasks_are_learned_in_turn() -> None:
+def test_tasks_are_learned_in_turn_or_in_stages() -> None:
     tasks = [MQAR(vocab=64, length=16, pairs=3), MQAR(vocab=64, length=24, pairs=3)]
     for examples in (None, 8):
         training = Training(steps=5, batch=4, examples=examples)
         assert [sample.tokens.shape[1] for sample in stream(tasks, training, seed=0)] == [16, 24, 16, 24, 16]
+        stages = training.with_(order="stages")
+        assert [sample.tokens.shape[1] for sample in stream(tasks, stages, seed=0)] == [16, 16, 16, 24, 24]
 
 
 def row_of(series: str, x: float | str, seed: int, **scores: float) -> Row:

@@ -51,11 +51,13 @@ def test_every_mixer_is_listed_with_what_it_costs() -> None:
     found, reasons = mixer_costs(256, 100)
     members = MixerConfig.members()
     assert {"attention", "gated_deltanet", "swat"} <= set(members)
-    assert {each.name for each in found} | set(reasons) == set(members)
+    assert {each.name for each in found} == set(members)
+    assert not reasons
+    assert {each.name: each.chosen for each in found if each.chosen} == {"deltaproduct": "householders=2, gate=True, allow_neg_eigval=True"}
     assert [each.state_bytes for each in found] == sorted(each.state_bytes for each in found)
     for each in found:
         with torch.device("meta"):
-            mixer = members[each.name]().build(256)
+            mixer = members[each.name](**members[each.name].typical).build(256)
         assert sum(p.numel() for p in mixer.parameters()) == each.parameters
 
 

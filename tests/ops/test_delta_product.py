@@ -48,8 +48,9 @@ def close(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
-def small(n: int = 2, gradient: bool = True, dtype: torch.dtype = torch.float64, **sizes: Any) -> dict[str, Any]:
-    return Problem(tokens=rule.Problem(**{"name": "", "T": 6, "K": 4, "V": 3, **sizes}), n=n).build(dtype=dtype, gradient=gradient)
+def small(n: int = 2, gradient: bool = True, dtype: torch.dtype = torch.float64, device: str = "cpu", **sizes: Any) -> dict[str, Any]:
+    problem = Problem(tokens=rule.Problem(**{"name": "", "T": 6, "K": 4, "V": 3, **sizes}), n=n)
+    return problem.build(dtype=dtype, gradient=gradient, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -167,7 +168,7 @@ def test_the_kernels_give_the_same_bits_in_a_compiled_graph() -> None:
     torch._dynamo.reset()
     found, sizes = [], {"T": 40, "lengths": (15, 25, 0), "initial": True}
     for run in (gated_delta_product, torch.compile(gated_delta_product, fullgraph=True, backend="aot_eager")):
-        arguments = {name: x.to(DEVICE) for name, x in small(dtype=torch.float32, **sizes).items()}
+        arguments = small(dtype=torch.float32, device=DEVICE, **sizes)
         with use(gated_delta_product="portable"):
             outputs = run(**arguments)
             found.append((*outputs, *gradients(outputs, arguments)))

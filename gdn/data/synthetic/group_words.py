@@ -5,7 +5,8 @@
 Groups are Z<n> (addition modulo n), S<n> (permutations of n things) and A<n> (even ones); element 0 is the identity, and a product applies
 its left factor first. The tokens are the elements and seven special ones, of which the first is BOS and the second fills gaps.
 
-Variants: `limit=2` restricts what is read to permutations that move at most two things ("S5 only swaps"); `repeat=4` writes each element
+Variants: `limit=2` restricts what is read to permutations that move at most two things ("S5 only swaps"), `least=5` to those that move
+at least five (of A5 the turns by a fifth or two of an icosahedron); `repeat=4` writes each element
 four times and asks at the last ("S5 4 tokens"), `filler` writes it once and then three fillers.
 """
 
@@ -62,6 +63,8 @@ class GroupWords(Task):
     """Elements of a word."""
     limit: int | None = None
     """Read only elements that move at most this many things. None: all of them."""
+    least: int = 0
+    """Read only elements that move at least this many things."""
     repeat: int = 1
     """Tokens for each element; the product is asked for at the last of them."""
     filler: bool = False
@@ -74,8 +77,9 @@ class GroupWords(Task):
         name = re.fullmatch(r"([ZSA])(\d+)", self.group)
         if not name or not 2 <= int(name[2]) <= LARGEST[name[1]]:
             raise ConfigError(f"group: expected Z2 to Z{LARGEST['Z']}, S2 to S{LARGEST['S']} or A2 to A{LARGEST['A']}, got {self.group}")
-        if self.limit is not None and len(self.readable) < 2:
-            raise ConfigError(f"limit: expected to leave an element besides the identity, got {self.limit} for {self.group}")
+        if len(self.readable) < 2:
+            moved = f"from {self.least} to {'all' if self.limit is None else self.limit}"
+            raise ConfigError(f"limit, least: expected to leave two elements or more, got those of {self.group} that move {moved}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out: expected above 0 and below 1, got {self.held_out}")
         if min(self.held_out, 1 - self.held_out) * float(len(self.readable)) ** min(self.elements, 64) < 16:
@@ -90,7 +94,7 @@ class GroupWords(Task):
     def readable(self) -> Tensor:
         """The elements that words are made of."""
         moved = group(self.group).moved
-        return torch.arange(self.size) if self.limit is None else (moved <= self.limit).nonzero().flatten()
+        return ((moved >= self.least) & (moved <= (self.size if self.limit is None else self.limit))).nonzero().flatten()
 
     @property
     def vocab(self) -> int:

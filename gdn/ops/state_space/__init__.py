@@ -1,6 +1,4 @@
-"""What a state-space layer (Mamba2, arXiv 2405.21060) does beside its memory: contracts and tables.
-
-The Triton rows stand after `torch`, which takes any call, until their tests have passed on a GPU: they are taken by name."""
+"""What a state-space layer (Mamba2, arXiv 2405.21060) does beside its memory: contracts and tables."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ from gdn.core.replay import replayed
 SCALE_HEADS = Op(
     "scale_heads",
     (
-        Impl("torch", "gdn.ops.state_space.plain:scale_heads"),
         Impl("portable", "gdn.ops.state_space.portable:scale_heads", triton_gpu(P=range(1, 4097))),
+        Impl("torch", "gdn.ops.state_space.plain:scale_heads"),
         Impl("reference", "gdn.ops.state_space.reference:scale_heads"),
     ),
 )
@@ -24,8 +22,8 @@ SCALE_HEADS = Op(
 SKIP_GATED_RMS_NORM = Op(
     "skip_gated_rms_norm",
     (
-        Impl("torch", "gdn.ops.state_space.plain:skip_gated_rms_norm"),
         Impl("portable", "gdn.ops.state_space.portable:skip_gated_rms_norm", triton_gpu(W=range(1, 8193))),
+        Impl("torch", "gdn.ops.state_space.plain:skip_gated_rms_norm"),
         Impl("reference", "gdn.ops.state_space.reference:skip_gated_rms_norm"),
     ),
 )

@@ -115,6 +115,17 @@ def test_limit_reads_swaps_only_and_the_products_go_everywhere() -> None:
     assert task.vocab == 127
 
 
+def test_least_reads_what_moves_as_many_things() -> None:
+    task = GroupWords(group="A5", elements=6, least=5)
+    permutations = [p for p in itertools.permutations(range(5)) if swaps(p) % 2 == 0]
+    cycles = {i for i, p in enumerate(permutations) if all(p[j] != j for j in range(5))}
+    assert len(cycles) == 24
+    tokens, targets, _ = task.sample(200, seeded())
+    assert set(tokens[:, 1:].flatten().tolist()) == cycles
+    assert targets[:, 2:].unique().numel() == 60
+    assert len(task.with_(least=3, limit=4).readable) == 20 + 15  # three in a cycle, and two swaps
+
+
 @pytest.mark.parametrize("filler", [False, True])
 def test_repeat_asks_at_the_last_token_of_an_element(filler: bool) -> None:
     plain = GroupWords(group="S3", elements=6).sample(20, seeded())

@@ -131,7 +131,7 @@ def test_mistakes_in_calls_are_named(task: Task) -> None:
         ({"type": "modular_arithmetic", "shortest": 5, "length": 5}, "length: expected at least 6"),
         ({"type": "modular_arithmetic", "operators": "+/"}, "operators: expected some of"),
         ({"type": "group_words", "group": "S9"}, "group: expected Z2 to Z1000"),
-        ({"type": "group_words", "group": "A5", "limit": 2}, "limit: expected to leave an element"),
+        ({"type": "group_words", "group": "A5", "limit": 2}, "limit, least: expected to leave two elements"),
         ({"type": "group_words", "group": "Z2", "elements": 3}, "elements: expected enough"),
         ({"type": "group_words", "held_out": 0.0}, "held_out: expected above 0"),
         ({"type": "mad_recall", "length": 7}, "length: expected an even number"),
