@@ -97,10 +97,8 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         def __init__(self, kernel: Any, args: tuple[Any, ...]) -> None:
             self.kernel, self.dtypes = kernel, [a.dtype if isinstance(a, torch.Tensor) else None for a in args]
 
-        def run(
-            self, x: int, y: int, z: int, stream: Any, function: Any, metadata: Any, _: Any, enter: Any, leave: Any, *args: Any
-        ) -> None:
-            assert (stream, function, metadata, _, enter, leave) == ("stream", self.function, self.packed_metadata, None, None, None)
+        def run(self, x: int, y: int, z: int, *rest: Any) -> None:
+            assert rest[:6] == ("stream", self.function, self.packed_metadata, None, None, None)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, named: (args, named))
                 patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
