@@ -123,7 +123,7 @@ class Packing:
             host=host,
         )
 
-    def parts(self) -> tuple[Any, ...]:
+    def replay_parts(self) -> tuple[Any, ...]:
         """For `gdn.core.replay`: all that a kernel reads, and which lengths of a row have been found to fit."""
         found = [part for item in self._rows.items() for part in item]
         return self.cu_seqlens, self.documents, self.positions, self.chunk_table, self.chunk_offsets, *found

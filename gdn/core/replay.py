@@ -44,7 +44,10 @@ MOST = 8192
 
 _VALUES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
-_UNFORESEEABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+_TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
+_UNFORESEEABLE = {getattr(torch.Tag, name) for name in _TAGS}
+    getattr(torch.Tag, name) for name in ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
+}
 _TABLES: list[Table] = []
 # Each look-up of a name in a module takes as long as one of these calls.
 _modes, _transforms, _grad = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch.is_grad_enabled
@@ -72,7 +75,7 @@ def forget() -> None:
 def signature(values: Iterable[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
     """What a call with these arguments depends on apart from the contents of tensors, and the tensors; None if it must not be replayed.
 
-    Objects take part whose type has a method `parts` that lists their tensors and values.
+    Objects take part whose type has a method `replay_parts` that lists their tensors and values.
     """
     if _modes() or _transforms():
         return None
@@ -89,8 +92,8 @@ def signature(values: Iterable[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | N
             key += (value.shape, strides, value.dtype, device, value.data_ptr() & 15, value.requires_grad)
         elif kind in _VALUES:
             key += (kind, value)  # True == 1 == 1.0, but kernels differ
-        elif hasattr(kind, "parts"):
-            inside = signature(value.parts())
+        elif hasattr(kind, "replay_parts"):
+            inside = signature(value.replay_parts())
             if inside is None:
                 return None
             key += (kind, inside[0])

@@ -226,7 +226,7 @@ def test_replays_run_on_the_current_stream(replayed_here: list[str]) -> None:
 
 def test_parts_are_all_that_a_call_reads() -> None:
     gates = GateParameters(torch.zeros(1), torch.ones(1), 2.0)
-    assert all(a is b for a, b in zip(gates.parts(), vars(gates).values(), strict=True))
+    assert all(a is b for a, b in zip(gates.replay_parts(), vars(gates).values(), strict=True))
     read = {field.name for field in dataclasses.fields(Packing)} - {"host", "_rows", "_stretched"}
     packing = Packing.from_lengths([3, 4])
-    assert {id(part) for part in packing.parts()} == {id(getattr(packing, name)) for name in read}
+    assert {id(part) for part in packing.replay_parts()} == {id(getattr(packing, name)) for name in read}

@@ -35,7 +35,7 @@ class GateParameters:
     top: float = 1.0
     """Largest writing strength, see `write_gate`."""
 
-    def parts(self) -> tuple[Any, ...]:
+    def replay_parts(self) -> tuple[Any, ...]:
         """For `gdn.core.replay`."""
         return self.A_log, self.dt_bias, self.top
 
