@@ -46,8 +46,6 @@ _VALUES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
 _TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
 _UNFORESEEABLE = {getattr(torch.Tag, name) for name in _TAGS}
-    getattr(torch.Tag, name) for name in ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
-}
 _TABLES: list[Table] = []
 # Each look-up of a name in a module takes as long as one of these calls.
 _modes, _transforms, _grad = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch.is_grad_enabled
