@@ -477,6 +477,7 @@ _OPAQUE = Opaque(
     fake=_fake,
     results=2,
     differentiable=("q", "k", "v", "g", "beta", "initial_state"),
+    replay=True,
 )
 
 
