@@ -1,8 +1,8 @@
 """The launches of a call, written down once for each shape, so that a later call has only addresses to fill in.
 
     schedule = Schedule(T=T, HV=HV, K=K)                       # what parameters of these names get, in any kernel
-    schedule.add(gates_kernel, programs, warps=2, BH=16)       # the others are buffers: g, beta, gates
-    schedule.run({"g": g, "beta": beta}, (workspace, space))
+    schedule.add(sums_kernel, programs, warps=2, BH=16)        # the others are buffers: x, sums
+    schedule.run({"x": x}, (workspace, space))
 
 What is cached must be cached by all that the values, the dtypes, the device and the absence of tensors depend on; every tensor must begin at a
 multiple of 16 bytes. The first run looks at each argument and lets Triton compile; the later ones call the compiled kernels with integers for

@@ -20,7 +20,7 @@ Backward, from dO and dS' (formulas in portable_grad.py for the rest):
     X   = A^T dO + diag(D) K dS'                        dU = X - Phi^T diag(beta) X
     dS  = gamma_last dS' + scale Q^T diag(gamma) dO - K^T diag(gamma beta) dU
 
-Launches, forward: gates and pair (all chunks at once), output (chunk after chunk). Backward: states, backward, then pairs and gradient (all
+Launches, forward: pair (all chunks at once), output (chunk after chunk). Backward: states, backward, then pairs and gradient (all
 chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states of all chunks
 (README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
 Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
@@ -48,7 +48,7 @@ from gdn.core.portable_schedule import Schedule
 from gdn.core.portable_workspace import Buffers, Workspace
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
-from gdn.ops.delta_rule.portable_prepare import gates_kernel, pair_kernel
+from gdn.ops.delta_rule.portable_prepare import pair_kernel
 from gdn.ops.delta_rule.portable_scan import (
     backward_kernel,
     backward_summary_kernel,
@@ -215,7 +215,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
             "pairs": Launch(block=BV, warps=4),
             "gradient": Launch(block=128, warps=4, stages=3, inner=half),
         }
-    return {"gates": Launch(block=0, warps=2), "handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1), **rest}
+    return {"handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1), **rest}
 
 
 def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
@@ -313,8 +313,6 @@ Prepared = tuple[Schedule, Workspace, tuple[Workspace, ...]]
 
 def _schedule_forward(p: Plan, kind: Kind) -> Prepared:
     schedule, keep = _schedule(p, kind), kind.also
-    use, heads = p.launches["gates"], min(16, _power_of_two(p.HV))
-    schedule.add(gates_kernel, -(-p.HV // heads) * p.chunks, **use.resources, BH=heads)
     use = p.launches["pair"]
     schedule.add(pair_kernel, p.HV * p.chunks, **use.resources, GROUP=p.HV // p.H, BK=use.block, NORMS=p.S > 0)
     if p.S:
