@@ -395,7 +395,8 @@ def _schedule(p: Plan, kind: Kind) -> Schedule:
 def _add_handover(schedule: Schedule, p: Plan, out: str, *, backward: bool) -> None:
     use = p.launches["handover"]
     programs = -(-p.V // use.block) * p.HV
-    schedule.add(handover_kernel, programs, **use.resources, names={"out": out}, BV=use.block, BACKWARD=backward, STAGES=use.stages)
+    sizes = {"BV": use.block, "BS": _power_of_two(p.segments)}
+    schedule.add(handover_kernel, programs, **use.resources, names={"out": out}, **sizes, BACKWARD=backward, STAGES=use.stages)
 
 
 def _columns(p: Plan, use: Launch) -> int:

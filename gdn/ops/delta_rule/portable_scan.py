@@ -417,13 +417,15 @@ def handover_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BS: tl.constexpr,
     BACKWARD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Chain the maps of the segments. Grid [HV * value blocks].
 
     Forward, out[s + 1] = R_s out[s] + N_s; backward, out[s - 1] = R_s^T out[s] + N_s. R_s is 0 where crosses[s] is.
-    Keys beyond 128 go in two halves, so that R fits shared memory. Where nothing crosses, N may be unwritten memory: it goes no further.
+    Keys beyond 128 go in two halves, so that R fits shared memory. What crosses is read before the loop: a load in it that says whether
+    to load R would keep the pipeline from loading R ahead. Where nothing crosses, N may be unwritten memory: it goes no further.
     """
     block, hv, _ = program_place((V + BV - 1) // BV, HV)
     first = block * BV
@@ -431,10 +433,12 @@ def handover_kernel(
     B: tl.constexpr = BK // HALVES
     x = tl.zeros((B, BV), tl.float32)
     y = tl.zeros((B, BV), tl.float32)
+    place = tl.arange(0, BS)
+    crossing = tl.load(crosses + place * HV + hv, mask=place < segments - 1, other=0)
     for step in tl.range(0, segments - 1, num_stages=STAGES):
         s = segments - 1 - step if BACKWARD else step
         slot = int64(s) * HV + hv
-        cross = (tl.load(crosses + slot) != 0) & (s < segments - 1)
+        cross = tl.sum(tl.where(place == s, crossing, 0), 0) != 0
         target = out + (slot - HV if BACKWARD else slot + HV) * (K * V)
         x = tl.where(cross, x, 0.0)
         y = tl.where(cross, y, 0.0)
