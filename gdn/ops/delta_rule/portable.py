@@ -157,9 +157,12 @@ def plan(
 ) -> Plan:
     """The launch parameters for a shape on a GPU with this many multiprocessors."""
     table = launches(_power_of_two(K), V, wide)
+    programs = HV * -(-V // table["output"].block)
     rows, per_row = batch * length if packed else length, -(-length // CHUNK)
-    S = segment_chunks(chunks, documents, HV * -(-V // table["output"].block), packed, processors or 132)
+    S = segment_chunks(chunks, documents, programs, packed, processors or 132)
     runs, stretch = (-(-chunks // S), S) if S else (1, chunks) if packed else (batch, per_row)
+    if (runs if S or not packed else documents) * programs > (processors or 132):
+        table = launches(_power_of_two(K), V, wide, crowded=True)
     width = stretch if packed and not S else slab_chunks(stretch, runs * H * 2 * -(-K // table["gradient"].block))
     return Plan(
         tokens=batch * length,
@@ -180,8 +183,11 @@ def plan(
     )
 
 
-def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
-    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32. Measured on an H200 (README.md)."""
+def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, Launch]:
+    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32. Measured on an H200 (README.md).
+
+    Crowded: a multiprocessor has more than one program of 64 columns. Where two would load the same k and q, one of 128 columns loads them once.
+    """
     BV = _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
     half = min(64, BV)
     if wide:
@@ -193,12 +199,13 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
             **dict.fromkeys(("output", "states", "summary", "backward", "backward_summary"), scan),
         }
     elif BK <= 128:
+        together = Launch(block=BV, warps=8, stages=3) if crowded and BV == 128 else None
         rest = {
             "pair": Launch(block=BK, warps=4, registers=168),
-            "output": Launch(block=half, warps=4, stages=2),
+            "output": together or Launch(block=half, warps=4, stages=2),
             "states": Launch(block=half, warps=4, stages=3),
             "summary": Launch(block=half, warps=4, stages=3),
-            "backward": Launch(block=half, warps=4, stages=3),
+            "backward": together or Launch(block=half, warps=4, stages=3),
             "backward_summary": Launch(block=half, warps=4, stages=3),
             "pairs": Launch(block=BV, warps=4),
             "gradient": Launch(block=BK, warps=4, stages=3, inner=half),
@@ -241,12 +248,12 @@ def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, pro
 
 def slab_chunks(stretch: int, programs: int) -> int:
     """Chunks of a slab for runs of this many: the fewest, from 8 on, that give the kernels over all chunks of a slab 3300 programs, 25 for
-    each multiprocessor of an H200. `programs` are those of one chunk of every run. Slabs are made even.
+    each multiprocessor of an H200, but a third of the run at most. `programs` are those of one chunk of every run. Slabs are made even.
 
     Each slab more costs its four launches some 40 us at that size, for in a launch all programs first wait for their loads (README.md).
     """
     width = max(8, -(-3300 // max(programs, 1)))
-    slabs = max(1, -(-stretch // width))
+    slabs = max(1, -(-stretch // width), min(3, stretch // 8))
     return max(1, -(-stretch // slabs))
 
 
@@ -415,6 +422,7 @@ def _handed(p: Plan) -> tuple[tuple[int, ...], torch.dtype]:
 
 def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
     """What forward finds for itself and for backward."""
+    maps = ((p.segments, p.HV, p.K, p.K), torch.float32) if p.wide else ((p.segments, p.HV, 2, p.K, p.K), torch.bfloat16)
     return Workspace(
         {
             "phi": ((p.chunks, p.HV, CHUNK, CHUNK), dtype),
@@ -422,7 +430,7 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
             "gates": ((p.chunks, p.HV, GATES, CHUNK), torch.float32),
             "norms": ((p.chunks if p.S else 0, p.HV), torch.float32),
             "crosses": ((p.segments, p.HV), torch.int32),
-            "carried": ((p.segments, p.HV, p.K, p.K), torch.float32),
+            "carried": maps,
             "entering": _handed(p),
             "midway": ((p.slabs - 1 if keep else 0, p.runs, p.HV, p.K, p.V), torch.float32),
         }

@@ -82,12 +82,11 @@ def chunk_gates(g, valid):
     """
     decay = bounded(g.to(tl.float32))
     coarse = tl.floor(decay * 256.0) * 0.00390625
-    fine = decay - coarse
-    G = tl.cumsum(coarse, 0)
-    G_low = tl.cumsum(fine, 0)
-    gamma = tl.where(valid, exp(G + G_low), 0.0)
-    D = exp((tl.sum(coarse, 0, keep_dims=True) - G) + (tl.sum(fine, 0, keep_dims=True) - G_low))
-    return G, gamma, D, G_low
+    both = tl.join(coarse, decay - coarse)  # one sum over warps instead of two
+    sums = tl.cumsum(both, 0)
+    G, G_low = tl.split(sums)
+    after, after_low = tl.split(tl.sum(both, 0, keep_dims=True) - sums)
+    return G, tl.where(valid, exp(G + G_low), 0.0), exp(after + after_low), G_low
 
 
 @triton.jit
@@ -147,24 +146,26 @@ def pair_kernel(
     i = tl.arange(0, C)
     tile = int64(chunk) * HV + hv
     at = (start + i) * HV + hv
-    G, gamma, D, G_low = chunk_gates(tl.load(g + at, mask=i < rows, other=0.0), i < rows)
+    log_decay = tl.load(g + at, mask=i < rows, other=0.0)
     strength = tl.load(beta + at, mask=i < rows, other=0.0).to(tl.float32)
+    q += hv // GROUP * K
+    k += hv // GROUP * K
+    k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
+    q_rows = load_rows(q, start, rows, q_stride, 0, K, BK)
+    kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
+    qk = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
+    for first in tl.static_range(BK, K, BK):
+        k_rows = load_rows(k, start, rows, k_stride, first, K, BK)
+        q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
+        kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
+        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
+    G, gamma, D, G_low = chunk_gates(log_decay, i < rows)  # not before the products: a sum over warps waits for what it adds
     gate = gates + tile * (GATES * C) + i
     tl.store(gate, G)
     tl.store(gate + C, gamma)
     tl.store(gate + 2 * C, strength)
     tl.store(gate + 3 * C, D)
     tl.store(gate + 4 * C, G_low)
-    q += hv // GROUP * K
-    k += hv // GROUP * K
-    k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
-    kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
-    qk = tl.dot(load_rows(q, start, rows, q_stride, 0, K, BK), tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
-    for first in tl.static_range(BK, K, BK):
-        k_rows = load_rows(k, start, rows, k_stride, first, K, BK)
-        kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
-        q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
-        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     length = tl.sqrt(tl.maximum(square, 1e-30))
     kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
