@@ -222,7 +222,9 @@ def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, La
             "pairs": Launch(block=BV, warps=4),
             "gradient": Launch(block=128, warps=4, stages=3, inner=half),
         }
-    return {"handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1), **rest}
+    # 16 rows a warp at least (notes/triton_pipelines.md); of R in two parts each program takes what a multiprocessor has of shared memory
+    handover = Launch(block=16, warps=8 if BK > 64 else 4, stages=2 if BK <= 128 else 1)
+    return {"handover": handover, **rest}
 
 
 def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
