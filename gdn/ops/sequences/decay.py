@@ -8,6 +8,7 @@ from torch import Tensor
 SMALLEST_LOG_DECAY = -64.0
 """Per-token log decay below this acts as this: exp(-64) = 1.6e-28 is zero to every dtype, and sums of g keep their precision."""
 
+
 def smallest_decay(dtype: torch.dtype) -> float:
     """A decay over several tokens below this counts as zero: 4e-29 in float32, 1e-231 in float64.
 
