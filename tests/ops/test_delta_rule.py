@@ -419,6 +419,26 @@ def test_no_tokens_hand_the_state_through(impl: str) -> None:
 
 
 @in_rows
+def test_strong_gates_make_no_denormal_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with them take an Intel processor some hundred cycles each."""
+    seen: list[Tensor] = []
+    flow = scan._flow
+
+    def watched(segment: Any, c: chunked.Chunks, error: Tensor, inverse: Tensor, *rest: Any) -> Any:
+        seen.extend((c.gamma, c.tail, c.gated, inverse))
+        return flow(segment, c, error, inverse, *rest)
+
+    monkeypatch.setattr(scan, "_flow", watched)
+    x = Problem(name="", T=100, H=1, HV=2, K=16, V=16).build(dtype=torch.float32)
+    x["g"] = torch.linspace(-12, -1, 100).view(1, 100, 1).expand(1, 100, 2)
+    x["q"].requires_grad_()
+    with use(gated_delta_rule="chunked"):
+        gated_delta_rule(**x)[0].sum().backward()
+    assert seen
+    for matrix in seen:
+        assert not ((matrix != 0) & (matrix.abs() < 1e-36)).any()
+
+
 @pytest.mark.parametrize("decay", [1e2, 1e4, 1e30, float("inf")])
 def test_memory_that_forgets_everything_is_finite(impl: str, decay: float) -> None:
     arguments = Problem(name="", T=130, initial=True).build(dtype=torch.float32)
