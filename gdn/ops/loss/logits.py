@@ -1,8 +1,8 @@
 """Cross-entropy of logits that exist already, over a few rows at a time, in plain torch.
 
 `F.cross_entropy` writes a log-softmax the size of the logits, then a gradient of it, and of logits in 16 bits transformers makes a float32
-copy first. Here the rows at hand stay in the cache, and the gradient is the only other tensor of that size. Two cores of an Intel Xeon (AVX-512), 1024
-tokens, 41386 words, float32: forward 24 ms beside 67, forward and backward 90 beside 177.
+copy first. Here the rows at hand stay in the cache, and the gradient is the only other tensor of that size. Two cores of an Intel Xeon
+(AVX-512), 1024 tokens, 41386 words, float32: forward 23 ms beside 54, forward and backward 92 beside 163.
 """
 
 from __future__ import annotations
