@@ -1,8 +1,8 @@
 """The launches of a call by name: what all kernels are told alike is said once, and each takes what it has parameters for.
 
     schedule = Schedule(T=T, HV=HV, K=K)                       # what parameters of these names get, in any kernel
-    schedule.add(gates_kernel, programs, warps=2, BH=16)       # the others are buffers: g, beta, gates
-    schedule.run({"g": g, "beta": beta}, (workspace, space))
+    schedule.add(sums_kernel, programs, warps=2, BH=16)        # the others are buffers: x, sums
+    schedule.run({"x": x}, (workspace, space))
 
 What is cached must be cached by all that the values, the dtypes and the absence of tensors depend on.
 """

@@ -84,7 +84,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     plots.bars(axes, others, [task for task in TASKS if task not in MEMORISATION])
     by_heart = [row | {"x": MEMORISATION[row["x"]].vocab // 2} for row in rows if row["x"] in MEMORISATION]
     plots.over_x(learned, by_heart, "accuracy")
-    learned.set_xscale("log", base=2)
+    plots.doubling(learned, [task.vocab // 2 for task in MEMORISATION.values()])
     plots.finish(axes, x="", y="accuracy")
     plots.finish(learned, x="values to memorise")
     plots.legend(drawn, (axes, learned))

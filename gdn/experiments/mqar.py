@@ -67,8 +67,7 @@ def runs(toy: bool) -> list[Run]:
 def figure(rows: Sequence[Row]) -> Figure:
     drawn, (axes,) = plots.panels(1, title="MQAR: two layers, one head with a state of 16 x 16 numbers in each")
     plots.over_tests(axes, rows, {f"{pairs} pairs": float(pairs) for pairs in PAIRS})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(PAIRS, [str(pairs) for pairs in PAIRS])
+    plots.doubling(axes, PAIRS)
     plots.finish(axes, x="pairs of a key and a value in the context", y="fraction of values recalled", legend=True)
     axes.axvline(HEAD, color="grey", linewidth=1)
     axes.annotate(" as many pairs as\n keys are wide", (HEAD, 0.0), fontsize=8, color="grey")

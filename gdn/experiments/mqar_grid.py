@@ -104,7 +104,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     shown = better(rows)
     for axes, gap in zip(panels, GAPS):
         plots.over_tests(axes, shown, {name(n, gap): float(n) for n in sorted(PAIRS)})
-        axes.set_xscale("log", base=2)
+        plots.doubling(axes, sorted(PAIRS))
         plots.finish(axes, x="pairs n", title=gap)
         axes.axvline(WIDTH // HEADS, color="grey", linewidth=1)
     plots.legend(drawn, panels)

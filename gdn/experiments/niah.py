@@ -74,7 +74,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     tests = {f"{LENGTH * factor} tokens": float(LENGTH * factor) for factor in FACTORS}
     for axes, level in zip(panels, LEVELS):
         plots.over_tests(axes, rows, tests, f"S-NIAH-{level}")
-        axes.set_xscale("log", base=2)
+        plots.doubling(axes, list(tests.values()))
         plots.finish(axes, x="tokens", title=f"S-NIAH-{level}")
     plots.legend(drawn, panels)
     return drawn

@@ -105,6 +105,13 @@ def bars(axes: Axes, rows: Sequence[Row], tests: Sequence[str]) -> None:
     axes.set_xticks(range(len(tests)), [text(test) for test in tests])
 
 
+def doubling(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis with these values written out."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(values, [text(value) for value in values])
+    axes.minorticks_off()
+
+
 def finish(axes: Axes, *, x: str, y: str = "", title: str = "", chance: float | None = None, legend: bool = False) -> None:
     """Labels, a grid, the level of guessing, and accuracies from 0 to 1."""
     axes.set(xlabel=x, ylabel=y, ylim=(-0.03, 1.05))

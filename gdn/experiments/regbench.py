@@ -65,8 +65,9 @@ def figure(rows: Sequence[Row]) -> Figure:
     drawn, (left, right) = plots.panels(2, title="RegBench: learning random automata in context")
     for axes, test, title in ((left, "legal", "symbols that can follow"), (right, "distance", "distance to the true distribution")):
         plots.over_x(axes, rows, test)
-        axes.set_xscale("log")
-        plots.finish(axes, x="training sequences", title=title, legend=axes is left)
+        plots.doubling(axes, EXAMPLES)
+        plots.finish(axes, x="training sequences", title=title)
+    plots.legend(drawn, (left, right))
     return drawn
 
 

@@ -58,9 +58,10 @@ def runs(toy: bool) -> list[Run]:
 def figure(rows: Sequence[Row]) -> Figure:
     drawn, (left, right) = plots.panels(2, title=f"Selective copying: {COPIED} tokens among {LENGTH}")
     plots.over_steps(left, rows)
-    plots.finish(left, x="training step", y="accuracy", title="while learning", chance=1 / 14, legend=True)
+    plots.finish(left, x="training step", y="accuracy", title="while learning", chance=1 / 14)
     plots.bars(right, rows, [f"length {LENGTH * factor}" for factor in FACTORS])
     plots.finish(right, x="", title="at the end", chance=1 / 14)
+    plots.legend(drawn, (left, right))
     return drawn
 
 
