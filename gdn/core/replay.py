@@ -220,10 +220,9 @@ class Recorder(TorchDispatchMode):
             self._operator(func, args, named, out)
         return out
 
-    def launch(
-        self, start: Callable[..., None], between: tuple[Any, ...], packed: bool, grid: tuple[int, ...], args: tuple[Any, ...]
-    ) -> None:
-        """By `portable_launch.launch`: a kernel was launched, and `starter` says how to launch it again."""
+    def launch(self, starter: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """By `portable_launch.launch`: a kernel was launched. The starter is how to launch it again."""
+        start, between, packed = starter
         arguments = [self._address(a) if isinstance(a, Tensor) else [a] for a in args]
         self._steps.append(_Launch((start, *(*grid, 1, 1)[:3], between), packed, arguments))
 
