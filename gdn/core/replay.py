@@ -11,8 +11,8 @@ tensor outlives its call, and a CUDA graph may capture it.
 
 What cannot be replayed runs as if this file were not there: calls on the CPU, under torch.compile, functorch or a dispatch mode, those of
 tensor subclasses, and those in which anything else happened to tensors, such as reading a value. A host promises (`replay=True` there) that
-it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. A call that raises leaves nothing behind.
-`forget` drops all, as `use` and `Op.register` do.
+it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. One that frees buffers early should not:
+in a replay they live as long as the call. A call that raises leaves nothing behind. `forget` drops all, as `use` and `Op.register` do.
 """
 
 from __future__ import annotations
