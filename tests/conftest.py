@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -62,3 +63,67 @@ def quick_interpreter() -> Iterator[None]:
         patch.setattr(interpreter, "_get_np_dtype", type_of)
         patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", check_overflow)
         yield
+
+
+@pytest.fixture
+def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels that replays run, as they do. Without a GPU calls on the CPU are replayed, and what stands for a compiled
+    kernel runs the interpreter on the addresses that it gets."""
+    pytest.importorskip("triton")
+    from torch.utils._python_dispatch import _disable_current_modes
+    from triton.runtime import interpreter
+
+    from gdn.core import portable_launch, replay
+
+    names: list[str] = []
+    launch = portable_launch._launch
+
+    class Noting:
+        """A compiled kernel."""
+
+        def __init__(self, kernel: Any, compiled: Any) -> None:
+            self.name, self.start = kernel.fn.__name__, compiled.run
+            self.function, self.packed_metadata = compiled.function, compiled.packed_metadata
+
+        def run(self, *args: Any) -> None:
+            names.append(self.name)
+            self.start(*args)
+
+    class Interpreted:
+        """Stands for a compiled kernel."""
+
+        function, packed_metadata = "function", "metadata"
+
+        def __init__(self, kernel: Any, args: tuple[Any, ...]) -> None:
+            self.kernel, self.dtypes = kernel, [a.dtype if isinstance(a, torch.Tensor) else None for a in args]
+
+        def run(self, x: int, y: int, z: int, *rest: Any) -> None:
+            assert rest[:6] == ("stream", self.function, self.packed_metadata, None, None, None)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, named: (args, named))
+                patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
+                args = [a if dtype is None else pointer(a, dtype) for a, dtype in zip(rest[6:], self.dtypes, strict=True)]
+                self.kernel[x, y, z](*args)
+
+    def pointer(address: int, dtype: torch.dtype) -> Any:
+        return SimpleNamespace(data_ptr=lambda: address, dtype=dtype)
+
+    def compile(kernel: Any, *rest: Any) -> Noting:
+        return Noting(kernel, launch(kernel, *rest))
+
+    def interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *rest: Any) -> Noting:
+        with _disable_current_modes():
+            kernel[grid](*args)
+        return Noting(kernel, Interpreted(kernel, args))
+
+    if torch.cuda.is_available():
+        monkeypatch.setattr(portable_launch, "_launch", compile)
+    else:
+        monkeypatch.setattr(portable_launch, "JITFunction", object)
+        monkeypatch.setattr(portable_launch, "_launch", interpret)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
+        monkeypatch.setattr(replay, "FIRST_DEVICE", -1)
+    replay.forget()
+    yield names
+    replay.forget()

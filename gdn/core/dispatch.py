@@ -29,6 +29,7 @@ import torch
 
 from gdn.core import device as hardware
 from gdn.core.errors import ImplementationError, nearest
+from gdn.core.replay import forget
 
 logger = logging.getLogger("gdn.dispatch")
 
@@ -142,6 +143,7 @@ class Op:
         at = names.index(before) if before is not None else 0
         self.impls = (*self.impls[:at], impl, *self.impls[at:])
         self._choices.clear()
+        forget()
 
     def function(self, name: str) -> Callable[..., Any]:
         """The function of a row by name, imported now."""
@@ -224,10 +226,12 @@ def use(**implementations: str) -> Iterator[None]:
     try:
         for name, impl in implementations.items():
             tables[name].forced = impl
+        forget()
         yield
     finally:
         for name, impl in before.items():
             tables[name].forced = impl
+        forget()
 
 
 _plugged = False

@@ -23,11 +23,50 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gdn.core.replay import Recording, Table, distinct, record, signature, witness
+
 Arguments = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
 
 
-class Opaque:
+class _Kernels:
+    """What calls in eager mode have in common, with a gradient or without."""
+
+    results: int
+
+    def __init__(self, replay: bool) -> None:
+        self._replay = replay
+        self._calls = Table()
+
+    def keeps(self, args: Arguments) -> bool:
+        """Whether a backward will follow."""
+        raise NotImplementedError
+
+    def run(self, args: Arguments, keep: bool) -> Tensors:
+        """The results, and if `keep` what backward wants saved."""
+        raise NotImplementedError
+
+    def _eager(self, args: Arguments) -> Sequence[Tensor]:
+        seen = witness() if self._replay else None
+        if seen is not None:
+            return seen.call(self._find, args)
+        call, tensors = self._find(args)
+        return call(tensors)
+
+    def _find(self, args: Arguments) -> tuple[Callable[[Sequence[Tensor]], Sequence[Tensor]], Sequence[Tensor]]:
+        """The call with these arguments, known or new, and its tensors."""
+        found = signature(args) if self._replay else None
+        if found is None:
+            return _Call(self, args, replay=False).run, [a for a in args if isinstance(a, Tensor)]
+        key, tensors = found
+        call = self._calls.get(key)
+        if call is None:
+            call = _Call(self, args, replay=True)
+            self._calls.keep(key, call)
+        return call.run, tensors
+
+
+class Opaque(_Kernels):
     """See the module's docstring.
 
     Args:
@@ -39,6 +78,7 @@ class Opaque:
         fake: like forward, on tensors without data.
         results: how many of forward's tensors are results.
         differentiable: names of the tensor arguments that have a gradient.
+        replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay.signature`.
     """
 
     def __init__(
@@ -50,7 +90,9 @@ class Opaque:
         fake: Callable[..., Tensors],
         results: int,
         differentiable: tuple[str, ...],
+        replay: bool = False,
     ) -> None:
+        super().__init__(replay)
         names = list(inspect.signature(forward).parameters)
         if names[-1] != "keep":
             raise TypeError(f"{name}: the last parameter of forward must be keep, got {names[-1]}")
@@ -62,13 +104,17 @@ class Opaque:
         self.places = tuple(names.index(n) for n in differentiable)
         self._operator = self._register()
 
-    def __call__(self, *args: Any) -> Tensors:
-        keep = torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.places)
+    def __call__(self, *args: Any) -> Sequence[Tensor]:
         if torch.compiler.is_compiling():
-            return self._operator(*args, keep)[: self.results]
-        if not keep:
-            return self.forward(*args, False)[: self.results]
-        return _Function.apply(self, *args)  # type: ignore[no-any-return]
+            return self._operator(*args, self.keeps(args))[: self.results]
+        return self._eager(args)
+
+    def keeps(self, args: Arguments) -> bool:
+        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.places)
+
+    def run(self, args: Arguments, keep: bool) -> Tensors:
+        tensors = self.forward(*args, keep)
+        return tensors if keep else tensors[: self.results]
 
     def gradients(self, args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients for every argument, None for those that have none. With no gradient to propagate, all are None."""
@@ -127,7 +173,7 @@ class Opaque:
         return operator._opoverload
 
 
-class InPlace:
+class InPlace(_Kernels):
     """A kernel that writes into some of its arguments: a plain call in eager mode, one registered operator under torch.compile.
 
     It has no gradient; the caller must refuse arguments that need one.
@@ -137,9 +183,15 @@ class InPlace:
         function: annotated (Tensor, Tensor | None, float, int, bool); returns new tensors that share no memory with the arguments.
         mutates: names of the arguments that it writes into.
         fake: like function, on tensors without data; returns new empty tensors and writes nothing.
+        replay: as for `Opaque`, and that it returns one tensor.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], *, mutates: tuple[str, ...], fake: Callable[..., Any]) -> None:
+    results = 1
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], *, mutates: tuple[str, ...], fake: Callable[..., Any], replay: bool = False
+    ) -> None:
+        super().__init__(replay)
         self.name = name
         self.function = _without_autocast(function)
         schema = torch.library.infer_schema(function, mutates_args=mutates)
@@ -148,7 +200,15 @@ class InPlace:
         self._operator = operator._opoverload
 
     def __call__(self, *args: Any) -> Any:
-        return self._operator(*args) if torch.compiler.is_compiling() else self.function(*args)
+        if torch.compiler.is_compiling():
+            return self._operator(*args)
+        return self._eager(args)[0] if self._replay else self.function(*args)
+
+    def keeps(self, args: Arguments) -> bool:
+        return False
+
+    def run(self, args: Arguments, keep: bool) -> Tensors:
+        return (self.function(*args),)
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,29 +224,94 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _first_tensor(args: Arguments) -> Tensor:
-    """The first tensor of forward's arguments, which backward receives as a tuple in its first argument."""
-    return next(a for a in (args[0] if isinstance(args[0], tuple) else args) if isinstance(a, Tensor))
+    """The first tensor of the arguments, which may come as a tuple or a list in the first of them."""
+    return next(a for a in (args[0] if isinstance(args[0], (tuple, list)) else args) if isinstance(a, Tensor))
 
 
 def _schema(function: Callable[..., Any]) -> str:
     return torch.library.infer_schema(function, mutates_args=())
 
 
+class _Call:
+    """A call with everything but its tensors, and what is written down of it. Ready for other tensors of the same signature."""
+
+    def __init__(self, owner: _Kernels, args: Arguments, *, replay: bool) -> None:
+        self.owner, self.replay, self.keep = owner, replay, owner.keeps(args)
+        self.is_tensor = tuple(isinstance(a, Tensor) for a in args)
+        self.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
+        self._forward: Callable[[Sequence[Tensor]], Any] | None = None
+        self._backwards: dict[Any, Callable[[Sequence[Tensor]], Any] | None] = {}
+
+    @property
+    def run(self) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        return self._record if self.keep else self.forward
+
+    def _record(self, tensors: Sequence[Tensor]) -> Tensors:
+        return _Function.apply(self, *tensors)  # type: ignore[no-any-return]
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensors:
+        """The results, and if a backward will follow what it wants saved."""
+        if self._forward is not None:
+            return self._forward(tensors)
+        if not (self.replay and distinct(tensors)):
+            return self._host(tensors)
+        results, recording = record(lambda: self._host(tensors), tensors)
+        self.replay = recording is not None
+        self._forward = None if recording is None else _replaying(recording)
+        return results  # type: ignore[return-value]
+
+    def _host(self, tensors: Sequence[Tensor]) -> Tensors:
+        args, _ = self._arguments(tensors)
+        return self.owner.run(args, self.keep)
+
+    def _arguments(self, stored: Sequence[Tensor]) -> tuple[Arguments, Tensors]:
+        """All arguments, and what comes after them."""
+        left = iter(stored)
+        return tuple(next(left) if is_tensor else other for is_tensor, other in zip(self.is_tensor, self.rest)), tuple(left)
+
+    def backward(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """A gradient, or None, for each tensor."""
+        found = signature((*stored, *grads)) if self.replay else None
+        if found is None:
+            return self._backward_host(stored, grads)
+        key, tensors = found
+        if key in self._backwards:
+            again = self._backwards[key]
+            return self._backward_host(stored, grads) if again is None else again(tensors)
+        if not distinct(tensors):
+            return self._backward_host(stored, grads)
+        gradients, recording = record(lambda: self._backward_host(stored, grads), tensors)
+        self._backwards[key] = None if recording is None else _replaying(recording)
+        return gradients
+
+    def _backward_host(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        assert isinstance(self.owner, Opaque)
+        args, saved = self._arguments(stored)
+        gradients = self.owner.gradients(args, saved, grads)
+        return [gradient for gradient, is_tensor in zip(gradients, self.is_tensor, strict=True) if is_tensor]
+
+
+def _replaying(recording: Recording) -> Callable[[Sequence[Tensor]], Any]:
+    return recording.run if recording.launches_only else _without_autocast(recording.run)
+
+
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, opaque: Opaque, *args: Any) -> Tensors:
-        tensors = opaque.forward(*args, True)
-        ctx.opaque = opaque
-        ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
-        ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensors:
+        results = call.forward(tensors)
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        results = tensors[: opaque.results]
-        ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *tensors[opaque.results :])
-        return results
+        ctx.save_for_backward(*tensors, *results[call.owner.results :])
+        return results[: call.owner.results]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        stored = iter(ctx.saved_tensors)
-        args = tuple(next(stored) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.rest))
-        return (None, *ctx.opaque.gradients(args, tuple(stored), grads))
+        # The decorator takes as long as a launch. Gradients are enabled only if there may be a second derivative, which it refuses.
+        return (_refusing_twice if torch.is_grad_enabled() else _gradients)(ctx, *grads)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (None, *ctx.call.backward(ctx.saved_tensors, grads))
+
+
+_refusing_twice = once_differentiable(_gradients)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,11 @@ class Packing:
             chunk_offsets=move(offsets),
             host=host,
         )
+
+    def replay_parts(self) -> tuple[Any, ...]:
+        """For `gdn.core.replay`: all that a kernel reads, and which lengths of a row have been found to fit."""
+        found = [part for item in self._rows.items() for part in item]
+        return self.cu_seqlens, self.documents, self.positions, self.chunk_table, self.chunk_offsets, *found
 
     def to(self, device: torch.device | str) -> Packing:
         """The same boundaries on another device."""

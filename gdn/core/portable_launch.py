@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from gdn.core.replay import recorder
+
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 _CONSTANTS: dict[Any, tuple[bool, ...]] = {}
 _LARGEST_INT32 = 2**31 - 1
@@ -42,8 +44,13 @@ def launch(
     device = args[0].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            return _launch(kernel, grid, args, device, warps, stages, registers, key)
-    return _launch(kernel, grid, args, device, warps, stages, registers, key)
+            compiled = _launch(kernel, grid, args, device, warps, stages, registers, key)
+    else:
+        compiled = _launch(kernel, grid, args, device, warps, stages, registers, key)
+    seen = recorder()
+    if seen is not None:
+        seen.launch(compiled, grid, args)
+    return compiled
 
 
 def _launch(

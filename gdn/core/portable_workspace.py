@@ -1,9 +1,8 @@
-"""The buffers of a call of Triton kernels in one allocation: for a kernel a buffer is an address, and to make a tensor takes longer than to add.
+"""The buffers of a call of Triton kernels in one allocation: for a kernel a buffer is an address, and to allocate takes longer than to add.
 
 workspace = Workspace({"gates": ((chunks, 5, 64), torch.float32), "phi": ((chunks, 64, 64), torch.bfloat16)})
 space = workspace.allocate(x)
-workspace.addresses(space)["phi"]                   # for a compiled kernel
-workspace.views(space)["phi"]                       # the same as a tensor
+workspace.views(space)["phi"]
 """
 
 from __future__ import annotations
@@ -46,10 +45,6 @@ class Workspace:
     def allocate(self, like: Tensor) -> Tensor:
         """Fresh memory where `like` is. Keep it until the last kernel that uses it has been launched; its stream does the rest."""
         return torch.empty(self.size, dtype=torch.uint8, device=like.device)
-
-    def addresses(self, space: Tensor) -> dict[str, int]:
-        begin = space.data_ptr()
-        return {name: begin + offset for name, offset in self._offsets}
 
     def views(self, space: Tensor) -> dict[str, Tensor]:
         return {name: self._view(space, name, offset) for name, offset in self._offsets}

@@ -207,7 +207,7 @@ def test_restoring_gives_the_stock_model_back(models: Callable[..., Any], family
         assert list(model.state_dict()) == state
         twin = copy.deepcopy(model)
         gdn.accelerate(model)  # once more changes nothing
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) or "_loss_function" in vars(module) for module in model.modules())
     assert torch.equal(model(x).logits, before)
     assert gdn.restore(model) == 0
     assert gdn.restore(twin) == len(report.changed)
@@ -218,9 +218,25 @@ def test_the_report_says_what_changed(models: Callable[..., Any]) -> None:
     report = gdn.accelerate(models("qwen3_5"))
     assert report.changed["model.layers.0.linear_attn"].startswith("causal_conv1d, delta_core")
     text = str(report)
-    assert "10 modules" in text
+    assert "11 modules" in text
     assert "1 x Qwen3_5GatedDeltaNet" in text
     assert "7 x Qwen3_5RMSNorm " in text
+    assert report.changed[""].startswith("cross_entropy")
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("items", [None, 40, torch.tensor(40)], ids=["mean", "int", "tensor"])
+def test_the_loss_counts_what_stock_counts(models: Callable[..., Any], items: Any, shifted: bool) -> None:
+    model, x = models("qwen3_5"), tokens()
+    labels = x.masked_fill(x < 20, -100)
+    more = {"shift_labels": labels.roll(-1, 1)} if shifted else {}
+    expected = model(x, labels=labels, num_items_in_batch=items, **more).loss
+    with gdn.accelerate(model):
+        torch.testing.assert_close(model(x, labels=labels, num_items_in_batch=items, **more).loss, expected, rtol=1e-5, atol=0)
+        assert model(x, labels=torch.full_like(x, -100)).loss.isnan()
+    model.loss_function = own = lambda *args, **kwargs: torch.zeros(())
+    with gdn.accelerate(model):
+        assert model.loss_function is own
 
 
 def test_hooks_of_accelerate_stay_before_our_forward(models: Callable[..., Any]) -> None:
@@ -239,7 +255,7 @@ def test_hooks_of_accelerate_stay_before_our_forward(models: Callable[..., Any])
         assert layer.forward is hooked
         assert layer._old_forward.__module__ == "gdn.hf.accelerate.forward"
         torch.testing.assert_close(model(x).logits, before)
-        assert len(report.changed) == 10
+        assert len(report.changed) == 11
     assert torch.equal(model(x).logits, before)
     assert len(calls) == 3
 

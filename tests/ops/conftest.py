@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gdn.core.device import has_package, interprets_triton
 from gdn.core.dispatch import use
+from gdn.core.replay import forget
 
 Arguments = dict[str, Any]
 
@@ -128,6 +129,12 @@ def interpreter_computes_like_a_gpu(quick_interpreter: None) -> Iterator[None]:
         before = np.seterr(over="ignore")
         yield
         np.seterr(**before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_replayed_of_other_tests() -> None:
+    """Tests change constants and launch parameters, of which a recording knows nothing."""
+    forget()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from gdn.core.dispatch import use
 from gdn.core.errors import ArgumentError
 from gdn.ops import linear_cross_entropy
 from gdn.ops.loss import chunked
+from gdn.ops.loss import logits as given
 from gdn.ops.loss.problems import PROBLEMS, Problem
 
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -58,6 +59,23 @@ def test_gradients_by_finite_differences(reduction: Any, chunks: None) -> None:
     targets = arguments.pop("targets")
     leaves = [t.requires_grad_() for t in arguments.values()]
     assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 18])
+def test_of_given_logits(reduction: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(given, "CHUNK_LOGITS", chunk)
+    generator = torch.Generator().manual_seed(0)
+    logits = (30 * torch.randn(17, 23, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    targets = torch.randint(23, (17,), generator=generator)
+    targets[::3] = -1
+    exact = F.cross_entropy(logits.double(), targets, ignore_index=-1, reduction=reduction)
+    loss = given.cross_entropy(logits, targets, -1, reduction)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    ours, truth = (torch.autograd.grad(3 * y, logits)[0] for y in (loss, exact))
+    torch.testing.assert_close(ours, truth)
 
 
 def test_nothing_counts() -> None:

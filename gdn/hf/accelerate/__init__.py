@@ -3,8 +3,8 @@
     report = gdn.accelerate(model)          # in place; print(report) says what changed
     gdn.restore(model)                      # or: with gdn.accelerate(model): ...
 
-Qwen3-Next, Qwen3.5 (dense and mixture of experts) and OLMo Hybrid. Only the `forward` of single modules is replaced, on the instance:
-parameters, names, configuration, cache and everything else stay transformers' own.
+Qwen3-Next, Qwen3.5 (dense and mixture of experts) and OLMo Hybrid. Only the `forward` of single modules is replaced, on the instance, and
+the loss of a causal language model: parameters, names, configuration, cache and everything else stay transformers' own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 from torch import nn
 
 from gdn.core.errors import ArgumentError, ImplementationError
-from gdn.hf.accelerate.families import FAMILIES, Family
+from gdn.hf.accelerate.families import FAMILIES, LOSS_SOURCE, Family
+from gdn.hf.accelerate.loss import causal_lm_loss
 
 logger = logging.getLogger("gdn.accelerate")
 
@@ -83,9 +84,13 @@ def accelerate(model: nn.Module) -> Accelerated:
         report = gdn.accelerate(AutoModelForCausalLM.from_pretrained("Qwen/Qwen3.5-0.8B"))
     """
     plan = _plan(model)
+    losses = _losses(model, {module for module, _ in plan.values()})
     for module, (forward, _) in plan.values():
         _set_forward(module, forward)
-    report = Accelerated(model, {name: what for name, (_, (_, what)) in plan.items()})
+    for module in losses.values():
+        module._loss_function = causal_lm_loss  # type: ignore[assignment]
+    changed = {name: what for name, (_, (_, what)) in plan.items()}
+    report = Accelerated(model, changed | dict.fromkeys(losses, "cross_entropy in the cache of a CPU"))
     logger.info("%s", report)
     return report
 
@@ -100,6 +105,9 @@ def restore(model: nn.Module) -> int:
                 del module.forward
             else:
                 module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
+            count += 1
+        if vars(module).get("_loss_function") is causal_lm_loss:
+            del module._loss_function
             count += 1
     return count
 
@@ -124,6 +132,21 @@ def _plan(model: nn.Module) -> dict[str, tuple[nn.Module, Replacement]]:
                 _check_module(name, module, family)
                 plan[name] = (module, table[type(module).__name__])
     return plan
+
+
+def _losses(model: nn.Module, changed: set[nn.Module]) -> dict[str, nn.Module]:
+    """By name: the modules that hold a changed one and take transformers' loss of causal language models as it is."""
+    from transformers.loss import loss_utils
+
+    if digest(loss_utils.ForCausalLMLoss) != LOSS_SOURCE:
+        return {}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if loss_utils.LOSS_MAPPING.get(getattr(module, "loss_type", None)) is loss_utils.ForCausalLMLoss
+        and vars(module).get("_loss_function") in (None, causal_lm_loss)
+        and not changed.isdisjoint(module.modules())
+    }
 
 
 def _replacements(family: Family) -> dict[str, Replacement]:
@@ -153,12 +176,12 @@ def check_sources(family: Family) -> None:
 
 
 @functools.cache
-def digest(kind: type | None) -> str:
-    """Sixteen digits that stand for the source code of a class, from its `class` line on."""
+def digest(kind: type | Callable[..., Any] | None) -> str:
+    """Sixteen digits that stand for the source code of a class or function, from its first line without decorators on."""
     if kind is None:
         return "absent"
     source = inspect.getsource(kind)
-    return hashlib.sha256(source[source.index("class ") :].strip().encode()).hexdigest()[:16]
+    return hashlib.sha256(source[source.index("class " if isinstance(kind, type) else "def ") :].strip().encode()).hexdigest()[:16]
 
 
 def _check_module(name: str, module: nn.Module, family: Family) -> None:

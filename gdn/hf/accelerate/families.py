@@ -68,6 +68,9 @@ def _olmo_hybrid(layer: Any, x: Tensor) -> Projected:
     return Projected(qkv, layer.g_proj(x), layer.a_proj(x), layer.b_proj(x))
 
 
+LOSS_SOURCE = "daa131c9d3400c2a"
+"""The digest of the source code of `ForCausalLMLoss` that `loss.py` was compared with; another one stays as it is."""
+
 FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         module="transformers.models.qwen3_next.modeling_qwen3_next",

@@ -17,7 +17,7 @@ from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
 from gdn.ops.delta_rule import scan
 from gdn.ops.delta_rule.scan import Flow, Inputs, Layout
-from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY
+from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY, decays
 from gdn.ops.sequences.scratch import Scratch
 from gdn.ops.sequences.walk import Segment
 
@@ -87,7 +87,7 @@ class Chunks(scan.Chunks):
             _double(half, since, until)
             products = torch.bmm(level.rows.flatten(0, 1), level.columns.flatten(0, 1).mT)
             level.blocks(gated).copy_(products.view(count, -1, 2, half, half).permute(0, 2, 3, 4, 1))
-        before, after = since.exp_(), until.exp_()
+        before, after = decays(since, since), decays(until, until)
         rows = torch.mul(both.view(count, 2, size, width), before.unsqueeze(1), out=scratch("decayed", count, 2, size, width))
         return cls(
             rows=rows.view(count, 2 * size, width),
@@ -169,8 +169,8 @@ def _level(half: int, both: Tensor, since: Tensor, until: Tensor, scratch: Scrat
     count, _, width = both.shape
     blocks = since.shape[1] // (2 * half)
     shape = (count, blocks, half, width)
-    later = torch.exp(_split(since, half)[1], out=scratch(f"later {half}", *shape))
-    earlier = torch.exp(_split(until, half)[0], out=scratch(f"earlier {half}", *shape))
+    later = decays(_split(since, half)[1], scratch(f"later {half}", *shape))
+    earlier = decays(_split(until, half)[0], scratch(f"earlier {half}", *shape))
     first, second = _split(both.view(count, 2, -1, width), half)
     rows = scratch(f"rows {half}", count, blocks, 2, half, width)
     torch.mul(second.transpose(1, 2), later.unsqueeze(2), out=rows)

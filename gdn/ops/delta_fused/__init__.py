@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.core.replay import replayed
 
 OP = Op(
     "delta_core",
@@ -33,7 +35,12 @@ class GateParameters:
     top: float = 1.0
     """Largest writing strength, see `write_gate`."""
 
+    def replay_parts(self) -> tuple[Any, ...]:
+        """For `gdn.core.replay`."""
+        return self.A_log, self.dt_bias, self.top
 
+
+@replayed
 def delta_core(
     q: Tensor,
     k: Tensor,

@@ -194,4 +194,5 @@ _PREPARE = Opaque(
     fake=_fake,
     results=4,
     differentiable=("q", "k", "a", "b", "A_log", "dt_bias"),
+    replay=True,
 )

@@ -8,6 +8,7 @@ from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.core.replay import replayed
 
 OP = Op(
     "gated_delta_rule",
@@ -20,6 +21,7 @@ OP = Op(
 )
 
 
+@replayed
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

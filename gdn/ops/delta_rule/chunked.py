@@ -15,7 +15,7 @@ from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
 from gdn.ops.delta_rule import scan
 from gdn.ops.delta_rule.scan import Flow, Inputs, Layout, hide_later_writes
-from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY, log_decay_gradient, pair_decay
+from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY, decays, log_decay_gradient, pair_decay
 from gdn.ops.sequences.scratch import Scratch
 from gdn.ops.sequences.walk import Segment
 
@@ -61,7 +61,7 @@ class Chunks(scan.Chunks):
 
     @classmethod
     def load(cls, segment: Segment, x: Inputs, layout: Layout, scratch: Scratch) -> Chunks:
-        slots, size, rows, dtype = segment.size, layout.chunk, layout.rows, scratch.dtype
+        slots, size, rows = segment.size, layout.chunk, layout.rows
         heads, narrow, width = x.heads, x.q.shape[2], x.q.shape[3]
         count, writes = slots * heads, x.writes
         both = scan.load_rows(segment, x, layout, scratch)
@@ -69,8 +69,8 @@ class Chunks(scan.Chunks):
         gram = torch.bmm(shared, shared[:, :rows].mT, out=scratch("gram", slots * narrow, rows + size, rows))
         both = both.view(-1, rows + size, width)
         total = _running_sum(segment, x, size, scratch)
-        gamma, tail = total.exp(), (total[:, -1:] - total).exp_()
-        gamma, tail = gamma.to(dtype).unsqueeze(-1), _per_write(tail.to(dtype), writes).unsqueeze(-1)
+        gamma, tail = decays(total, scratch("gamma", count, size)), decays(total[:, -1:] - total, scratch("tail", count, size))
+        gamma, tail = gamma.unsqueeze(-1), _per_write(tail, writes).unsqueeze(-1)
         decay = pair_decay(total, scratch("decay", count, size, size))
         if writes > 1:
             decay = torch.stack([decay] * writes, dim=-1, out=scratch("spread", count, size, size, writes)).view(count, size, rows)

@@ -20,7 +20,7 @@ Backward, from dO and dS' (formulas in portable_grad.py for the rest):
     X   = A^T dO + diag(D) K dS'                        dU = X - Phi^T diag(beta) X
     dS  = gamma_last dS' + scale Q^T diag(gamma) dO - K^T diag(gamma beta) dU
 
-Launches, forward: gates and pair (all chunks at once), output (chunk after chunk). Backward: states, backward, then pairs and gradient (all
+Launches, forward: pair (all chunks at once), output (chunk after chunk). Backward: states, backward, then pairs and gradient (all
 chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states of all chunks
 (README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
 Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
@@ -48,7 +48,7 @@ from gdn.core.portable_schedule import Schedule
 from gdn.core.portable_workspace import Buffers, Workspace
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
-from gdn.ops.delta_rule.portable_prepare import gates_kernel, pair_kernel
+from gdn.ops.delta_rule.portable_prepare import pair_kernel
 from gdn.ops.delta_rule.portable_scan import (
     backward_kernel,
     backward_summary_kernel,
@@ -157,9 +157,12 @@ def plan(
 ) -> Plan:
     """The launch parameters for a shape on a GPU with this many multiprocessors."""
     table = launches(_power_of_two(K), V, wide)
+    programs = HV * -(-V // table["output"].block)
     rows, per_row = batch * length if packed else length, -(-length // CHUNK)
-    S = segment_chunks(chunks, documents, HV * -(-V // table["output"].block), packed, processors or 132)
+    S = segment_chunks(chunks, documents, programs, packed, processors or 132)
     runs, stretch = (-(-chunks // S), S) if S else (1, chunks) if packed else (batch, per_row)
+    if (runs if S or not packed else documents) * programs > (processors or 132):
+        table = launches(_power_of_two(K), V, wide, crowded=True)
     width = stretch if packed and not S else slab_chunks(stretch, runs * H * 2 * -(-K // table["gradient"].block))
     return Plan(
         tokens=batch * length,
@@ -180,8 +183,11 @@ def plan(
     )
 
 
-def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
-    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32. Measured on an H200 (README.md)."""
+def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, Launch]:
+    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32. Measured on an H200 (README.md).
+
+    Crowded: a multiprocessor has more than one program of 64 columns. Where two would load the same k and q, one of 128 columns loads them once.
+    """
     BV = _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
     half = min(64, BV)
     if wide:
@@ -193,12 +199,13 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
             **dict.fromkeys(("output", "states", "summary", "backward", "backward_summary"), scan),
         }
     elif BK <= 128:
+        together = Launch(block=BV, warps=8, stages=3) if crowded and BV == 128 else None
         rest = {
             "pair": Launch(block=BK, warps=4, registers=168),
-            "output": Launch(block=half, warps=4, stages=2),
+            "output": together or Launch(block=half, warps=4, stages=2),
             "states": Launch(block=half, warps=4, stages=3),
             "summary": Launch(block=half, warps=4, stages=3),
-            "backward": Launch(block=half, warps=4, stages=3),
+            "backward": together or Launch(block=half, warps=4, stages=3),
             "backward_summary": Launch(block=half, warps=4, stages=3),
             "pairs": Launch(block=BV, warps=4),
             "gradient": Launch(block=BK, warps=4, stages=3, inner=half),
@@ -215,7 +222,9 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
             "pairs": Launch(block=BV, warps=4),
             "gradient": Launch(block=128, warps=4, stages=3, inner=half),
         }
-    return {"gates": Launch(block=0, warps=2), "handover": Launch(block=16, warps=8, stages=2 if BK <= 128 else 1), **rest}
+    # 16 rows a warp at least (notes/triton_pipelines.md); of R in two parts each program takes what a multiprocessor has of shared memory
+    handover = Launch(block=16, warps=8 if BK > 64 else 4, stages=2 if BK <= 128 else 1)
+    return {"handover": handover, **rest}
 
 
 def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
@@ -241,12 +250,12 @@ def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, pro
 
 def slab_chunks(stretch: int, programs: int) -> int:
     """Chunks of a slab for runs of this many: the fewest, from 8 on, that give the kernels over all chunks of a slab 3300 programs, 25 for
-    each multiprocessor of an H200. `programs` are those of one chunk of every run. Slabs are made even.
+    each multiprocessor of an H200, but a third of the run at most. `programs` are those of one chunk of every run. Slabs are made even.
 
     Each slab more costs its four launches some 40 us at that size, for in a launch all programs first wait for their loads (README.md).
     """
     width = max(8, -(-3300 // max(programs, 1)))
-    slabs = max(1, -(-stretch // width))
+    slabs = max(1, -(-stretch // width), min(3, stretch // 8))
     return max(1, -(-stretch // slabs))
 
 
@@ -313,8 +322,6 @@ Prepared = tuple[Schedule, Workspace, tuple[Workspace, ...]]
 
 def _schedule_forward(p: Plan, kind: Kind) -> Prepared:
     schedule, keep = _schedule(p, kind), kind.also
-    use, heads = p.launches["gates"], min(16, _power_of_two(p.HV))
-    schedule.add(gates_kernel, -(-p.HV // heads) * p.chunks, **use.resources, BH=heads)
     use = p.launches["pair"]
     schedule.add(pair_kernel, p.HV * p.chunks, **use.resources, GROUP=p.HV // p.H, BK=use.block, NORMS=p.S > 0)
     if p.S:
@@ -397,7 +404,8 @@ def _schedule(p: Plan, kind: Kind) -> Schedule:
 def _add_handover(schedule: Schedule, p: Plan, out: str, *, backward: bool) -> None:
     use = p.launches["handover"]
     programs = -(-p.V // use.block) * p.HV
-    schedule.add(handover_kernel, programs, **use.resources, names={"out": out}, BV=use.block, BACKWARD=backward, STAGES=use.stages)
+    sizes = {"BV": use.block, "BS": _power_of_two(p.segments)}
+    schedule.add(handover_kernel, programs, **use.resources, names={"out": out}, **sizes, BACKWARD=backward, STAGES=use.stages)
 
 
 def _columns(p: Plan, use: Launch) -> int:
@@ -416,6 +424,7 @@ def _handed(p: Plan) -> tuple[tuple[int, ...], torch.dtype]:
 
 def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
     """What forward finds for itself and for backward."""
+    maps = ((p.segments, p.HV, p.K, p.K), torch.float32) if p.wide else ((p.segments, p.HV, 2, p.K, p.K), torch.bfloat16)
     return Workspace(
         {
             "phi": ((p.chunks, p.HV, CHUNK, CHUNK), dtype),
@@ -423,7 +432,7 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
             "gates": ((p.chunks, p.HV, GATES, CHUNK), torch.float32),
             "norms": ((p.chunks if p.S else 0, p.HV), torch.float32),
             "crosses": ((p.segments, p.HV), torch.int32),
-            "carried": ((p.segments, p.HV, p.K, p.K), torch.float32),
+            "carried": maps,
             "entering": _handed(p),
             "midway": ((p.slabs - 1 if keep else 0, p.runs, p.HV, p.K, p.V), torch.float32),
         }
@@ -477,6 +486,7 @@ _OPAQUE = Opaque(
     fake=_fake,
     results=2,
     differentiable=("q", "k", "v", "g", "beta", "initial_state"),
+    replay=True,
 )
 
 

@@ -74,42 +74,19 @@ def bounded(g):
 
 
 @triton.jit
-def gates_kernel(
-    g,
-    beta,
-    gates,
-    cu_seqlens,
-    chunk_table,
-    T,
-    per_row,
-    HV,
-    BH: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """gates [chunks, HV, 5, 64] fp32 from g and beta. Grid [chunks * head blocks].
+def chunk_gates(g, valid):
+    """G, gamma = exp(G), D = exp(G_last - G) and the low part of G from the log decays of a chunk's tokens, along the first axis, any type.
 
-    Rows: G, gamma = exp(G), beta, D = exp(G_last - G), the low part of G. Beyond the last token of a document g, beta and gamma are 0, so
-    that whatever stands there is neither written nor read.
+    Of G stands here the running sum of g rounded down to multiples of 1/256, which is exact, and the low part is that of the rest, below 1/4.
+    gamma is 0 beyond the last token of a document, where g must be 0.
     """
-    blocks = (HV + BH - 1) // BH
-    chunk = tl.program_id(0) // blocks
-    start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
-    i = tl.arange(0, C)[:, None]
-    hv = tl.program_id(0) % blocks * BH + tl.arange(0, BH)[None, :]
-    valid = (i < rows) & (hv < HV)
-    at = start * HV + (i * HV + hv)
-    decay = bounded(tl.load(g + at, mask=valid, other=0.0).to(tl.float32))
+    decay = bounded(g.to(tl.float32))
     coarse = tl.floor(decay * 256.0) * 0.00390625
-    fine = decay - coarse
-    G = tl.cumsum(coarse, 0)
-    G_low = tl.cumsum(fine, 0)
-    gamma = exp(G + G_low)
-    out = gates + (int64(chunk) * HV * (GATES * C) + hv * (GATES * C) + i)
-    tl.store(out, G, mask=hv < HV)
-    tl.store(out + C, tl.where(valid, gamma, 0.0), mask=hv < HV)
-    tl.store(out + 2 * C, tl.load(beta + at, mask=valid, other=0.0).to(tl.float32), mask=hv < HV)
-    tl.store(out + 3 * C, exp((tl.sum(coarse, 0)[None, :] - G) + (tl.sum(fine, 0)[None, :] - G_low)), mask=hv < HV)
-    tl.store(out + 4 * C, G_low, mask=hv < HV)
+    both = tl.join(coarse, decay - coarse)  # one sum over warps instead of two
+    sums = tl.cumsum(both, 0)
+    G, G_low = tl.split(sums)
+    after, after_low = tl.split(tl.sum(both, 0, keep_dims=True) - sums)
+    return G, tl.where(valid, exp(G + G_low), 0.0), exp(after + after_low), G_low
 
 
 @triton.jit
@@ -129,6 +106,8 @@ def load_last(gates, tile):
 def pair_kernel(
     q,
     k,
+    g,
+    beta,
     phi,
     scores,
     gates,
@@ -148,7 +127,10 @@ def pair_kernel(
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Phi = (I + M diag(beta))^-1 M and A of one chunk value head. Grid [chunks * HV].
+    """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head. Grid [chunks * HV].
+
+    gates [chunks, HV, 5, 64] fp32, rows: G, gamma, beta, D, the low part of G. Beyond the last token of a document g, beta and gamma are 0,
+    so that whatever stands there is neither written nor read.
 
     With L = M diag(beta), E = (I + L)^-1 is found by joining solved diagonal blocks, 2 to 4 to 8 ... to 64: the block under two solved ones
     becomes -E F E, F its part of L. Then Phi = E M. Products are fp16 with fp32 sums. Keys are divided by their length first, so that any
@@ -162,30 +144,39 @@ def pair_kernel(
     chunk = tl.program_id(0) // HV
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     i = tl.arange(0, C)
+    tile = int64(chunk) * HV + hv
+    at = (start + i) * HV + hv
+    log_decay = tl.load(g + at, mask=i < rows, other=0.0)
+    strength = tl.load(beta + at, mask=i < rows, other=0.0).to(tl.float32)
     q += hv // GROUP * K
     k += hv // GROUP * K
     k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
+    q_rows = load_rows(q, start, rows, q_stride, 0, K, BK)
     kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
-    qk = tl.dot(load_rows(q, start, rows, q_stride, 0, K, BK), tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
+    qk = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
     for first in tl.static_range(BK, K, BK):
         k_rows = load_rows(k, start, rows, k_stride, first, K, BK)
-        kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
         q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
+        kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
         qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
+    G, gamma, D, G_low = chunk_gates(log_decay, i < rows)  # not before the products: a sum over warps waits for what it adds
+    gate = gates + tile * (GATES * C) + i
+    tl.store(gate, G)
+    tl.store(gate + C, gamma)
+    tl.store(gate + 2 * C, strength)
+    tl.store(gate + 3 * C, D)
+    tl.store(gate + 4 * C, G_low)
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     length = tl.sqrt(tl.maximum(square, 1e-30))
     kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
-    tile = int64(chunk) * HV + hv
     at = tile * (C * C) + (i[:, None] * C + i[None, :])
-    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE)
+    decay = pair_decay(G, G_low, WIDE)
     tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
-    beta = load_gate(gates, tile, 2)
     if NORMS:
-        growth = tl.sum(tl.log(tl.maximum(tl.abs(1.0 - beta * square), 1.0, propagate_nan=tl.PropagateNan.ALL)), 0)
-        last = gates + tile * (GATES * C) + (C - 1)
-        tl.store(norms + tile, growth + (tl.load(last) + tl.load(last + 4 * C)))
+        growth = tl.log(tl.maximum(tl.abs(1.0 - strength * square), 1.0, propagate_nan=tl.PropagateNan.ALL))
+        tl.store(norms + tile, tl.sum(growth, 0) + tl.sum(tl.where(i == C - 1, G + G_low, 0.0), 0))
     m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
-    negative = m * (-beta * square)[None, :]
+    negative = m * (-strength * square)[None, :]
     if WIDE:
         solved = substitute(m, negative)
     else:
@@ -207,8 +198,8 @@ def pair_kernel(
 
 @triton.jit
 def pair_decay(G, G_low, WIDE: tl.constexpr):
-    """exp(G_i - G_j) for i >= j, else 0. G is the running sum of g rounded down to multiples of 1/256, which is exact, and G_low that of the
-    rest, below 1/4: fp32 inputs need both, or the decay would be off by 2^-24 |G|, and an exp that is right to the last bit but one."""
+    """exp(G_i - G_j) for i >= j, else 0. fp32 inputs need both parts of G, or the decay would be off by 2^-24 |G|, and an exp that is right
+    to the last bit but one."""
     i = tl.arange(0, C)
     if WIDE:
         between = (G[:, None] - G[None, :]) + (G_low[:, None] - G_low[None, :])

@@ -356,7 +356,8 @@ def summary_kernel(
     """What a segment hands to the next: the state R S + N at its end. Grid [(segments - 1) * HV * (value blocks + key blocks)].
 
     added [segments, HV, K, V] is N, carried [segments, HV, K, K] is R, crosses [segments, HV] whether R is needed: the whole segment lies
-    inside one document and does not forget what came before. R is the state that grows from the identity with values 0.
+    inside one document and does not forget what came before. R is the state that grows from the identity with values 0. For inputs of 16
+    bits carried [segments, HV, 2, K, K] is R in two parts in bfloat16, R rounded and the rest, whose sum has 16 bits.
     Segments at whose end a document ends write crosses alone.
     """
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
@@ -400,7 +401,12 @@ def summary_kernel(
             u *= load_gate(gates, tile, 3)[None, :]
             state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
         if identity:
-            store_state(carried + slot * (K * K), state, first, K, K, BK, BV)
+            if WIDE:
+                store_state(carried + slot * (K * K), state, first, K, K, BK, BV)
+            else:
+                high = state.to(tl.bfloat16)
+                store_state(carried + slot * (2 * K * K), high, first, K, K, BK, BV)
+                store_state(carried + slot * (2 * K * K) + K * K, (state - high.to(tl.float32)).to(tl.bfloat16), first, K, K, BK, BV)
         else:
             store_state(added + slot * (K * V), state, first, K, V, BK, BV)
 
@@ -417,13 +423,16 @@ def handover_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BS: tl.constexpr,
     BACKWARD: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Chain the maps of the segments. Grid [HV * value blocks].
 
     Forward, out[s + 1] = R_s out[s] + N_s; backward, out[s - 1] = R_s^T out[s] + N_s. R_s is 0 where crosses[s] is.
-    Keys beyond 128 go in two halves, so that R fits shared memory. Where nothing crosses, N may be unwritten memory: it goes no further.
+    Keys beyond 128 go in two halves, so that R fits shared memory. What crosses is read before the loop: a load in it that says whether
+    to load R would keep the pipeline from loading R ahead. Where nothing crosses, N may be unwritten memory: it goes no further.
     """
     block, hv, _ = program_place((V + BV - 1) // BV, HV)
     first = block * BV
@@ -431,26 +440,38 @@ def handover_kernel(
     B: tl.constexpr = BK // HALVES
     x = tl.zeros((B, BV), tl.float32)
     y = tl.zeros((B, BV), tl.float32)
+    place = tl.arange(0, BS)
+    crossing = tl.load(crosses + place * HV + hv, mask=place < segments - 1, other=0)
     for step in tl.range(0, segments - 1, num_stages=STAGES):
         s = segments - 1 - step if BACKWARD else step
         slot = int64(s) * HV + hv
-        cross = (tl.load(crosses + slot) != 0) & (s < segments - 1)
+        cross = tl.sum(tl.where(place == s, crossing, 0), 0) != 0
         target = out + (slot - HV if BACKWARD else slot + HV) * (K * V)
         x = tl.where(cross, x, 0.0)
         y = tl.where(cross, y, 0.0)
-        r00 = _load_map(carried + slot * (K * K), 0, 0, cross, K, B, BACKWARD)
         n0 = _load_part(added + slot * (K * V), 0, first, K, V, B, BV)
         if HALVES == 2:
-            r01 = _load_map(carried + slot * (K * K), 0, B, cross, K, B, BACKWARD)
-            n0 = tl.dot(r01, y, n0, input_precision="tf32x3")
+            n0 = _add_map(n0, carried, slot, 0, B, y, cross, K, B, BACKWARD, WIDE)
             n1 = _load_part(added + slot * (K * V), B, first, K, V, B, BV)
-            r10 = _load_map(carried + slot * (K * K), B, 0, cross, K, B, BACKWARD)
-            n1 = tl.dot(r10, x, n1, input_precision="tf32x3")
-            r11 = _load_map(carried + slot * (K * K), B, B, cross, K, B, BACKWARD)
-            y = tl.dot(r11, y, n1, input_precision="tf32x3")
+            n1 = _add_map(n1, carried, slot, B, 0, x, cross, K, B, BACKWARD, WIDE)
+            y = _add_map(n1, carried, slot, B, B, y, cross, K, B, BACKWARD, WIDE)
             _store_part(target, y, B, first, K, V, B, BV)
-        x = tl.dot(r00, x, n0, input_precision="tf32x3")
+        x = _add_map(n0, carried, slot, 0, 0, x, cross, K, B, BACKWARD, WIDE)
         _store_part(target, x, 0, first, K, V, B, BV)
+
+
+@triton.jit
+def _add_map(acc, carried, slot, row, column, x, wanted, K: tl.constexpr, B: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr):
+    """acc + R x for a block of R. In two parts R goes from shared memory into the products as it is, and x alone is taken apart."""
+    if WIDE:
+        return tl.dot(_load_map(carried + slot * (K * K), row, column, wanted, K, B, TRANSPOSED), x, acc, input_precision="tf32x3")
+    else:
+        high = _load_map(carried + slot * (2 * K * K), row, column, wanted, K, B, TRANSPOSED)
+        low = _load_map(carried + slot * (2 * K * K) + K * K, row, column, wanted, K, B, TRANSPOSED)
+        x_high = x.to(tl.bfloat16)
+        acc = tl.dot(low, x_high, acc)
+        acc = tl.dot(high, (x - x_high.to(tl.float32)).to(tl.bfloat16), acc)
+        return tl.dot(high, x_high, acc)
 
 
 @triton.jit

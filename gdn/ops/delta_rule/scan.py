@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gdn.core.checks import accumulate_dtype
 from gdn.core.opaque import Tensors
-from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY
+from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY, smallest_decay
 from gdn.ops.sequences.scratch import Scratch
 from gdn.ops.sequences.walk import Segment, Walk
 
@@ -275,10 +275,11 @@ def _values(segment: Segment, x: Inputs, rows: int, scratch: Scratch) -> Sequenc
 
 
 def _invert(c: Chunks, out: Tensor, scratch: Scratch) -> None:
-    """(I + L)^-1 by substitution, in place of `out`."""
+    """(I + L)^-1 by substitution, in place of `out`. Its entries are sums of products of decays, and end as these do."""
     lower = torch.mul(c.gated[:, : out.shape[1]], c.beta, out=scratch("lower", *out.shape))
     unit = torch.eye(out.shape[1], dtype=out.dtype, device=out.device).expand_as(out)
     torch.linalg.solve_triangular(lower, unit, upper=False, unitriangular=True, out=out)
+    torch.hardshrink(out, smallest_decay(out.dtype), out=out)
 
 
 def _steps(segment: Segment, heads: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:

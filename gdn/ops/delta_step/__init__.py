@@ -7,6 +7,7 @@ from torch import Tensor
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
+from gdn.core.replay import replayed
 
 OP = Op(
     "gated_delta_step",
@@ -19,6 +20,7 @@ OP = Op(
 """Rows take `(q, k, v, g, beta, state, scale, slots)`, write into `state` and return `o`."""
 
 
+@replayed
 def gated_delta_step(
     q: Tensor,
     k: Tensor,

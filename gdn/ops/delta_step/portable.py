@@ -140,4 +140,4 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tenso
     return v.new_empty(v.shape)
 
 
-_STEP = InPlace("gdn::gated_delta_step_portable", _run, mutates=("state",), fake=_fake)
+_STEP = InPlace("gdn::gated_delta_step_portable", _run, mutates=("state",), fake=_fake, replay=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
+from gdn.core.replay import replayed
 
 DECAY_GATE = Op(
     "decay_gate",
@@ -29,6 +30,7 @@ WRITE_GATE = Op(
 """Rows take `(b, top)`."""
 
 
+@replayed
 def decay_gate(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     r"""How much of the memory each token forgets, as a log decay:
 
@@ -64,6 +66,7 @@ def decay_gate(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     return DECAY_GATE.pick(a, HV=a.shape[2], A_log=8 * A_log.element_size())(a, A_log, dt_bias)
 
 
+@replayed
 def write_gate(b: Tensor, *, top: float = 1.0) -> Tensor:
     r"""How strongly each token writes:
 

@@ -149,5 +149,7 @@ def _write_backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Seq
     return [db]
 
 
-_DECAY = Opaque("gdn::decay_gate_portable", _decay, _decay_backward, fake=_decay_fake, results=1, differentiable=("a", "A_log", "dt_bias"))
-_WRITE = Opaque("gdn::write_gate_portable", _write, _write_backward, fake=_write_fake, results=1, differentiable=("b",))
+_DECAY = Opaque(
+    "gdn::decay_gate_portable", _decay, _decay_backward, fake=_decay_fake, results=1, differentiable=("a", "A_log", "dt_bias"), replay=True
+)
+_WRITE = Opaque("gdn::write_gate_portable", _write, _write_backward, fake=_write_fake, results=1, differentiable=("b",), replay=True)

@@ -15,7 +15,7 @@ from gdn.core.checks import accumulate_dtype
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
 from gdn.ops.linear_recurrence.memory import CHUNK, Layout, carry, start, unfold
-from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY, log_decay_gradient, pair_decay
+from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY, decays, log_decay_gradient, pair_decay
 from gdn.ops.sequences.scratch import Scratch
 from gdn.ops.sequences.walk import Segment
 
@@ -75,7 +75,8 @@ class Chunks:
             log.masked_fill_(outside.repeat_interleave(groups, dim=0), 0)
             keys.masked_fill_(outside.unsqueeze(-1), 0)
         total = log.clamp_(min=SMALLEST_LOG_DECAY).cumsum(-1)
-        gamma, tail = (x.to(scratch.dtype).view(m, groups, size, 1) for x in (total.exp(), (total[:, -1:] - total).exp_()))
+        gamma = decays(total, scratch("gamma", *total.shape)).view(m, groups, size, 1)
+        tail = decays(total[:, -1:] - total, scratch("tail", *total.shape)).view(m, groups, size, 1)
         decay = pair_decay(total, scratch("decay", slots * value_heads, size, size)).view(m, groups, size, size)
         gram = torch.bmm(queries.mul_(scale), keys.mT, out=scratch("gram", m, size, size)).unsqueeze(1)
         gated = torch.mul(gram, decay, out=scratch("gated", m, groups, size, size))

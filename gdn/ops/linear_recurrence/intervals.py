@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gdn.ops.sequences.decay import decays
 from gdn.ops.sequences.scratch import Scratch
 
 
@@ -50,12 +51,12 @@ class Intervals:
             factors[width] = scratch(f"factors {width}", *g.shape)
             (first, second), (rest, _) = halves(before, width), halves(after, width)
             left, right = halves(factors[width], width)
-            torch.exp(rest, out=left)
-            torch.exp(second, out=right)
+            decays(rest, left)
+            decays(second, right)
             rest += second[:, :, -1:]
             second += first[:, :, -1:]
             width *= 2
-        return cls(factors, before.exp_(), after.exp_())
+        return cls(factors, decays(before, before), decays(after, after))
 
     def score(self, x: Tensor, y: Tensor, out: Tensor, scratch: Scratch) -> Tensor:
         """`out[i, j] = sum over channels of x_i y_j exp(g_{j+1} + ... + g_i)` for i >= j, else 0."""

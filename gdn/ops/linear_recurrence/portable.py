@@ -15,8 +15,7 @@ from gdn.core.opaque import Tensors
 from gdn.core.packing import CHUNK, Packing
 from gdn.core.portable_rows import fresh
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
-from gdn.ops.delta_rule.portable_prepare import gates_kernel
-from gdn.ops.linear_recurrence.portable_heads import gradient_kernel, output_kernel
+from gdn.ops.linear_recurrence.portable_heads import gates_kernel, gradient_kernel, output_kernel
 from gdn.ops.linear_recurrence.portable_plan import Plan, plan_of
 from gdn.ops.linear_recurrence.portable_walk import enter_segments, entering_segments, walk_back, walk_states
 from gdn.ops.sequences.portable import padded
@@ -29,7 +28,7 @@ def _forward(call: Call, o: Tensor, final: Tensor, kept: tuple[Tensor, Tensor]) 
     (entering, gates), p, q, k, v, g, bounds = kept, call.p, call.q, call.k, call.v, call.g, call.bounds
     heads = min(16, padded(p.HV))
     p.launches["gates"](
-        gates_kernel, call.key, -(-p.HV // heads) * p.chunks, g, g, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed
+        gates_kernel, call.key, -(-p.HV // heads) * p.chunks, g, gates, *bounds[:2], p.length, p.per_row, p.HV, heads, p.packed
     )
     if p.S:
         enter_segments(call, k, v, gates, None, call.initial, entering, backward=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
+from gdn.core.replay import replayed
 
 L2NORM = Op(
     "l2norm",
@@ -41,6 +42,7 @@ GATED_RMS_NORM = Op(
 """Rows take `(x, gate, weight, eps, silu)`."""
 
 
+@replayed
 def l2norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     r"""Scale each vector to length one:
 
@@ -67,6 +69,7 @@ def l2norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     return L2NORM.pick(x, D=x.shape[-1])(x, eps)
 
 
+@replayed
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     r"""Scale each vector to a root mean square of one, then each channel by its weight (arXiv 1910.07467):
 
@@ -92,6 +95,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     return RMS_NORM.pick(x, D=x.shape[-1])(x, weight, eps)
 
 
+@replayed
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, *, activation: Literal["silu", "sigmoid"] = "silu", eps: float = 1e-5
 ) -> Tensor:

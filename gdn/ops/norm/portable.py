@@ -196,8 +196,10 @@ def _gated_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) 
     return list(_run_backward(x, gate, weight, saved[0], grads[0], x.shape[-1], silu))
 
 
-_L2NORM = Opaque("gdn::l2norm_portable", _l2norm, _l2norm_backward, fake=_l2norm_fake, results=1, differentiable=("x",))
-_RMS_NORM = Opaque("gdn::rms_norm_portable", _rms_norm, _rms_norm_backward, fake=_rms_norm_fake, results=1, differentiable=("x", "weight"))
+_L2NORM = Opaque("gdn::l2norm_portable", _l2norm, _l2norm_backward, fake=_l2norm_fake, results=1, differentiable=("x",), replay=True)
+_RMS_NORM = Opaque(
+    "gdn::rms_norm_portable", _rms_norm, _rms_norm_backward, fake=_rms_norm_fake, results=1, differentiable=("x", "weight"), replay=True
+)
 _GATED_RMS_NORM = Opaque(
     "gdn::gated_rms_norm_portable",
     _gated_rms_norm,
@@ -205,4 +207,5 @@ _GATED_RMS_NORM = Opaque(
     fake=_gated_rms_norm_fake,
     results=1,
     differentiable=("x", "gate", "weight"),
+    replay=True,
 )

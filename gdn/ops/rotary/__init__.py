@@ -7,6 +7,7 @@ from torch import Tensor
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
+from gdn.core.replay import replayed
 
 OP = Op(
     "rotary_embedding",
@@ -19,6 +20,7 @@ OP = Op(
 """Rows take `(x, cos, sin)`."""
 
 
+@replayed
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     r"""Turn pairs of channels by given angles (RoFormer, arXiv 2104.09864). Channel i of the first N is paired with channel i + N: halves,
     as in LLaMA, not neighbours.

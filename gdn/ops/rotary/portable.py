@@ -75,4 +75,4 @@ def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[
     return [_turn(dy, cos, sin, -1.0)]
 
 
-_ROTARY = Opaque("gdn::rotary_embedding_portable", _forward, _backward, fake=_fake, results=1, differentiable=("x",))
+_ROTARY = Opaque("gdn::rotary_embedding_portable", _forward, _backward, fake=_fake, results=1, differentiable=("x",), replay=True)

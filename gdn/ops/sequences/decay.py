@@ -9,6 +9,20 @@ SMALLEST_LOG_DECAY = -64.0
 """Per-token log decay below this acts as this: exp(-64) = 1.6e-28 is zero to every dtype, and sums of g keep their precision."""
 
 
+def smallest_decay(dtype: torch.dtype) -> float:
+    """A decay over several tokens below this counts as zero: 4e-29 in float32, 1e-231 in float64.
+
+    Smaller ones would make denormal numbers of what they are multiplied by, gradients above all, and each product with a denormal number
+    takes an Intel processor some hundred cycles (delta_rule/README.md). A quarter of the exponents is left for the other factors.
+    """
+    return torch.finfo(dtype).tiny ** 0.75
+
+
+def decays(log: Tensor, out: Tensor) -> Tensor:
+    """The decays of sums of g, computed in the dtype of these."""
+    return torch.threshold_(torch.exp(log, out=out), smallest_decay(out.dtype), 0)
+
+
 def pair_decay(total: Tensor, out: Tensor) -> Tensor:
     """exp(G_i - G_j) for i >= j, else 0, of the running sums G `[M, C]` in float64.
 
@@ -21,7 +35,7 @@ def pair_decay(total: Tensor, out: Tensor) -> Tensor:
         low = (total - high).to(out.dtype)
         out.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
     # Above the diagonal the differences are positive; the exponential of minus infinity would be several times slower.
-    return out.clamp_(max=0).exp_().tril_()
+    return decays(out.clamp_(max=0), out).tril_()
 
 
 def log_decay_gradient(between: Tensor, into: Tensor, onward: Tensor, through: Tensor, buffer: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.core.replay import replayed
 
 OP = Op(
     "causal_conv1d",
@@ -34,6 +35,7 @@ STEP = Op(
 Activation = Literal["silu"] | None
 
 
+@replayed
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -88,6 +90,7 @@ def causal_conv1d(
     return OP.pick(x, D=sizes["D"], W=sizes["W"])(x, weight, bias, activation, initial_state, packing)
 
 
+@replayed
 def causal_conv1d_step(
     x: Tensor,
     weight: Tensor,

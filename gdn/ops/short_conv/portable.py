@@ -429,6 +429,7 @@ _CONV = Opaque(
     fake=_fake,
     results=2,
     differentiable=("x", "weight", "bias", "initial_state"),
+    replay=True,
 )
 
 
@@ -459,4 +460,4 @@ def _step_fake(x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, sl
     return x.new_empty(x.shape)
 
 
-_STEP = InPlace("gdn::causal_conv1d_step_portable", _step, mutates=("state",), fake=_step_fake)
+_STEP = InPlace("gdn::causal_conv1d_step_portable", _step, mutates=("state",), fake=_step_fake, replay=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
+from gdn.core.replay import replayed
 
 SCALE_HEADS = Op(
     "scale_heads",
@@ -29,6 +30,7 @@ SKIP_GATED_RMS_NORM = Op(
 """Rows take `(y, x, D, gate, weight, groups, eps)`."""
 
 
+@replayed
 def scale_heads(x: Tensor, factor: Tensor) -> Tensor:
     r"""Multiply each head of each token by a number of its own, as by a time step:
 
@@ -57,6 +59,7 @@ def scale_heads(x: Tensor, factor: Tensor) -> Tensor:
     return SCALE_HEADS.pick(x, P=sizes["P"])(x, factor)
 
 
+@replayed
 def skip_gated_rms_norm(y: Tensor, x: Tensor, D: Tensor, gate: Tensor, weight: Tensor, *, groups: int = 1, eps: float = 1e-5) -> Tensor:
     r"""Skip, then gate, then norm, the output of Mamba2:
 

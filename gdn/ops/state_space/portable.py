@@ -208,7 +208,9 @@ def _skip_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> li
     return [dy, dx, of_skip.unflatten(0, (-1, P)).sum(1).to(D.dtype), d_gate, of_weight.to(weight.dtype)]
 
 
-_SCALE = Opaque("gdn::scale_heads_portable", _scale, _scale_backward, fake=_scale_fake, results=1, differentiable=("x", "factor"))
+_SCALE = Opaque(
+    "gdn::scale_heads_portable", _scale, _scale_backward, fake=_scale_fake, results=1, differentiable=("x", "factor"), replay=True
+)
 _SKIP_NORM = Opaque(
     "gdn::skip_gated_rms_norm_portable",
     _skip_norm,
@@ -216,4 +218,5 @@ _SKIP_NORM = Opaque(
     fake=_skip_norm_fake,
     results=1,
     differentiable=("y", "x", "D", "gate", "weight"),
+    replay=True,
 )

@@ -1,0 +1,426 @@
+"""Calls written down once and replayed: a call like one before costs the host what it allocates and launches, and little more.
+
+    @replayed                                           # an operator: checks its arguments, chooses a row, runs it
+    def l2norm(x, *, eps=1e-6): ...
+
+Nearly all that the host does in a call of Triton kernels follows from the `signature` of the arguments: shapes, strides, dtypes, device and
+alignment of the tensors, whether they need gradients, and all other values. So two things are kept by signature. A `Recording` is what the
+host of some kernels did: allocations, launches and torch operators, with blanks for the tensors. An `Outline` is which of an operator's
+tensors went into which calls of `Opaque` and `InPlace` (opaque.py). A replay allocates anew and takes the current stream: no address and no
+tensor outlives its call, and a CUDA graph may capture it.
+
+What cannot be replayed runs as if this file were not there: calls on the CPU, under torch.compile, functorch or a dispatch mode, those of
+tensor subclasses, and those in which anything else happened to tensors, such as reading a value. A host promises (`replay=True` there) that
+it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. A call that raises leaves nothing behind.
+`forget` drops all, as `use` and `Op.register` do.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Tensors = Sequence[Tensor]
+Results = tuple[Tensor | None, ...]
+Step = tuple[Any, ...] | Callable[[list[Tensor], list[Any]], None]
+"""A launch: what `Recording.run` unpacks. Or given the tensors and the arguments of kernels; what it makes it appends to both."""
+
+FIRST_DEVICE = 0
+"""The CPU is device -1."""
+MOST = 8192
+"""Signatures in a table; it is emptied when full."""
+
+_VALUES = frozenset({int, float, bool, str, type(None), torch.dtype})
+_ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
+_TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
+_UNFORESEEABLE = {getattr(torch.Tag, name) for name in _TAGS}
+_TABLES: list[Table] = []
+# Each look-up of a name in a module takes as long as one of these calls.
+_modes, _transforms, _grad = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch.is_grad_enabled
+
+
+class Table(dict[tuple[Any, ...], Any]):
+    """What is known by signature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _TABLES.append(self)
+
+    def keep(self, key: tuple[Any, ...], value: Any) -> None:
+        if len(self) >= MOST:
+            self.clear()
+        self[key] = value
+
+
+def forget() -> None:
+    """Empty all tables."""
+    for table in _TABLES:
+        table.clear()
+
+
+def signature(values: Iterable[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
+    """What a call with these arguments depends on apart from the contents of tensors, and the tensors; None if it must not be replayed.
+
+    Objects take part whose type has a method `replay_parts` that lists their tensors and values.
+    """
+    if _modes() or _transforms():
+        return None
+    key: list[Any] = [_grad()]
+    tensors: list[Tensor] = []
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            device = value.get_device()
+            if device < FIRST_DEVICE:
+                return None
+            tensors.append(value)
+            strides = value.is_contiguous() or value.stride()  # of contiguous ones, which are alike in memory whatever they are
+            key += (value.shape, strides, value.dtype, device, value.data_ptr() & 15, value.requires_grad)
+        elif kind in _VALUES:
+            key += (kind, value)  # True == 1 == 1.0, but kernels differ
+        elif hasattr(kind, "replay_parts"):
+            inside = signature(value.replay_parts())
+            if inside is None:
+                return None
+            key += (kind, inside[0])
+            tensors += inside[1]
+        else:
+            return None
+    return tuple(key), tensors
+
+
+def distinct(tensors: Tensors) -> bool:
+    """Whether no tensor comes twice. Only then is it clear which one a kernel was given."""
+    return len(set(map(id, tensors))) == len(tensors)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a host did with tensors; `run` does it with others of the same signature.
+
+    Tensors are numbered: those given, fresh ones, then those that steps make. Arguments of kernels are too: addresses of given tensors,
+    constants, addresses of fresh tensors, addresses inside, then those of tensors that steps make.
+    """
+
+    device: int
+    constants: list[Any]
+    fresh: list[tuple[Tensor, tuple[int, ...] | None]]
+    """What to allocate: a tensor of the same shape and dtype, but of one element in memory, and strides unless dense."""
+    inside: list[tuple[int, int]]
+    """Addresses in the middle of a tensor: the argument that is its beginning, and how many bytes after it."""
+    steps: list[Step]
+    results: list[int | None]
+
+    @property
+    def launches_only(self) -> bool:
+        return all(isinstance(step, tuple) for step in self.steps)
+
+    def run(self, tensors: Tensors) -> Results:
+        if self.device != torch._C._cuda_getDevice():
+            with torch.cuda.device(self.device):
+                return self.run(tensors)
+        held = list(tensors)
+        arguments: list[Any] = [x.data_ptr() for x in tensors]
+        arguments += self.constants
+        for like, strides in self.fresh:
+            if strides is None:  # the quickest of all ways to allocate
+                x = torch.empty_like(like, memory_format=torch.contiguous_format)
+            else:
+                x = torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
+            held.append(x)
+            arguments.append(x.data_ptr())
+        for beginning, offset in self.inside:
+            arguments.append(arguments[beginning] + offset)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        for step in self.steps:
+            if isinstance(step, tuple):
+                run, x, y, z, function, metadata, take = step
+                run(x, y, z, stream, function, metadata, None, None, None, *take(arguments))
+            else:
+                step(held, arguments)
+        return tuple([None if i is None else held[i] for i in self.results])
+
+
+def record(host: Callable[[], Sequence[Tensor | None]], tensors: Tensors) -> tuple[Sequence[Tensor | None], Recording | None]:
+    """What `host` returns from distinct tensors, and how to do the same with others; None where that is impossible."""
+    with Recorder(tensors) as recorder:
+        results = host()
+    return results, recorder.finish(results)
+
+
+def recorder() -> Recorder | None:
+    """The one that sees what happens now."""
+    mode = _get_current_dispatch_mode()
+    return mode if isinstance(mode, Recorder) else None
+
+
+Address = tuple[int, int]
+"""A tensor, and bytes after its beginning."""
+
+
+@dataclass(frozen=True)
+class _Launch:
+    start: tuple[Any, ...]
+    arguments: list[Address | list[Any]]
+    """An address, or a list of one constant."""
+
+
+@dataclass(frozen=True)
+class _Operator:
+    function: Callable[..., Any]
+    arguments: list[Any]
+    named: dict[str, Any]
+    tensors: list[tuple[int, int]]
+    """Which argument is which tensor."""
+    makes: bool
+    """A new tensor, rather than to write into an argument."""
+
+
+class Recorder(TorchDispatchMode):
+    """Sees what a host does with the tensors that it is given and with those that it makes."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__()
+        self.refused = False
+        self._device = tensors[0].device
+        self._held: list[Tensor] = []
+        self._names: dict[int, int] = {}
+        self._memory: dict[int, int | None] = {}
+        self._fresh: list[int] = []
+        self._made: list[int] = []
+        self._steps: list[_Launch | _Operator] = []
+        for x in tensors:
+            self._hold(x)
+        self._given = len(tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        out = func(*args, **named)
+        if func.is_view:
+            return out  # `_base` finds it by its memory if it is used
+        if not isinstance(out, Tensor) or out.device != self._device or _UNFORESEEABLE.intersection(func.tags):
+            self.refused = True
+        elif func.overloadpacket in _ALLOCATIONS:
+            self._fresh.append(self._hold(out))
+        else:
+            self._operator(func, args, named, out)
+        return out
+
+    def launch(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """By `portable_launch.launch`: this kernel was launched."""
+        arguments = [self._address(a) if isinstance(a, Tensor) else [a] for a in args]
+        start = (compiled.run, *(*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata)
+        self._steps.append(_Launch(start, arguments))
+
+    def finish(self, results: Sequence[Tensor | None]) -> Recording | None:
+        places = [None if x is None else self._place(x) for x in results]
+        if self.refused:
+            return None
+        launches = [step for step in self._steps if isinstance(step, _Launch)]
+        addresses = list(dict.fromkeys(a for launch in launches for a in launch.arguments if isinstance(a, tuple)))
+        constants = [a[0] for launch in launches for a in launch.arguments if isinstance(a, list)]
+        used = {i for i, _ in addresses} | {i for step in self._steps if isinstance(step, _Operator) for _, i in step.tensors} | set(places)
+        given, fresh = list(range(self._given)), [i for i in self._fresh if i in used]
+        inside = [a for a in addresses if a[1]]
+        begins = [[(i, 0) for i in group] for group in (given, fresh, self._made)]
+        argument = {a: n for n, a in enumerate([*begins[0], *constants, *begins[1], *inside, *begins[2]]) if isinstance(a, tuple)}
+        number = {i: n for n, i in enumerate([*given, *fresh, *self._made])}
+        rest = iter(range(len(given), len(given) + len(constants)))
+        steps: list[Step] = []
+        for step in self._steps:
+            if isinstance(step, _Launch):
+                taken = [argument[a] if isinstance(a, tuple) else next(rest) for a in step.arguments]
+                steps.append((*step.start, operator.itemgetter(*taken)))
+            else:
+                steps.append(_operating(step, [(n, number[i]) for n, i in step.tensors]))
+        return Recording(
+            self._held[0].get_device(),
+            constants,
+            [_template(self._held[i]) for i in fresh],
+            [(argument[i, 0], offset) for i, offset in inside],
+            steps,
+            [None if i is None else number[i] for i in places],
+        )
+
+    def _hold(self, x: Tensor) -> int:
+        """One more tensor, and it is known by itself and by its memory, if that is its alone."""
+        i = len(self._held)
+        self._held.append(x)
+        self._names[id(x)] = i
+        memory = x.untyped_storage()._cdata
+        self._memory[memory] = i if memory not in self._memory else None
+        return i
+
+    def _operator(self, func: Any, args: Sequence[Any], named: dict[str, Any], out: Tensor) -> None:
+        tensors = [(n, self._place(a)) for n, a in enumerate(args) if isinstance(a, Tensor)]
+        if len(tensors) != sum(isinstance(leaf, Tensor) for leaf in tree_leaves((args, named))):
+            self.refused = True  # tensors in lists or by name
+        makes = id(out) not in self._names
+        self._steps.append(_Operator(func, [None if isinstance(a, Tensor) else a for a in args], named, tensors, makes))
+        if makes:
+            self._made.append(self._hold(out))
+
+    def _base(self, x: Tensor) -> int:
+        """The only tensor that has the memory of x."""
+        base = self._memory.get(x.untyped_storage()._cdata)
+        if base is None:
+            self.refused = True
+        return base or 0
+
+    def _address(self, x: Tensor) -> Address:
+        known = self._names.get(id(x))
+        if known is not None:
+            return known, 0
+        base = self._base(x)
+        offset = _bytes_before(x) - _bytes_before(self._held[base])
+        if offset and base in self._made:
+            self.refused = True  # unknown until the step that makes it
+        return base, offset
+
+    def _place(self, x: Tensor) -> int:
+        """Which tensor x is. A view of a tensor that was made here is one more."""
+        known = self._names.get(id(x))
+        if known is not None:
+            return known
+        base = self._base(x)
+        held = self._held[base]
+        if x.dtype != held.dtype or base < self._given:
+            self.refused = True
+        geometry = x.size(), x.stride(), x.storage_offset()
+        if geometry == (held.size(), held.stride(), held.storage_offset()):
+            return base
+        self._steps.append(_Operator(torch.as_strided, [None, *geometry], {}, [(0, base)], True))
+        i = len(self._held)
+        self._held.append(x)
+        self._names[id(x)] = i
+        self._made.append(i)
+        return i
+
+
+def _bytes_before(x: Tensor) -> int:
+    """In its memory. From `data_ptr` it would be wrong for a tensor without elements, which is at 0."""
+    return int(x.storage_offset()) * x.element_size()
+
+
+def _template(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
+    like = torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
+    return like, None if x.is_contiguous() else x.stride()
+
+
+def _operating(called: _Operator, tensors: list[tuple[int, int]]) -> Step:
+    function, named = called.function, called.named
+
+    def step(held: list[Tensor], arguments: list[Any]) -> None:
+        given = called.arguments.copy()
+        for n, i in tensors:
+            given[n] = held[i]
+        out = function(*given, **named)
+        if called.makes:
+            held.append(out)
+            arguments.append(out.data_ptr())
+
+    return step
+
+
+Call = Callable[[Tensors], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What an operator did with its tensors. The results of each call are numbered after all tensors before."""
+
+    calls: list[tuple[Call, list[int]]]
+    """Each with its tensors."""
+    results: int | list[int]
+
+    def run(self, tensors: list[Tensor]) -> Any:
+        for call, places in self.calls:
+            tensors += call([tensors[i] for i in places])
+        return tensors[self.results] if isinstance(self.results, int) else tuple([tensors[i] for i in self.results])
+
+
+class Witness(TorchDispatchMode):
+    """Sees which calls an operator makes, and whether it does anything else to tensors."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        super().__init__()
+        self._refused = False
+        self._held: list[Tensor] = []
+        self._names: dict[int, int] = {}
+        self._calls: list[tuple[Call, list[int]]] = []
+        self._hold(tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._refused = True
+        return func(*args, **(kwargs or {}))
+
+    def call(self, find: Callable[[tuple[Any, ...]], tuple[Call, Tensors]], args: tuple[Any, ...]) -> Sequence[Tensor]:
+        """By a call that can be replayed, which `find` gives with its tensors."""
+        with _disable_current_modes():
+            call, tensors = find(args)
+            results = call(tensors)
+        self._calls.append((call, [self._place(x) for x in tensors]))
+        self._hold(results)
+        return results
+
+    def finish(self, results: Any) -> Outline | None:
+        ends = self._place(results) if isinstance(results, Tensor) else [self._place(x) for x in results]
+        return None if self._refused or not self._calls else Outline(self._calls, ends)
+
+    def _hold(self, tensors: Tensors) -> None:
+        for x in tensors:
+            self._names[id(x)] = len(self._held)
+            self._held.append(x)
+
+    def _place(self, x: Tensor) -> int:
+        self._refused |= id(x) not in self._names
+        return self._names.get(id(x), 0)
+
+
+def witness() -> Witness | None:
+    """The one that sees what happens now."""
+    mode = _get_current_dispatch_mode()
+    return mode if isinstance(mode, Witness) else None
+
+
+class _Replayed:
+    """An operator whose calls are replayed."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._outlines = Table()
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if is_compiling():
+            return self._function(*args, **named)
+        found = signature((*args, *named, *named.values()))
+        if found is None:
+            return self._function(*args, **named)
+        key, tensors = found
+        outline = self._outlines.get(key)
+        if outline is not None:
+            return outline.run(tensors) if outline else self._function(*args, **named)
+        if not distinct(tensors):
+            return self._function(*args, **named)
+        with Witness(tensors) as seen:
+            results = self._function(*args, **named)
+        self._outlines.keep(key, seen.finish(results) or False)
+        return results
+
+
+def replayed(function: Callable[P, R]) -> Callable[P, R]:
+    """Replay the calls of an operator: a function of tensors that returns a tensor or a tuple of them. See the module's docstring."""
+    return cast("Callable[P, R]", _Replayed(function))

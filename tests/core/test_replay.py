@@ -1,0 +1,451 @@
+"""Calls written down once and replayed: what makes a call another one, what is never replayed, and that replays take what they get."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from gdn.core import dispatch, opaque, replay  # noqa: E402
+from gdn.core.dispatch import Impl, Op, use  # noqa: E402
+from gdn.core.errors import ArgumentError  # noqa: E402
+from gdn.core.opaque import Arguments, InPlace, Opaque  # noqa: E402
+from gdn.core.packing import Packing  # noqa: E402
+from gdn.core.portable_launch import launch  # noqa: E402
+from gdn.core.replay import replayed  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_interpreter"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="toys on the CPU; with a GPU tests/ops/test_replayed_operators.py is the test"),
+]
+
+HOSTS: list[str] = []
+"""What ran as written."""
+
+
+@triton.jit
+def scale_kernel(x, bias, y, factor, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value = tl.load(x + i * STRIDE, mask=i < count, other=0.0) * factor
+    if bias is not None:
+        value += tl.load(bias + i, mask=i < count, other=0.0)
+    tl.store(y + i, value, mask=i < count)
+
+
+def _forward(x: Tensor, bias: Tensor | None, factor: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """y, and for backward x in the second half of a buffer, beside what nobody needs."""
+    HOSTS.append("forward")
+    count = x.numel()
+    y, space, _ = torch.empty(count, dtype=x.dtype), torch.empty(2 * count, dtype=x.dtype), x.new_empty(count)
+    launch(scale_kernel, (1,), x, bias, y, factor, count, x.stride(0), 16)
+    launch(scale_kernel, (1,), x, None, space[count:], 1, count, x.stride(0), 16)
+    return y, space
+
+
+def _backward(args: Arguments, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """With torch operators, on views and in place."""
+    HOSTS.append("backward")
+    x, bias, factor = args
+    (dy,) = grads
+    assert dy is not None
+    assert torch._C._is_any_autocast_enabled() is False
+    dx = torch.empty_like(saved[0][: x.numel()])
+    dy = dy.contiguous()
+    launch(scale_kernel, (1,), dy, None, dx, factor, x.numel(), 1, 16)
+    if bias is None:
+        return [dx, None]
+    parts = torch.stack([dy, saved[0][x.numel() :]]) if factor == 5.0 else torch.zeros(2, x.numel(), dtype=dy.dtype)
+    parts[0].copy_(dy)
+    return [dx, parts.sum(0).to(bias.dtype)]
+
+
+def _fake(x: Tensor, bias: Tensor | None, factor: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(2 * x.shape[0])
+
+
+def _count(state: Tensor, by: float) -> Tensor:
+    HOSTS.append("count")
+    before = torch.empty_like(state)
+    launch(scale_kernel, (1,), state, None, before, 1, state.numel(), 1, 16)
+    launch(scale_kernel, (1,), before, before, state, by, state.numel(), 1, 16)
+    return before
+
+
+SCALE = Opaque("gdn::toy_replayed", _forward, _backward, fake=_fake, results=1, differentiable=("x", "bias"), replay=True)
+COUNT = InPlace("gdn::toy_replayed_count", _count, mutates=("state",), fake=lambda state, by: torch.empty_like(state), replay=True)
+
+
+def kernel(x: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    return SCALE(x, bias, factor)[0]
+
+
+def plain(x: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    HOSTS.append("plain")
+    return x * factor if bias is None else x * factor + bias
+
+
+def shifted(x: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    """Not what the operator says, so that a test sees who served."""
+    return plain(x, bias, factor) + 100
+
+
+@replayed
+def scaled(x: Tensor, *, bias: Tensor | None = None, factor: float = 2.0) -> Tensor:
+    """An operator of a table."""
+    HOSTS.append("contract")
+    if factor < 0:
+        raise ArgumentError(f"factor: expected no negative one, got {factor}")
+    if bias is not None and bias.shape != x.shape:
+        raise ArgumentError(f"bias: expected {list(x.shape)}, got {list(bias.shape)}")
+    return dispatch._OPS["scaled"].pick(x)(x, bias, factor)
+
+
+@pytest.fixture(autouse=True)
+def op(replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Op]:
+    dispatch.ops()
+    monkeypatch.setattr(dispatch, "_OPS", dict(dispatch._OPS))
+    HOSTS.clear()
+    yield Op("scaled", (Impl("kernel", f"{__name__}:kernel"), Impl("plain", f"{__name__}:plain"), Impl("shifted", f"{__name__}:shifted")))
+
+
+def hosts() -> list[str]:
+    """What ran as written since the last time."""
+    ran = HOSTS.copy()
+    HOSTS.clear()
+    return ran
+
+
+def numbers(seed: int = 0, n: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_replayed(call: Callable[[], Tensor], expected: Tensor, ran: list[str] | None = None) -> None:
+    torch.testing.assert_close(call(), expected)
+    assert hosts() == (ran or [])
+
+
+def test_a_second_call_runs_kernels_only(replayed_here: list[str]) -> None:
+    x, bias = numbers(0), numbers(1)
+    assert_replayed(lambda: scaled(x, bias=bias), 2 * x + bias, ["contract", "forward"])
+    for seed in range(2, 5):
+        x, bias = numbers(seed), numbers(seed + 10)
+        replayed_here.clear()
+        assert_replayed(lambda x=x, bias=bias: scaled(x, bias=bias), 2 * x + bias)
+        assert replayed_here == ["scale_kernel"] * 2
+
+
+def test_memory_is_fresh_in_every_call_and_none_is_kept() -> None:
+    x = numbers()
+    results = [scaled(x) for _ in range(3)]
+    assert len({y.data_ptr() for y in results}) == 3
+    ends = [weakref.ref(t) for t in (x, *results)]
+    del x, results
+    assert [end() for end in ends] == [None] * 4
+
+
+def test_gradients_are_replayed(replayed_here: list[str]) -> None:
+    for seed in range(4):
+        x, bias = (numbers(seed + i).requires_grad_() for i in (0, 10))
+        dy = numbers(seed + 20)
+        replayed_here.clear()
+        dx, dbias = torch.autograd.grad(scaled(x, bias=bias), (x, bias), dy)
+        assert (torch.equal(dx, 2 * dy), torch.equal(dbias, dy)) == (True, True)
+        assert hosts() == ([] if seed else ["contract", "forward", "backward"])
+        assert len(replayed_here) == (3 if seed else 0)
+
+
+def test_gradients_of_other_strides_are_other_calls() -> None:
+    x = numbers().requires_grad_()
+    for dy in (numbers(1), torch.tensor(3.0).expand(5), numbers(2, 10)[::2]) * 2:
+        (dx,) = torch.autograd.grad(scaled(x), x, dy)
+        assert torch.equal(dx, 2 * dy)
+    assert hosts() == ["contract", "forward", *["backward"] * 3]
+    wide = numbers(3, 10)
+    assert torch.equal(torch.autograd.grad(scaled(x), x, wide[::2])[0], 2 * wide[::2])
+    assert hosts() == []
+
+
+def test_what_a_backward_gets_may_differ_from_what_forward_saw() -> None:
+    """Hooks on saved tensors hand back others: here at an odd address, then with a stride."""
+    x, dy = numbers().requires_grad_(), numbers(1)
+    for change in (lambda t: torch.cat([t[:1], t])[1:], lambda t: t.repeat_interleave(2)[::2], lambda t: t) * 2:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t, change=change: change(t)):
+            y = scaled(x)
+        assert torch.equal(torch.autograd.grad(y, x, dy)[0], 2 * dy)
+    assert hosts() == ["contract", "forward", *["backward"] * 3]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: {"x": numbers(1, 7)},
+        lambda x: {"x": numbers(1, 10)[::2]},
+        lambda x: {"x": numbers(1, 6)[1:]},
+        lambda x: {"x": x.double()},
+        lambda x: {"x": x, "factor": 3.0},
+        lambda x: {"x": x, "factor": 2},
+        lambda x: {"x": x, "bias": numbers(3)},
+        lambda x: {"x": x.clone().requires_grad_()},
+    ],
+    ids=["shape", "stride", "alignment", "dtype", "value", "type of a value", "presence", "requires_grad"],
+)
+def test_a_call_that_differs_is_another_call(other: Callable[[Tensor], dict[str, Any]]) -> None:
+    x = numbers()
+    arguments: dict[str, Any] = {"factor": 2.0} | other(x)
+    expected = plain(arguments["x"].detach(), arguments.get("bias"), arguments["factor"])
+    scaled(x, factor=2.0)
+    hosts()
+    assert_replayed(lambda: scaled(**arguments), expected, ["contract", "forward"])
+    assert_replayed(lambda: scaled(**arguments), expected)
+    assert_replayed(lambda: scaled(x, factor=2.0), 2 * x)
+
+
+def test_the_grad_mode_belongs_to_a_call() -> None:
+    x = numbers().requires_grad_()
+    for _ in range(2):
+        assert scaled(x).requires_grad
+        with torch.no_grad():
+            assert not scaled(x).requires_grad
+        with torch.inference_mode():
+            y = scaled(x)
+            assert y.is_inference() and torch.equal(y, 2 * x)
+    assert not scaled(x).is_inference()
+    assert hosts() == ["contract", "forward"] * 2
+
+
+def test_a_wrong_call_raises_every_time() -> None:
+    x, short = numbers(), numbers(n=4)
+    for _ in range(3):
+        scaled(x)
+        with pytest.raises(ArgumentError, match="factor: expected no negative one, got -1"):
+            scaled(x, factor=-1.0)
+        with pytest.raises(ArgumentError, match=r"bias: expected \[5\], got \[4\]"):
+            scaled(x, bias=short)
+        with pytest.raises(AttributeError, match="'list' object has no attribute"):
+            scaled([1.0])  # type: ignore[arg-type]
+    assert hosts().count("contract") == 1 + 3 * 3
+
+
+def test_another_row_is_another_call(op: Op) -> None:
+    x = numbers()
+    for _ in range(2):
+        assert torch.equal(scaled(x), 2 * x)
+        with use(scaled="shifted"):
+            for _ in range(2):
+                assert torch.equal(scaled(x), 2 * x + 100)
+            with use(scaled="kernel"):
+                assert torch.equal(scaled(x), 2 * x)
+            assert torch.equal(scaled(x), 2 * x + 100)
+    scaled(x)
+    op.register(Impl("first", f"{__name__}:shifted"))
+    assert torch.equal(scaled(x), 2 * x + 100)
+
+
+def test_one_tensor_given_twice_is_two_arguments() -> None:
+    x, bias = numbers(), numbers(1)
+    for _ in range(2):
+        assert torch.equal(scaled(x, bias=x), 3 * x)
+    for _ in range(2):
+        assert torch.equal(scaled(x, bias=bias), 2 * x + bias)
+    hosts()
+    assert_replayed(lambda: scaled(x, bias=x), 3 * x)
+
+
+def test_slices_of_one_tensor_are_told_apart() -> None:
+    for seed in range(2):
+        both = numbers(seed, 16)
+        x, bias = both[:8], both[8:]
+        assert torch.equal(scaled(x, bias=bias), 2 * x + bias)
+    assert hosts() == ["contract", "forward"]
+
+
+def test_a_part_of_an_argument_is_a_part_of_the_argument_in_its_place() -> None:
+    """Kernels get the ends of two arguments. In one memory it is not clear whose an end is; then nothing is written down."""
+
+    def forward(x: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor]:
+        HOSTS.append("forward")
+        y = torch.empty(4)
+        launch(scale_kernel, (1,), x[4:], bias[4:], y, 1, 4, 1, 16)
+        return (y,)
+
+    ends = Opaque("gdn::toy_ends", forward, lambda a, s, g: [None], fake=forward, results=1, differentiable=("x",), replay=True)
+    both = numbers(0, 16)
+    for x, bias in ((both[:8], both[8:]), (both[8:], both[:8]), (numbers(1, 8), numbers(2, 8))):
+        assert torch.equal(ends(x, bias)[0], x[4:] + bias[4:])
+    assert hosts() == ["forward"] * 3
+    replay.forget()
+    for seed in range(3):
+        x, bias = numbers(seed, 8), numbers(seed + 5, 8)
+        assert torch.equal(ends(x, bias)[0], x[4:] + bias[4:])
+    assert torch.equal(ends(both[:8], both[8:])[0], both[4:8] + both[12:])
+    assert hosts() == ["forward"]
+
+
+def test_values_belong_to_their_names() -> None:
+    @replayed
+    def apart(x: Tensor, *, up: float, down: float) -> Tensor:
+        return SCALE(x, None, up / down)[0]
+
+    x = numbers()
+    assert torch.equal(apart(x, up=4.0, down=2.0), 2 * x)
+    assert torch.equal(apart(x, down=4.0, up=2.0), x / 2)
+
+
+def test_an_operator_in_place_is_replayed() -> None:
+    count = replayed(lambda state, by: COUNT(state, by))
+    state = torch.ones(3)
+    for expected in (1.0, 4.0, 16.0):
+        assert torch.equal(count(state, 3.0), torch.full((3,), expected))
+    assert state.tolist() == [64.0] * 3
+    assert hosts() == ["count"]
+
+
+def test_calls_hand_on_their_results() -> None:
+    @replayed
+    def twice(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        HOSTS.append("twice")
+        y = scaled(bias, bias=x)
+        return SCALE(y, x, 3.0)[0], y
+
+    for seed in range(3):
+        x, bias = numbers(seed).requires_grad_(), numbers(seed + 5).requires_grad_()
+        z, y = twice(x, bias)
+        assert torch.equal(y, 2 * bias + x)
+        torch.testing.assert_close(z, 3 * y + x)
+        torch.testing.assert_close(torch.autograd.grad(z.sum(), (x, bias)), (torch.full((5,), 4.0), torch.full((5,), 6.0)))
+    assert hosts() == ["twice", "contract", "forward", "forward", "backward", "backward"]
+
+
+@pytest.mark.parametrize("harm", ["value", "random", "between", "device", "shape"])
+def test_what_may_turn_out_otherwise_is_never_replayed(harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(opaque, "record", lambda *arguments: (tried.append(arguments), replay.record(*arguments))[1])
+
+    def forward(x: Tensor, keep: bool) -> tuple[Tensor]:
+        HOSTS.append("forward")
+        y = torch.empty_like(x)
+        factor = float(x[0]) if harm == "value" else 1.0
+        noise = torch.rand(5) if harm == "random" else None
+        if harm == "device":
+            x.to("meta")
+        launch(scale_kernel, (1,), x, noise, y, factor, 5, 1, 16)
+        return (y.unsqueeze_(0) if harm == "shape" else y,)
+
+    name = f"gdn::toy_{harm}"
+    host = Opaque(name, forward, lambda a, s, g: [None], fake=lambda x, keep: (x,), results=1, differentiable=("x",), replay=True)
+
+    @replayed
+    def operate(x: Tensor) -> Tensor:
+        HOSTS.append("operate")
+        (y,) = host(x)
+        return y.add_(x) if harm == "between" else y
+
+    for seed in range(3):
+        x = numbers(seed)
+        y = operate(x)
+        if harm == "value":
+            torch.testing.assert_close(y, x * x[0])
+        elif harm != "random":
+            torch.testing.assert_close(y, 2 * x if harm == "between" else x[None] if harm == "shape" else x)
+    assert hosts() == (["operate", "forward", "operate", "operate"] if harm == "between" else ["operate", *["forward"] * 3])
+    assert len(tried) == 1, "what cannot be written down is not tried again"
+
+
+def test_nothing_is_replayed_under_modes_or_transforms_or_for_subclasses() -> None:
+    class Quiet(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    class Own(Tensor):
+        pass
+
+    x = numbers()
+    scaled(x)
+    hosts()
+    with use(scaled="plain"):
+        torch.testing.assert_close(torch.func.vmap(scaled)(torch.stack([x, x])), torch.stack([2 * x, 2 * x]))
+    scaled(x)
+    hosts()
+    assert_replayed(lambda: scaled(x.as_subclass(Own)), 2 * x, ["contract", "forward"])
+    with Quiet():
+        assert_replayed(lambda: scaled(x), 2 * x, ["contract", "forward"])
+    assert_replayed(lambda: scaled(x), 2 * x)
+
+
+def test_nothing_is_written_down_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "FIRST_DEVICE", 0)
+    for _ in range(2):
+        assert_replayed(lambda: scaled(numbers()), 2 * numbers(), ["contract", "forward"])
+    assert not any(replay._TABLES)
+
+
+def test_autocast_does_not_reach_inside_a_replay() -> None:
+    def forward(x: Tensor, keep: bool) -> tuple[Tensor]:
+        HOSTS.append("forward")
+        y = torch.empty_like(x)
+        launch(scale_kernel, (1,), x, None, y, 1, x.numel(), 1, 16)
+        return (y @ x,)
+
+    host = Opaque(
+        "gdn::toy_autocast", forward, lambda a, s, g: [None], fake=lambda x, keep: (x,), results=1, differentiable=("x",), replay=True
+    )
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert host(torch.eye(3))[0].dtype == torch.float32
+    assert hosts() == ["forward"]
+
+
+def test_a_compiled_graph_is_whole() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, bias: scaled(x, bias=bias).cos(), fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        x, bias = numbers(seed), numbers(seed + 5)
+        for _ in range(2):
+            torch.testing.assert_close(scaled(x, bias=bias), 2 * x + bias)
+        torch.testing.assert_close(compiled(x, bias), (2 * x + bias).cos())
+
+
+def test_packed_rows_are_looked_at_once_a_packing() -> None:
+    @replayed
+    def packed(x: Tensor, packing: Packing) -> Tensor:
+        packing.check(2, 2, x.device)
+        HOSTS.append("packed")
+        return SCALE(x, None, 2.0)[0]
+
+    x, good, bad = numbers(n=4), Packing.from_lengths([2, 2]), Packing.from_lengths([3, 1])
+    for _ in range(3):
+        assert torch.equal(packed(x, good), 2 * x)
+        assert torch.equal(packed(x, Packing.from_lengths([2, 2])), 2 * x)
+        with pytest.raises(ArgumentError, match="a document crosses the end of a row"):
+            packed(x, bad)
+    assert packed(x, good) is not None
+    assert len(hosts()) < 7
+
+
+def test_a_table_is_emptied_when_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST", 3)
+    for n in range(1, 10):
+        scaled(numbers(n=n))
+    assert max(len(table) for table in replay._TABLES) == 3
+    hosts()
+    assert_replayed(lambda: scaled(numbers(n=9)), 2 * numbers(n=9))
+    assert_replayed(lambda: scaled(numbers(n=1)), 2 * numbers(n=1), ["contract", "forward"])
+
+
+def test_an_operator_keeps_its_name_and_its_specification() -> None:
+    assert scaled.__name__ == "scaled" and scaled.__doc__ == "An operator of a table." and scaled.__module__ == __name__
+
+
+def test_without_the_promise_nothing_is_replayed() -> None:
+    host = opaque.Opaque("gdn::toy_unpromised", _forward, _backward, fake=_fake, results=1, differentiable=("x", "bias"))
+    for _ in range(2):
+        host(numbers(), None, 2.0)
+    assert hosts() == ["forward"] * 2

@@ -1,0 +1,232 @@
+"""Replayed calls of the operators that have Triton rows: the same bits as calls that run as written, forward, gradients and memories."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from on_gpu import gpu
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from gdn import ops
+from gdn.core import checks, opaque, replay
+from gdn.core.dispatch import use
+from gdn.core.packing import Packing
+from gdn.ops.delta_fused import GateParameters
+from gdn.ops.delta_fused import problems as cores
+from gdn.ops.delta_rule import problems as rules
+from gdn.ops.delta_step import problems as steps
+from gdn.ops.gates import problems as gates
+from gdn.ops.norm import problems as norms
+from gdn.ops.rotary import problems as rotaries
+from gdn.ops.short_conv import problems as convs
+from gdn.ops.state_space import problems as spaces
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Build = Callable[[int], dict[str, Any]]
+
+
+def short(problems: Any, *names: str, make: str = "build", drop: tuple[str, ...] = ()) -> list[tuple[str, Build]]:
+    """Named problems, or all, in bfloat16."""
+
+    def builder(problem: Any) -> Build:
+        def build(seed: int) -> dict[str, Any]:
+            found = getattr(problem, make)(dtype=torch.bfloat16, device=DEVICE, seed=seed)
+            return {name: value for name, value in found.items() if name not in drop}
+
+        return build
+
+    return [(problem.name, builder(problem)) for problem in problems.PROBLEMS if not names or problem.name in names]
+
+
+def rule(name: str, **sizes: Any) -> tuple[str, Build]:
+    return name, lambda seed: rules.Problem(name=name, **sizes).build(dtype=torch.bfloat16, device=DEVICE, seed=seed)
+
+
+CASES: dict[str, list[tuple[str, Build]]] = {
+    "l2norm": short(norms, "heads", drop=("gate", "weight")),
+    "rms_norm": short(norms, "heads", "one vector", drop=("gate",)),
+    "gated_rms_norm": short(norms, "heads", "zero vectors"),
+    "decay_gate": short(gates, "some", make="build_decay"),
+    "write_gate": short(gates, "some", make="build_write"),
+    "rotary_embedding": short(rotaries, "some"),
+    "scale_heads": short(spaces, "groups, odd", make="build_scale"),
+    "skip_gated_rms_norm": short(spaces, "groups, odd", make="build_norm"),
+    "causal_conv1d": short(convs, "plain", "linear with bias and state", "one tap", "packed with state", "packed rows"),
+    "gated_delta_step": short(steps, "grouped values", "pool, one skipped", "float16 memory in a pool"),
+    "gated_delta_rule": [
+        rule("plain", B=2, T=70),
+        rule("grouped", T=66, H=1, HV=2, K=16, V=24, initial=True),
+        rule("packed", T=80, lengths=(1, 66, 0, 13), initial=True),
+        rule("padded width", T=5, K=12, V=9, initial=True),
+    ],
+    "delta_core": [*short(cores, "packed"), *short(cores, "grouped values, negative eigenvalues, state")],
+}
+
+
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """With every tensor changed that may have a gradient."""
+    if isinstance(value, dict):
+        return {name: each if name in ("cos", "sin") else changed(each, change) for name, each in value.items()}
+    if isinstance(value, GateParameters):
+        return GateParameters(change(value.A_log), change(value.dt_bias), value.top)
+    return change(value) if isinstance(value, Tensor) and value.dtype.is_floating_point else value
+
+
+def tensors_of(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def run(name: str, build: Build, seed: int, gradient: str) -> list[Tensor]:
+    """Results, gradients of all of them or of the last alone, and what is updated in place."""
+    leaves: list[Tensor] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        leaves.append(x.detach().clone().requires_grad_(gradient != "none"))
+        return leaves[-1]
+
+    results = tensors_of(getattr(ops, name)(**changed(build(seed), leaf)))
+    if gradient == "none":
+        return results + leaves
+    generator = torch.Generator().manual_seed(seed)
+    chosen = results if gradient == "all" else results[-1:]
+    slopes = [torch.randn(x.shape, generator=generator).to(x) for x in chosen]
+    found = torch.autograd.grad(chosen, leaves, slopes, allow_unused=True, materialize_grads=True)
+    return [x.detach() for x in results] + list(found)
+
+
+@pytest.mark.parametrize("gradient", ["none", "all", "last"])
+@pytest.mark.parametrize(("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in CASES.items() for p, b in cases])
+def test_replays_give_the_bits_of_calls_as_written(
+    name: str, build: Build, gradient: str, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "not_positive", lambda *arguments: None)  # as on a GPU, where no value is looked at
+    monkeypatch.setattr(checks, "slots", lambda *arguments: None)
+    step = name.endswith("_step")
+    if (step and gradient != "none") or (gradient == "last" and name not in ("causal_conv1d", "gated_delta_rule", "delta_core")):
+        pytest.skip("an operator without gradients, or with one result")
+    with use(**{name: "portable", "gated_delta_rule": "portable"}):
+        expected = []
+        for seed in (1, 2):
+            replay.forget()
+            expected.append(run(name, build, seed, gradient))
+        assert not replayed_here
+        monkeypatch.setattr(opaque._Call, "_host", _not_again)
+        monkeypatch.setattr(opaque._Call, "_backward_host", _not_again)
+        for seed in (1, 2):
+            replayed_here.clear()
+            for actual, right in zip(run(name, build, seed, gradient), expected[seed - 1], strict=True):
+                assert actual.dtype == right.dtype and actual.stride() == right.stride() and torch.equal(actual, right)
+            assert replayed_here
+
+
+@pytest.mark.parametrize("lengths", [None, (130, 200)])
+@pytest.mark.parametrize("segment", [0, 2])
+def test_segments_and_slabs_are_replayed(
+    segment: int, lengths: tuple[int, ...] | None, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward of up to five kernels and a backward of up to ten and more, all with their buffers in two allocations."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
+    monkeypatch.setattr(portable, "slab_chunks", lambda *sizes: 2)
+    portable.plan.cache_clear()
+    _, build = rule("", T=330, HV=2, initial=True, lengths=lengths)
+    expected = []
+    with use(gated_delta_rule="portable"):
+        for seed in (1, 2):
+            replay.forget()
+            expected.append(run("gated_delta_rule", build, seed, "all"))
+        assert not replayed_here
+        for right, actual in zip(expected, [run("gated_delta_rule", build, seed, "all") for seed in (1, 2)], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
+    portable.plan.cache_clear()
+    assert len(replayed_here) >= 2 * 6
+
+
+def _not_again(*arguments: Any) -> Any:
+    raise AssertionError("a host ran as written")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operators_are_replayed_whole(name: str, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without their checks and without choosing a row, with gradients and without."""
+    monkeypatch.setattr(checks, "not_positive", lambda *arguments: None)
+    operator = getattr(ops, name)
+    with use(**{name: "portable", "gated_delta_rule": "portable"}):
+        for change in (Tensor.detach, lambda x: x.detach().requires_grad_(not name.endswith("_step"))):
+            arguments = changed(CASES[name][0][1](1), change)
+            operator(**arguments)
+            with monkeypatch.context() as patch:
+                patch.setattr(operator, "_function", _not_again)
+                operator(**arguments)
+
+
+@gpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_captures_replays(name: str, replayed_here: list[str]) -> None:
+    """Forward and backward, from memory of the graph's own, with the numbers that are there when it is launched."""
+    build, gradient = CASES[name][0][1], "none" if name.endswith("_step") else "all"
+    leaves: list[Tensor] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        leaves.append(x.detach().clone().requires_grad_(gradient == "all"))
+        return leaves[-1]
+
+    arguments = changed(build(1), leaf)
+
+    def call() -> list[Tensor]:
+        results = tensors_of(getattr(ops, name)(**arguments))
+        return results if gradient == "none" else list(torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results]))
+
+    def start(seed: int) -> None:
+        numbers: list[Tensor] = []
+        changed(build(seed), lambda x: (numbers.append(x), x)[1])
+        with torch.no_grad():
+            for x, now in zip(leaves, numbers, strict=True):
+                x.copy_(now)
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert replayed_here
+    with torch.cuda.graph(graph):
+        captured = call()
+    for seed in (2, 3):
+        start(seed)
+        graph.replay()
+        found = [x.detach().clone() for x in captured]
+        start(seed)
+        assert all(torch.equal(a, b) for a, b in zip(found, call(), strict=True))
+
+
+@gpu
+def test_replays_run_on_the_current_stream(replayed_here: list[str]) -> None:
+    x, stream = torch.randn(1024, 128, device=DEVICE), torch.cuda.Stream()
+    for gradient in (False, True):
+        leaf = x.clone().requires_grad_(gradient)
+        ops.l2norm(leaf)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream), torch.no_grad():
+            torch.cuda._sleep(100_000_000)
+            leaf.copy_(3 * x + 1)
+        with torch.cuda.stream(stream):
+            y = ops.l2norm(leaf).detach()
+        stream.synchronize()
+        assert torch.equal(y, ops.l2norm(3 * x + 1))
+    assert replayed_here
+
+
+def test_parts_are_all_that_a_call_reads() -> None:
+    gates = GateParameters(torch.zeros(1), torch.ones(1), 2.0)
+    assert all(a is b for a, b in zip(gates.replay_parts(), vars(gates).values(), strict=True))
+    read = {field.name for field in dataclasses.fields(Packing)} - {"host", "_rows", "_stretched"}
+    packing = Packing.from_lengths([3, 4])
+    assert {id(part) for part in packing.replay_parts()} == {id(getattr(packing, name)) for name in read}
