@@ -94,7 +94,7 @@ def runs(toy: bool) -> list[Run]:
         enough=0.95,
     )
     in_stages = training.with_(order="stages", optim=training.optim.with_(lr=3e-3))
-    longer = in_stages.with_(steps=7000, batch=512)
+    longer = in_stages.with_(steps=7000, batch=2 * training.batch)
     found = []
     for seed in range(1 if toy else 3):
         for group in ("S3",) if toy else (*EASY, *HARD):
