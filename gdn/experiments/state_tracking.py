@@ -7,7 +7,7 @@ there is. Stopping when the short words are right would be too early: two writes
 word in a hundred.
 
 A5 and S5 are learned in stages, 7000 steps of 512 words at 3e-3 in all: words of 6 generators, of 6 elements of any kind, of 12, 24 and 63,
-the second and the last twice as long; S4 with one and two writes likewise in 3000 steps of 256. When all elements were there from the first
+those of 12 and 63 twice as long; S4 with one and two writes likewise in 3000 steps of 256. When all elements were there from the first
 step, one of three seeds learned S4 with two writes, and of A5 and S5 nothing had begun to be learned after 6000 steps of words of 12, 24
 and 63 in turn: 60 or 120 elements have thousands of products of two, which an MLP learns by heart and then no more, while with few elements
 following the state is the shorter way. Which few matters. In three dimensions, where A5 turns an icosahedron and S4 a cube, every element
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEADS, TRAINED, LONGEST = 128, 8, 63, 255
-SHORTER = (6, 6, 12, 24)
+SHORTER = (6, 12, 12, 24)
 """Elements of words in the stages before the last."""
 GENERATORS = {"S4": {"least": 4}, "A5": {"least": 5}, "S5": {"limit": 2}}
 """Which elements the words of the first stage have."""
