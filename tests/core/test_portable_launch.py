@@ -12,8 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.backends.nvidia.driver import CudaLauncher
+
 from gdn.core import portable_launch
-from gdn.core.portable_launch import _kinds, compile_together, integer_kind
+from gdn.core.portable_launch import _kinds, compile_together, integer_kind, starter
 from gdn.core.portable_rows import token_rows
 
 
@@ -88,3 +90,29 @@ def test_kernels_compile_at_the_same_time_and_once(monkeypatch: pytest.MonkeyPat
     )
     resources = {"num_warps": 4, "num_stages": 2, "maxnreg": None}
     assert sorted(found, key=lambda each: each[1]) == [(a.fn, 3, resources), (b.fn, 5, resources)]
+
+
+def launcher(handed: list[Any], scratch: int = 0) -> Any:
+    """Triton's own, around what stands for its function in C."""
+    made = object.__new__(CudaLauncher)
+    names = ("global_scratch_align", "num_ctas", "profile_scratch_align", "profile_scratch_size", "arg_annotations", "kernel_signature")
+    vars(made).update(dict.fromkeys(names, 0), global_scratch_size=scratch, launch_cooperative_grid=True, launch_pdl=False)
+    made.launch = lambda *args: handed.append(args)
+    return made
+
+
+def test_a_kernel_is_started_with_what_the_launcher_would_hand_on() -> None:
+    handed: list[Any] = []
+    compiled = SimpleNamespace(function=123, packed_metadata=(4, 1, 0), run=launcher(handed))
+    start, between, packed = starter(compiled)
+    assert not handed and start is compiled.run.launch
+    arguments = (8, None, 0.5)
+    start(1, 2, 3, 99, *between, *([arguments] if packed else arguments))
+    compiled.run(1, 2, 3, 99, 123, (4, 1, 0), None, None, None, *arguments)
+    assert handed[0] == handed[1] and len(handed) == 2
+
+
+def test_a_kernel_with_scratch_memory_or_another_launcher_is_started_by_it() -> None:
+    for run in (launcher([], scratch=16), lambda *args: None):
+        compiled = SimpleNamespace(function=123, packed_metadata=(4, 1, 0), run=run)
+        assert starter(compiled) == (run, (123, (4, 1, 0), None, None, None), False)

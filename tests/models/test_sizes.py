@@ -36,17 +36,26 @@ def test_baselines_have_the_published_number_of_parameters(name: str, count: int
 
 
 @pytest.mark.parametrize(
-    ("budget", "width", "gdn", "transformer"),
+    ("budget", "width", "gdn", "others"),
+    # Per cent more than Gated DeltaNet: Transformer++, DeltaNet, Mamba2 without and with an MLP.
     [
-        ("6m", 256, 5_930_038, 5_967_616),
-        ("32m", 512, 31_541_832, 30_680_576),
-        ("99m", 768, 99_280_236, 99_112_704),
-        ("269m", 1024, 269_444_932, 269_790_208),
+        ("6m", 256, 5_930_038, (0.6, 1.1, 2.0, 6.8)),
+        ("32m", 512, 31_541_832, (-2.7, -2.5, -1.8, 3.5)),
+        ("99m", 768, 99_280_236, (-0.2, 0.0, -1.4, 2.6)),
+        ("269m", 1024, 269_444_932, (0.1, 0.3, 0.4, 1.9)),
     ],
 )
-def test_the_ladder_is_matched_in_parameters(budget: str, width: int, gdn: int, transformer: int) -> None:
+def test_the_ladder_is_matched_in_parameters(budget: str, width: int, gdn: int, others: tuple[float, ...]) -> None:
     assert parameters(size(f"gdn_{budget}")) - EMBEDDING * width == gdn
-    assert parameters(size(f"transformer_{budget}")) - EMBEDDING * width == transformer
+    for family, more in zip(("transformer", "deltanet", "mamba2", "mamba2_mlp"), others):
+        count = parameters(size(f"{family}_{budget}")) - EMBEDDING * width
+        assert round(100 * (count / gdn - 1), 1) == more, family
+
+
+def test_samba_with_mamba2_is_near_sambas_size() -> None:
+    config = size("samba_mamba2_0.4b")
+    assert [mixer.tag() for mixer in config.mixers] == 6 * ["mamba2", "attention"]
+    assert abs(parameters(config) / 421.8e6 - 1) < 0.005
 
 
 def test_the_unit_of_h2_is_mamba2_gated_deltanet_attention() -> None:
