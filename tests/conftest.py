@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -78,43 +79,29 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     names: list[str] = []
     launch = portable_launch._launch
 
-    class Noting:
-        """A compiled kernel."""
+    def compile(kernel: Any, *rest: Any) -> Any:
+        compiled = launch(kernel, *rest)
+        start, noting = compiled.run.launch, copy.copy(compiled.run)
+        noting.launch = lambda *args: (names.append(kernel.fn.__name__), start(*args))
+        return SimpleNamespace(function=compiled.function, packed_metadata=compiled.packed_metadata, run=noting)
 
-        def __init__(self, kernel: Any, compiled: Any) -> None:
-            self.name, self.start = kernel.fn.__name__, compiled.run
-            self.function, self.packed_metadata = compiled.function, compiled.packed_metadata
+    def interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *rest: Any) -> Any:
+        with _disable_current_modes():
+            kernel[grid](*args)
+        dtypes = [a.dtype if isinstance(a, torch.Tensor) else None for a in args]
 
-        def run(self, *args: Any) -> None:
-            names.append(self.name)
-            self.start(*args)
-
-    class Interpreted:
-        """Stands for a compiled kernel."""
-
-        function, packed_metadata = "function", "metadata"
-
-        def __init__(self, kernel: Any, args: tuple[Any, ...]) -> None:
-            self.kernel, self.dtypes = kernel, [a.dtype if isinstance(a, torch.Tensor) else None for a in args]
-
-        def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-            assert rest[:6] == ("stream", self.function, self.packed_metadata, None, None, None)
+        def run(x: int, y: int, z: int, *rest: Any) -> None:
+            assert rest[:6] == ("stream", "function", "metadata", None, None, None)
+            names.append(kernel.fn.__name__)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, named: (args, named))
                 patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
-                args = [a if dtype is None else pointer(a, dtype) for a, dtype in zip(rest[6:], self.dtypes, strict=True)]
-                self.kernel[x, y, z](*args)
+                kernel[x, y, z](*[a if dtype is None else pointer(a, dtype) for a, dtype in zip(rest[6:], dtypes, strict=True)])
+
+        return SimpleNamespace(function="function", packed_metadata="metadata", run=run)
 
     def pointer(address: int, dtype: torch.dtype) -> Any:
         return SimpleNamespace(data_ptr=lambda: address, dtype=dtype)
-
-    def compile(kernel: Any, *rest: Any) -> Noting:
-        return Noting(kernel, launch(kernel, *rest))
-
-    def interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *rest: Any) -> Noting:
-        with _disable_current_modes():
-            kernel[grid](*args)
-        return Noting(kernel, Interpreted(kernel, args))
 
     if torch.cuda.is_available():
         monkeypatch.setattr(portable_launch, "_launch", compile)

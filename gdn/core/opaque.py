@@ -10,6 +10,7 @@
 In eager mode a call costs one `torch.autograd.Function`; without gradients it costs nothing. Under the compiler the same functions are
 `gdn::scaled` and `gdn::scaled_backward`, so that the graph never breaks. `InPlace` is the counterpart for kernels that write into their
 arguments. Both run with autocast off: a hand-written kernel chooses its own precision, and a matrix product that says float32 means it.
+With `replay=True` an eager call or its backward that is like one before is replayed (replay.py).
 """
 
 from __future__ import annotations

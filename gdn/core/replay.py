@@ -11,8 +11,8 @@ tensor outlives its call, and a CUDA graph may capture it.
 
 What cannot be replayed runs as if this file were not there: calls on the CPU, under torch.compile, functorch or a dispatch mode, those of
 tensor subclasses, and those in which anything else happened to tensors, such as reading a value. A host promises (`replay=True` there) that
-it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. A call that raises leaves nothing behind.
-`forget` drops all, as `use` and `Op.register` do.
+it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. One that frees buffers early should not:
+in a replay they live as long as the call. A call that raises leaves nothing behind. `forget` drops all, as `use` and `Op.register` do.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class Recording:
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         for step in self.steps:
             if isinstance(step, tuple):
-                run, x, y, z, function, metadata, take = step
-                run(x, y, z, stream, function, metadata, None, None, None, *take(arguments))
+                start, x, y, z, between, take = step
+                start(x, y, z, stream, *between, *take(arguments))
             else:
                 step(held, arguments)
         return tuple([None if i is None else held[i] for i in self.results])
@@ -173,6 +173,8 @@ Address = tuple[int, int]
 @dataclass(frozen=True)
 class _Launch:
     start: tuple[Any, ...]
+    packed: bool
+    """Whether it takes its arguments as one tuple."""
     arguments: list[Address | list[Any]]
     """An address, or a list of one constant."""
 
@@ -218,11 +220,11 @@ class Recorder(TorchDispatchMode):
             self._operator(func, args, named, out)
         return out
 
-    def launch(self, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """By `portable_launch.launch`: this kernel was launched."""
+    def launch(self, starter: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """By `portable_launch.launch`: a kernel was launched. The starter is how to launch it again."""
+        start, between, packed = starter
         arguments = [self._address(a) if isinstance(a, Tensor) else [a] for a in args]
-        start = (compiled.run, *(*grid, 1, 1)[:3], compiled.function, compiled.packed_metadata)
-        self._steps.append(_Launch(start, arguments))
+        self._steps.append(_Launch((start, *(*grid, 1, 1)[:3], between), packed, arguments))
 
     def finish(self, results: Sequence[Tensor | None]) -> Recording | None:
         places = [None if x is None else self._place(x) for x in results]
@@ -242,7 +244,8 @@ class Recorder(TorchDispatchMode):
         for step in self._steps:
             if isinstance(step, _Launch):
                 taken = [argument[a] if isinstance(a, tuple) else next(rest) for a in step.arguments]
-                steps.append((*step.start, operator.itemgetter(*taken)))
+                take = operator.itemgetter(*taken)
+                steps.append((*step.start, _packing(take) if step.packed else take))
             else:
                 steps.append(_operating(step, [(n, number[i]) for n, i in step.tensors]))
         return Recording(
@@ -317,6 +320,10 @@ def _bytes_before(x: Tensor) -> int:
 def _template(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
     like = torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
     return like, None if x.is_contiguous() else x.stride()
+
+
+def _packing(take: Callable[[list[Any]], Any]) -> Callable[[list[Any]], tuple[Any]]:
+    return lambda arguments: (take(arguments),)
 
 
 def _operating(called: _Operator, tensors: list[tuple[int, int]]) -> Step:

@@ -10,7 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from gdn.core.portable_launch import _kinds, integer_kind
+from triton.backends.nvidia.driver import CudaLauncher
+
+from gdn.core.portable_launch import _kinds, integer_kind, starter
 from gdn.core.portable_rows import token_rows
 
 
@@ -57,3 +59,29 @@ def test_rows_of_one_token_have_the_stride_of_a_token() -> None:
     assert x.is_contiguous() and x.stride(1) == 8
     rows = token_rows(x)
     assert torch.equal(rows, x) and rows.stride() == (24, 24, 8, 1)
+
+
+def launcher(handed: list[Any], scratch: int = 0) -> Any:
+    """Triton's own, around what stands for its function in C."""
+    made = object.__new__(CudaLauncher)
+    names = ("global_scratch_align", "num_ctas", "profile_scratch_align", "profile_scratch_size", "arg_annotations", "kernel_signature")
+    vars(made).update(dict.fromkeys(names, 0), global_scratch_size=scratch, launch_cooperative_grid=True, launch_pdl=False)
+    made.launch = lambda *args: handed.append(args)
+    return made
+
+
+def test_a_kernel_is_started_with_what_the_launcher_would_hand_on() -> None:
+    handed: list[Any] = []
+    compiled = SimpleNamespace(function=123, packed_metadata=(4, 1, 0), run=launcher(handed))
+    start, between, packed = starter(compiled)
+    assert not handed and start is compiled.run.launch
+    arguments = (8, None, 0.5)
+    start(1, 2, 3, 99, *between, *([arguments] if packed else arguments))
+    compiled.run(1, 2, 3, 99, 123, (4, 1, 0), None, None, None, *arguments)
+    assert handed[0] == handed[1] and len(handed) == 2
+
+
+def test_a_kernel_with_scratch_memory_or_another_launcher_is_started_by_it() -> None:
+    for run in (launcher([], scratch=16), lambda *args: None):
+        compiled = SimpleNamespace(function=123, packed_metadata=(4, 1, 0), run=run)
+        assert starter(compiled) == (run, (123, (4, 1, 0), None, None, None), False)

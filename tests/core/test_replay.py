@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from gdn.core import dispatch, opaque, replay  # noqa: E402
+from gdn.core import dispatch, opaque, portable_launch, replay  # noqa: E402
 from gdn.core.dispatch import Impl, Op, use  # noqa: E402
 from gdn.core.errors import ArgumentError  # noqa: E402
 from gdn.core.opaque import Arguments, InPlace, Opaque  # noqa: E402
@@ -140,6 +140,18 @@ def test_a_second_call_runs_kernels_only(replayed_here: list[str]) -> None:
         replayed_here.clear()
         assert_replayed(lambda x=x, bias=bias: scaled(x, bias=bias), 2 * x + bias)
         assert replayed_here == ["scale_kernel"] * 2
+
+
+def test_a_launcher_may_take_the_arguments_as_one_tuple(monkeypatch: pytest.MonkeyPatch) -> None:
+    def packed(compiled: Any) -> tuple[Any, ...]:
+        between = ("function", "metadata", None, None, None)
+        return lambda *start: compiled.run(*start[:-1], *start[-1]), between, True
+
+    monkeypatch.setattr(portable_launch, "starter", packed)
+    for seed in range(2):
+        x, bias = numbers(seed), numbers(seed + 5)
+        assert torch.equal(scaled(x, bias=bias), 2 * x + bias)
+    assert hosts() == ["contract", "forward"]
 
 
 def test_memory_is_fresh_in_every_call_and_none_is_kept() -> None:

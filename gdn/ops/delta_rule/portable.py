@@ -222,8 +222,8 @@ def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, La
             "pairs": Launch(block=BV, warps=4),
             "gradient": Launch(block=128, warps=4, stages=3, inner=half),
         }
-    # 16 rows a warp at least (notes/triton_pipelines.md); of R in two parts each program takes what a multiprocessor has of shared memory
-    handover = Launch(block=16, warps=8 if BK > 64 else 4, stages=2 if BK <= 128 else 1)
+    stages = 1 if BK > 128 else 2 if wide else 3
+    handover = Launch(block=16, warps=8 if BK > 64 else 4, stages=stages)  # 16 rows a warp at least (notes/triton_pipelines.md)
     return {"handover": handover, **rest}
 
 
