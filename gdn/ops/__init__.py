@@ -19,6 +19,8 @@ _WHERE = {
     "l2norm": "norm",
     "rms_norm": "norm",
     "gated_rms_norm": "norm",
+    "swiglu_linear": "projection",
+    "gated_rms_norm_linear": "projection",
     "rotary_embedding": "rotary",
     "scale_heads": "state_space",
     "skip_gated_rms_norm": "state_space",
