@@ -182,7 +182,7 @@ class GatedDeltaNet(Mixer):
             o = self._step(qkv, a, b, state)
         else:
             o, state = self._sequence(qkv, a, b, state, packing)
-        return self.o_proj(self._output(o, x).flatten(2)), state
+        return self._output(o, x), state
 
     def _sequence(
         self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState | None, packing: Packing | None
@@ -230,8 +230,11 @@ class GatedDeltaNet(Mixer):
         return normalise(x, self.config.qk_norm)
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        """The four combinations of output norm and output gate, on `[B, T, HV, V]`."""
+        """The four combinations of output norm and output gate on `[B, T, HV, V]`, and the projection."""
         gate = self.g_proj(x).unflatten(-1, o.shape[2:]) if self.config.output_gate else None
+        if gate is not None and self.config.output_norm:
+            assert isinstance(self.o_norm, GatedRMSNorm)
+            return self.o_norm.project(o, gate, self.o_proj)
         if self.config.output_norm:
-            return self.o_norm(o) if gate is None else self.o_norm(o, gate)
-        return o if gate is None else o * F.silu(gate)
+            o = self.o_norm(o)
+        return self.o_proj((o if gate is None else o * F.silu(gate)).flatten(2))

@@ -123,4 +123,4 @@ class GLA(Mixer):
         if state is not None and memory is not None:
             state = state.update(memory=memory, **after)
         gate = self.g_proj(x).unflatten(-1, o.shape[2:])
-        return self.o_proj(self.o_norm(o, gate).flatten(2)), state
+        return self.o_norm.project(o, gate, self.o_proj), state

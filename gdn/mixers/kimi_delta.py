@@ -172,7 +172,7 @@ class KimiDelta(Mixer):
             o, updates["memory"] = channel_delta_rule(*self._split(qkv), g, beta, initial_state=start, packing=packing)
             state = None if state is None else state.update(**updates)
         gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, o.shape[2:])
-        return self.o_proj(self.o_norm(o, gate).flatten(2)), state
+        return self.o_norm.project(o, gate, self.o_proj), state
 
     def _gates(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """g `[B, T, HV, K]` and beta `[B, T, HV]`; padding forgets nothing and writes nothing."""

@@ -107,7 +107,7 @@ class RetNet(Mixer):
         if state is not None and memory is not None:
             state = state.update(memory=memory, seen=state["seen"] + (x.shape[1] if mask is None else mask.sum(1)))
         gate = self.g_proj(x).unflatten(-1, o.shape[2:])
-        return self.o_proj(self.o_norm(o, gate).flatten(2)), state
+        return self.o_norm.project(o, gate, self.o_proj), state
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """log gamma for each token and head, `[B, T, heads]`."""

@@ -41,15 +41,11 @@ def swiglu_linear(name: str, product: Callable[[Tensor], Tensor], backward: SwiG
 def gated_rms_norm_linear(name: str, forward: NormForward, backward: NormBackward) -> Opaque:
     """`gated_rms_norm_linear` out of the gated norm."""
 
-    def run(
-        x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool
-    ) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
         h, inverse = forward(x, gate, norm_weight, eps, silu, keep)
         return _linear(h.flatten(-2), weight), inverse if keep else inverse.new_empty(0)
 
-    def fake(
-        x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool
-    ) -> tuple[Tensor, Tensor]:
+    def fake(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
         inverse = x.new_empty((*x.shape[:-1], 1) if keep else (0,), dtype=accumulate_dtype(x.dtype))
         return x.new_empty((*x.shape[:-2], weight.shape[0])), inverse
 
