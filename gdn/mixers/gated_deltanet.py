@@ -187,12 +187,17 @@ class GatedDeltaNet(Mixer):
     def _sequence(
         self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState | None, packing: Packing | None
     ) -> tuple[Tensor, MixerState | None]:
+        c = self.config
+        if state is None and c.short_conv and c.qk_activation == "silu" and c.qk_norm == "l2":
+            q, k, v = self.conv.qkv(qkv, c.heads, c.head_dim, packing)
+            g, beta = self._gates(a, b)
+            return gated_delta_rule(q, k, v.unflatten(-1, (c.num_value_heads, -1)), g, beta, packing=packing)[0], None
         conv = memory = None
-        if self.config.short_conv:
+        if c.short_conv:
             qkv, conv = self.conv(qkv, state=None if state is None else state["conv"], packing=packing)
         q, k, v = self._split(qkv)
         start = None if state is None else state["memory"]
-        if a is not None and self.config.qk_norm == "l2":
+        if a is not None and c.qk_norm == "l2":
             gates = GateParameters(self.A_log, self.dt_bias, self._top)
             o, memory = delta_core(q, k, v, a, b, gates, initial_state=start, packing=packing)
         else:

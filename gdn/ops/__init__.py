@@ -16,6 +16,7 @@ _WHERE = {
     "GateParameters": "delta_fused",
     "causal_conv1d": "short_conv",
     "causal_conv1d_step": "short_conv",
+    "convolved_qkv": "qkv",
     "l2norm": "norm",
     "rms_norm": "norm",
     "gated_rms_norm": "norm",
