@@ -19,6 +19,7 @@ from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, RMSNorm, ShortConv
 from gdn.nn.decay import draw_rate, draw_time_step
+from gdn.nn.linear import side_by_side
 from gdn.nn.qk import ACTIVATIONS, QKActivation, QKNorm, normalise
 from gdn.ops import GateParameters, decay_gate, delta_core, gated_delta_rule, gated_delta_step, write_gate
 
@@ -113,8 +114,8 @@ class GatedDeltaNet(Mixer):
         def saved_channels(self, width: int) -> int:
             # Of the core: errors, inverses of chunks of 32 tokens, and a state for each 64 tokens at most.
             core = self.num_value_heads * (self.value_dim + 32 + self.head_dim * self.value_dim // 64)
-            # The convolution's input and output, normalised q and k, the core's output, the output gate and their product.
-            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + core + 3 * self.num_value_heads * self.value_dim
+            # The convolution's input and output, normalised q and k, the core's output and the output gate.
+            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + core + 2 * self.num_value_heads * self.value_dim
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
@@ -171,8 +172,8 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Tensor, MixerState | None]:
         if state is not None and packing is not None:
             raise ArgumentError("state: cannot be given together with packing; the documents of a packed batch begin empty")
-        qkv, b = self.qkv_proj(x), self.b_proj(x)
-        a = self.a_proj(x) if self.config.gate else None
+        qkv = self.qkv_proj(x)
+        b, a = side_by_side(x, self.b_proj, self.a_proj) if self.config.gate else (self.b_proj(x), None)
         if mask is not None:
             # Padding must write nothing and forget nothing: zero inputs to the convolution, beta = 0, g = 0.
             hidden = ~mask.unsqueeze(-1)

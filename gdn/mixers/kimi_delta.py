@@ -109,8 +109,8 @@ class KimiDelta(Mixer):
 
         def saved_channels(self, width: int) -> int:
             states = self.head_dim * self.value_width // 64  # one state a chunk of 64 tokens
-            # The convolution's input and output, normalised q and k, raw and float32 decay, the core's output, norm, gate and product.
-            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + 3 * self.decay_width + states + 4 * self.value_width
+            # The convolution's input and output, normalised q and k, raw and float32 decay, the core's output, norm and gate.
+            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + 3 * self.decay_width + states + 3 * self.value_width
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()

@@ -66,8 +66,8 @@ class RetNet(Mixer):
 
         def saved_channels(self, width: int) -> int:
             keys, values = self.widths(width)
-            # q and k before and after the rotary embedding, v, the memory's output, its gate and their product; a memory in some chunks.
-            return 4 * keys + 4 * values + keys * values // self.heads // 64
+            # q and k before and after the rotary embedding, v, the memory's output and its gate; a memory in some chunks.
+            return 4 * keys + 3 * values + keys * values // self.heads // 64
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
