@@ -19,7 +19,7 @@ from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, RMSNorm, ShortConv
 from gdn.nn.decay import draw_rate, draw_time_step
-from gdn.nn.linear import side_by_side
+from gdn.nn.linear import projections
 from gdn.nn.qk import ACTIVATIONS, QKActivation, QKNorm, normalise
 from gdn.ops import GateParameters, decay_gate, delta_core, gated_delta_rule, gated_delta_step, write_gate
 
@@ -172,8 +172,7 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Tensor, MixerState | None]:
         if state is not None and packing is not None:
             raise ArgumentError("state: cannot be given together with packing; the documents of a packed batch begin empty")
-        qkv = self.qkv_proj(x)
-        b, a = side_by_side(x, self.b_proj, self.a_proj) if self.config.gate else (self.b_proj(x), None)
+        qkv, b, a, gate = self._project(x)
         if mask is not None:
             # Padding must write nothing and forget nothing: zero inputs to the convolution, beta = 0, g = 0.
             hidden = ~mask.unsqueeze(-1)
@@ -183,7 +182,14 @@ class GatedDeltaNet(Mixer):
             o = self._step(qkv, a, b, state)
         else:
             o, state = self._sequence(qkv, a, b, state, packing)
-        return self._output(o, x), state
+        return self._output(o, gate), state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Queries, keys and values side by side, b, a if there is a decay, and the output gate if there is one."""
+        c = self.config
+        layers = [self.qkv_proj, self.b_proj, *([self.a_proj] if c.gate else []), *([self.g_proj] if c.output_gate else [])]
+        qkv, b, *rest = projections(x, *layers)
+        return qkv, b, rest.pop(0) if c.gate else None, rest.pop(0) if c.output_gate else None
 
     def _sequence(
         self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState | None, packing: Packing | None
@@ -235,9 +241,9 @@ class GatedDeltaNet(Mixer):
     def _norm(self, x: Tensor) -> Tensor:
         return normalise(x, self.config.qk_norm)
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """The four combinations of output norm and output gate on `[B, T, HV, V]`, and the projection."""
-        gate = self.g_proj(x).unflatten(-1, o.shape[2:]) if self.config.output_gate else None
+        gate = None if gate is None else gate.unflatten(-1, o.shape[2:])
         if gate is not None and self.config.output_norm:
             assert isinstance(self.o_norm, GatedRMSNorm)
             return self.o_norm.project(o, gate, self.o_proj)

@@ -1,10 +1,14 @@
-"""When linear layers are nothing but their matrices, and what follows from it."""
+"""When linear layers are nothing but their matrices, and several of them on one input."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from gdn.ops import parallel_linear
+
+FEW = 128
+"""Rows below which the matrices of one input are put together."""
 
 
 def is_matrix(layer: nn.Module) -> bool:
@@ -23,11 +27,17 @@ def is_hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def side_by_side(x: Tensor, first: nn.Linear, second: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Both layers' outputs for x. In training their few rows make one matrix: what they cost is reading x, three times, and writing its
-    gradient, which is then done for both at once."""
-    if not (torch.is_grad_enabled() and is_affine(first) and is_affine(second)):
-        return first(x), second(x)
-    y = F.linear(x, torch.cat([first.weight, second.weight]))
-    a, b = y.split((first.out_features, second.out_features), dim=-1)
-    return a if first.bias is None else a + first.bias.to(a.dtype), b if second.bias is None else b + second.bias.to(b.dtype)
+def projections(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
+    """The outputs of several layers for one x `[..., width]`. In training they are one operator with one gradient of x where all layers are
+    but matrices, and those of few rows are one matrix: what such a layer costs is reading x and writing its gradient."""
+    if not torch.is_grad_enabled() or not all(is_affine(layer) for layer in layers):
+        return [layer(x) for layer in layers]
+    few = [layer for layer in layers if layer.out_features < FEW]
+    many = [layer for layer in layers if layer.out_features >= FEW]
+    matrices = [layer.weight for layer in many] + ([torch.cat([layer.weight for layer in few])] if few else [])
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    outputs = parallel_linear(x.to(dtype), *(matrix.to(dtype) for matrix in matrices))
+    found = dict(zip(many, outputs))
+    if few:
+        found |= dict(zip(few, outputs[-1].split([layer.out_features for layer in few], dim=-1)))
+    return [found[layer] if layer.bias is None else found[layer] + layer.bias.to(dtype) for layer in layers]

@@ -22,6 +22,7 @@ _WHERE = {
     "gated_rms_norm": "norm",
     "swiglu_linear": "projection",
     "gated_rms_norm_linear": "projection",
+    "parallel_linear": "projection",
     "rotary_embedding": "rotary",
     "scale_heads": "state_space",
     "skip_gated_rms_norm": "state_space",

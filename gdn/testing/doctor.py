@@ -365,6 +365,7 @@ EXAMPLES: dict[str, Callable[[torch.device, torch.dtype, torch.dtype], Arguments
     "gated_rms_norm": _simple(x=(50, 64), gate=(50, 64), weight=(64,)),
     "swiglu_linear": _simple(x=(50, 64), weight=(48, 32)),
     "gated_rms_norm_linear": _simple(x=(50, 2, 64), gate=(50, 2, 64), norm_weight=(64,), weight=(48, 128)),
+    "parallel_linear": _simple(x=(50, 64), first=(48, 64), second=(40, 64), third=(8, 64)),
     "decay_gate": _simple(a=(2, 50, 4), A_log=(4,), dt_bias=(4,)),
     "write_gate": _simple(b=(2, 50, 4)),
     "rotary_embedding": _rotary,

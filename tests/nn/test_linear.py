@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from gdn.nn import GatedRMSNorm, SwiGLU
-from gdn.nn.linear import is_affine, is_matrix, side_by_side
+from gdn.nn.linear import is_affine, is_matrix, projections
 
 
 class Adapted(nn.Module):
@@ -57,29 +57,55 @@ def test_a_hook_is_not_passed_by(through: Callable[..., Tensor]) -> None:
     seen: list[Tensor] = []
 
     def listen(layer: nn.Linear) -> nn.Linear:
-        layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        layer.register_forward_hook(lambda *call: seen.append(call[2]))
         return layer
 
     torch.testing.assert_close(through(listen), through(lambda layer: layer))
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_side_by_side_is_each_alone(dtype: torch.dtype) -> None:
+@pytest.fixture
+def layers() -> list[nn.Linear]:
+    """Of many rows and of few, with and without a bias."""
     torch.manual_seed(0)
-    first, second = nn.Linear(6, 3).to(dtype), nn.Linear(6, 2, bias=False).to(dtype)
+    return [nn.Linear(6, rows, bias=bias) for rows, bias in ((130, False), (3, True), (2, False), (128, True))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_projections_are_each_alone(number: int, dtype: torch.dtype, layers: list[nn.Linear]) -> None:
+    layers = [layer.to(dtype) for layer in layers[:number]]
     x = torch.randn(2, 5, 6, dtype=dtype, requires_grad=True)
-    leaves = [x, *first.parameters(), *second.parameters()]
-    weights = [torch.randn(2, 5, n, dtype=dtype) for n in (3, 2)]
-    near = 2e-2 if dtype == torch.bfloat16 else 1e-12
-    together, alone = side_by_side(x, first, second), (first(x), second(x))
+    leaves = [x, *[p for layer in layers for p in layer.parameters()]]
+    weights = [torch.randn(2, 5, layer.out_features, dtype=dtype) for layer in layers]
+    near = 3e-2 if dtype == torch.bfloat16 else 1e-12
+    together, alone = projections(x, *layers), [layer(x) for layer in layers]
     torch.testing.assert_close(together, alone, rtol=near, atol=near)
     gradients = [torch.autograd.grad(outputs, leaves, weights) for outputs in (together, alone)]
-    torch.testing.assert_close(*gradients, rtol=near, atol=near)
+    torch.testing.assert_close(*gradients, rtol=near, atol=10 * near)
 
 
-def test_side_by_side_does_not_pass_an_adapter_by() -> None:
-    first, second = nn.Linear(6, 3), nn.Linear(6, 2)
+def test_projections_add_up_one_gradient(layers: list[nn.Linear]) -> None:
+    """Sums of gradients are what reads and writes `[B, T, width]` once more for each layer."""
+    outputs = projections(torch.randn(5, 6, requires_grad=True), *layers)
+    sources = set()
+    for output in outputs:
+        node = output.grad_fn
+        while node is not None and "_Function" not in node.name():
+            node = node.next_functions[0][0]
+        sources.add(node)
+    assert len(sources) == 1 and None not in sources
+
+
+def test_projections_under_autocast(layers: list[nn.Linear]) -> None:
     x = torch.randn(5, 6)
-    adapted: nn.Linear = Adapted(second)  # type: ignore[assignment]
-    torch.testing.assert_close(side_by_side(x, first, adapted), (first(x), second(x) + 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        together, alone = projections(x, *layers), [layer(x) for layer in layers]
+    assert all(y.dtype == torch.bfloat16 for y in together)
+    torch.testing.assert_close(together, alone, rtol=2e-2, atol=2e-2)
+
+
+def test_projections_do_not_pass_an_adapter_by(layers: list[nn.Linear]) -> None:
+    x = torch.randn(5, 6)
+    adapted: nn.Linear = Adapted(layers[1])  # type: ignore[assignment]
+    torch.testing.assert_close(projections(x, layers[0], adapted), [layers[0](x), layers[1](x) + 1])

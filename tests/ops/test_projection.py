@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gdn.core.dispatch import use
 from gdn.core.errors import ArgumentError
-from gdn.ops import gated_rms_norm_linear, swiglu_linear
+from gdn.ops import gated_rms_norm_linear, parallel_linear, swiglu_linear
 from gdn.ops.projection.problems import PROBLEMS, Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,6 +83,27 @@ def test_compiles_as_one_graph(call: Callable[..., Tensor], impl: str, as_good_a
     as_good_as_the_reference(call, impl, build(call, PROBLEMS[0], torch.float32), run=compiled)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_matrices_of_one_input(number: int, dtype: torch.dtype, compiled: bool, as_good_as_the_reference: Check) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 7, 12), "first": (9, 12), "second": (4, 12), "third": (1, 12)}
+    arguments = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in list(shapes.items())[: 1 + number]
+    }
+    torch._dynamo.reset()
+    run = torch.compile(parallel_linear, fullgraph=True, backend="aot_eager") if compiled else None
+    as_good_as_the_reference(parallel_linear, "torch", arguments, run=run)
+
+
+def test_a_matrix_whose_output_nobody_uses_gets_zeros() -> None:
+    x, first, second = (torch.randn(3, 4, requires_grad=True) for _ in range(3))
+    y, _ = parallel_linear(x, first, second)
+    gradients = torch.autograd.grad(y.sum(), (x, first, second))
+    torch.testing.assert_close(gradients, (first.sum(0).expand(3, 4), x.sum(0).expand(3, 4), torch.zeros(3, 4)))
+
+
 @pytest.mark.parametrize("impl", ["torch", "portable"])
 def test_two_backward_passes_agree(impl: str) -> None:
     arguments = {name: t.requires_grad_() for name, t in build(swiglu_linear, PROBLEMS[0], torch.float32).items()}
@@ -101,8 +122,10 @@ def test_two_backward_passes_agree(impl: str) -> None:
         (gated_rms_norm_linear, {"gate": torch.zeros(2, 9, 24)}, "gate: expected"),
         (gated_rms_norm_linear, {"activation": "relu"}, 'activation: expected "silu" or "sigmoid"'),
         (gated_rms_norm_linear, {"eps": 0.0}, "eps: expected above 0"),
+        (lambda **_: parallel_linear(torch.zeros(2, 3), torch.zeros(4, 3), None, torch.zeros(4, 3)), {}, "third: expected none without"),
+        (lambda **_: parallel_linear(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4, 2)), {}, "second: expected"),
     ],
 )
 def test_wrong_arguments_are_named(call: Callable[..., Tensor], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        call(**{**build(call, PROBLEMS[0], torch.float32, "cpu"), **change})
+        call(**{**build(call if call in BUILD else swiglu_linear, PROBLEMS[0], torch.float32, "cpu"), **change})

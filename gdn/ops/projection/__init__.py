@@ -1,7 +1,8 @@
-"""An activation and the matrix after it: contracts and tables.
+"""Matrices with what stands before and beside them: contracts and tables.
 
-A matrix keeps its input for the gradient of its weights. Where that input is cheap to make from what the backward pass needs anyway, these
-operators make it again instead of keeping it: for SwiGLU a third of what a block's MLP keeps.
+A matrix keeps its input for the gradient of its weights. Where that input is cheap to make from what the backward pass needs anyway, the
+first two operators make it again instead of keeping it: for SwiGLU a third of what a block's MLP keeps. The third adds up the gradients
+that several matrices send to one input while it multiplies.
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ GATED_RMS_NORM_LINEAR = Op(
     ),
 )
 """Rows take `(x, gate, norm_weight, weight, eps, silu)`."""
+
+PARALLEL_LINEAR = Op(
+    "parallel_linear",
+    (
+        Impl("torch", "gdn.ops.projection.plain:parallel_linear"),
+        Impl("reference", "gdn.ops.projection.reference:parallel_linear"),
+    ),
+)
+"""Rows take `(x, first, second, third)` and return three results, of no meaning where a matrix is None."""
 
 
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -112,6 +122,40 @@ def gated_rms_norm_linear(
         raise ArgumentError(f"eps: expected above 0, got {eps}")
     _check(x, weight)
     return GATED_RMS_NORM_LINEAR.pick(x, D=x.shape[-1])(x, gate, norm_weight, weight, eps, activation == "silu")
+
+
+def parallel_linear(x: Tensor, first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> tuple[Tensor, ...]:
+    r"""One input and up to three matrices:
+
+        y_i = x weight_i^T
+
+    Args:
+        x: `[..., N]`, any floating dtype.
+        first, second, third: `[M_i, N]`, the dtype of x. The last ones may be None.
+
+    Returns:
+        y_i `[..., M_i]` in the dtype of x, one for each matrix. Differentiable with respect to all; the gradient of x is summed by
+        the matrix products themselves, rounded to the dtype of x after each.
+
+    Raises:
+        ArgumentError: a shape, dtype or device does not fit, or third is given without second.
+
+    Example:
+        >>> import torch
+        >>> parallel_linear(torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 1.0]]))
+        (tensor([11.]), tensor([2.]))
+    """
+    if x.ndim == 0:
+        raise ArgumentError("x: expected [..., N], got a scalar")
+    if second is None and third is not None:
+        raise ArgumentError("third: expected none without second")
+    weights = {"first": first, "second": second, "third": third}
+    given = {name: weight for name, weight in weights.items() if weight is not None}
+    for name, weight in given.items():
+        checks.shapes((name, weight, "M N"), N=x.shape[-1])
+    checks.same_dtype(("x", x), *given.items())
+    checks.same_device(("x", x), *given.items())
+    return PARALLEL_LINEAR.pick(x)(x, first, second, third)[: len(given)]
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

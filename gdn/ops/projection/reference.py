@@ -1,4 +1,4 @@
-"""The definitions: the activation, rounded to the dtype of its input, then the matrix. Gradients by autograd."""
+"""The definitions: an activation is rounded to the dtype of its input before the matrix. Gradients by autograd."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
 def gated_rms_norm_linear(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool) -> Tensor:
     """See `gdn.ops.gated_rms_norm_linear`."""
     return F.linear(norm.gated_rms_norm(x, gate, norm_weight, eps, silu).flatten(-2), weight)
+
+
+def parallel_linear(x: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
+    """See `gdn.ops.parallel_linear`."""
+    return tuple(x if weight is None else F.linear(x, weight) for weight in weights)
