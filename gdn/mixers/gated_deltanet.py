@@ -187,9 +187,10 @@ class GatedDeltaNet(Mixer):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Queries, keys and values side by side, b, a if there is a decay, and the output gate if there is one."""
         c = self.config
-        layers = [self.qkv_proj, self.b_proj, *([self.a_proj] if c.gate else []), *([self.g_proj] if c.output_gate else [])]
-        qkv, b, *rest = projections(x, *layers)
-        return qkv, b, rest.pop(0) if c.gate else None, rest.pop(0) if c.output_gate else None
+        wide = [self.qkv_proj, self.g_proj] if c.output_gate else [self.qkv_proj]
+        found = projections(x, wide, [self.b_proj, self.a_proj] if c.gate else [self.b_proj])
+        b, *a = found[len(wide) :]
+        return found[0], b, a[0] if c.gate else None, found[1] if c.output_gate else None
 
     def _sequence(
         self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState | None, packing: Packing | None

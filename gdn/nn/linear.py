@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from gdn.ops import parallel_linear
-
-FEW = 128
-"""Rows below which the matrices of one input are put together."""
 
 
 def is_matrix(layer: nn.Module) -> bool:
@@ -27,17 +26,17 @@ def is_hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def projections(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
-    """The outputs of several layers for one x `[..., width]`. In training they are one operator with one gradient of x where all layers are
-    but matrices, and those of few rows are one matrix: what such a layer costs is reading x and writing its gradient."""
-    if not torch.is_grad_enabled() or not all(is_affine(layer) for layer in layers):
-        return [layer(x) for layer in layers]
-    few = [layer for layer in layers if layer.out_features < FEW]
-    many = [layer for layer in layers if layer.out_features >= FEW]
-    matrices = [layer.weight for layer in many] + ([torch.cat([layer.weight for layer in few])] if few else [])
+def projections(x: Tensor, layers: Sequence[nn.Linear], thin: Sequence[nn.Linear]) -> list[Tensor]:
+    """The outputs of up to two layers, and of some thin ones, for one x `[..., width]`.
+
+    In training they are one operator with one gradient of x where all layers are but matrices, and the thin ones, of few rows, are one
+    matrix: what such a layer costs is reading x and writing its gradient.
+    """
+    every = (*layers, *thin)
+    if not torch.is_grad_enabled() or not all(is_affine(layer) for layer in every):
+        return [layer(x) for layer in every]
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    outputs = parallel_linear(x.to(dtype), *(matrix.to(dtype) for matrix in matrices))
-    found = dict(zip(many, outputs))
-    if few:
-        found |= dict(zip(few, outputs[-1].split([layer.out_features for layer in few], dim=-1)))
-    return [found[layer] if layer.bias is None else found[layer] + layer.bias.to(dtype) for layer in layers]
+    matrices = [*(layer.weight for layer in layers), torch.cat([layer.weight for layer in thin])]
+    *outputs, last = parallel_linear(x.to(dtype), *(matrix.to(dtype) for matrix in matrices))
+    outputs += last.split([layer.out_features for layer in thin], dim=-1)
+    return [y if layer.bias is None else y + layer.bias.to(dtype) for layer, y in zip(every, outputs, strict=True)]
