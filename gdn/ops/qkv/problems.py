@@ -41,5 +41,5 @@ PROBLEMS = (
     Problem(name="one tap", B=2, T=5, H=1, K=4, VD=8, W=1),
     Problem(name="more taps than tokens", B=2, T=3, H=1, K=8, VD=8, W=7),
     Problem(name="no token", B=2, T=0, H=1, K=8, VD=8),
-    Problem(name="several blocks and pieces", T=70, H=5, K=130, VD=600),
+    Problem(name="several blocks and pieces", T=70, H=3, K=130, VD=1100),
 )
