@@ -12,13 +12,14 @@ from gdn.ops import parallel_linear
 
 def is_matrix(layer: nn.Module) -> bool:
     """Whether calling the layer multiplies by its weight and does no more, so that an operator may take the weight instead. An adapter,
-    a bias, a hook, a sharded or a quantised weight is more."""
+    a bias, a hook, a sharded or a quantised weight is more. A frozen one in training is less: it needs no gradient, nor its input kept."""
     return is_affine(layer) and layer.bias is None
 
 
 def is_affine(layer: nn.Module) -> bool:
     """The same for a layer that may have a bias."""
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not is_hooked(layer)
+    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not is_hooked(layer)
+    return plain and (layer.weight.requires_grad or not torch.is_grad_enabled())
 
 
 def is_hooked(layer: nn.Module) -> bool:

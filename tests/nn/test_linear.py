@@ -34,6 +34,13 @@ def test_what_is_more_than_a_matrix() -> None:
         assert not is_matrix(more)
 
 
+def test_a_frozen_layer_is_less_in_training() -> None:
+    frozen = nn.Linear(4, 2, bias=False).requires_grad_(False)
+    assert not is_matrix(frozen)
+    with torch.no_grad():
+        assert is_matrix(frozen)
+
+
 def through_mlp(adapt: Callable[[nn.Linear], nn.Module]) -> Tensor:
     torch.manual_seed(0)
     mlp = SwiGLU(8, 12)
