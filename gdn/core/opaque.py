@@ -47,14 +47,14 @@ class _Kernels:
         """The results, and if `keep` what backward wants saved."""
         raise NotImplementedError
 
-    def _eager(self, args: Arguments) -> Sequence[Tensor]:
+    def _eager(self, args: Arguments) -> Tensors:
         seen = witness() if self._replay else None
         if seen is not None:
             return seen.call(self._find, args)
         call, tensors = self._find(args)
         return call(tensors)
 
-    def _find(self, args: Arguments) -> tuple[Callable[[Sequence[Tensor]], Sequence[Tensor]], Sequence[Tensor]]:
+    def _find(self, args: Arguments) -> tuple[Callable[[Sequence[Tensor]], Tensors], Sequence[Tensor]]:
         """The call with these arguments, known or new, and its tensors."""
         found = signature(args) if self._replay else None
         if found is None:
@@ -105,7 +105,7 @@ class Opaque(_Kernels):
         self.places = tuple(names.index(n) for n in differentiable)
         self._operator = self._register()
 
-    def __call__(self, *args: Any) -> Sequence[Tensor]:
+    def __call__(self, *args: Any) -> Tensors:
         if torch.compiler.is_compiling():
             return self._operator(*args, self.keeps(args))[: self.results]
         return self._eager(args)
@@ -244,7 +244,7 @@ class _Call:
         self._backwards: dict[Any, Callable[[Sequence[Tensor]], Any] | None] = {}
 
     @property
-    def run(self) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    def run(self) -> Callable[[Sequence[Tensor]], Tensors]:
         return self._record if self.keep else self.forward
 
     def _record(self, tensors: Sequence[Tensor]) -> Tensors:

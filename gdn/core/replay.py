@@ -346,7 +346,7 @@ def _operating(called: _Operator, tensors: list[tuple[int, int]]) -> Step:
     return step
 
 
-Call = Callable[[Tensors], Sequence[Tensor]]
+Call = Callable[[Tensors], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,7 @@ class Witness(TorchDispatchMode):
         self._refused = True
         return func(*args, **(kwargs or {}))
 
-    def call(self, find: Callable[[tuple[Any, ...]], tuple[Call, Tensors]], args: tuple[Any, ...]) -> Sequence[Tensor]:
+    def call(self, find: Callable[[tuple[Any, ...]], tuple[Call, Tensors]], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """By a call that can be replayed, which `find` gives with its tensors."""
         with _disable_current_modes():
             call, tensors = find(args)

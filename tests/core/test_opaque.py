@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -47,7 +46,7 @@ def inputs(with_bias: bool) -> tuple[Tensor, Tensor | None]:
     return x, torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True) if with_bias else None
 
 
-def loss(results: Sequence[Tensor], used: str) -> Tensor:
+def loss(results: Tensors, used: str) -> Tensor:
     y, total = results
     return {"both": (y * y).sum() + 3 * total.sum(), "first": (y * y).sum(), "second": 3 * total.sum()}[used]
 
