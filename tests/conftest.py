@@ -74,7 +74,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime import interpreter
 
-    from gdn.core import portable_launch, replay
+    from gdn.core import portable_launch, portable_schedule, replay
 
     names: list[str] = []
     launch = portable_launch._launch
@@ -108,6 +108,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     else:
         monkeypatch.setattr(portable_launch, "JITFunction", object)
         monkeypatch.setattr(portable_launch, "_launch", interpret)
+        monkeypatch.setattr(portable_schedule, "compile_together", lambda calls: None)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
         monkeypatch.setattr(replay, "FIRST_DEVICE", -1)
