@@ -134,9 +134,9 @@ def generate(
     if not ids and load_state is None:
         ids = [tokenizer.end_id]
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    state = None if load_state is None else LMState.load(load_state, model)
     sys.stdout.write(text)
     decoder = tokenizer.stream()
-    state = None if load_state is None else LMState.load(load_state, model)
     tokens_in = torch.tensor([ids], dtype=torch.int64, device=model.embedding.weight.device)
     prompt_ids, state = resume(model.eval(), tokens_in, state)
     if save_state is not None:

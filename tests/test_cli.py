@@ -137,6 +137,11 @@ def test_generate_names_wrong_values(capsys: pytest.CaptureFixture[str], run: Pa
     assert expected in says(capsys, "generate", run, option, status=1)
 
 
+def test_generate_writes_nothing_before_it_says_what_is_wrong(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    assert main(["generate", str(run), "--prompt=one", "--load-state=nowhere"]) == 1
+    assert capsys.readouterr() == ("", "gdn generate: nowhere: no such file\n")
+
+
 def test_eval_tells_bits_per_byte_on_one_line_and_positions_beyond_the_training_length(
     capsys: pytest.CaptureFixture[str], run: Path
 ) -> None:

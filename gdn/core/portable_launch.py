@@ -8,7 +8,8 @@ Triton once, which compiles or reads its cache on disk. Under `TRITON_INTERPRET=
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -68,6 +69,29 @@ def _launch(
     stream = torch._C._cuda_getCurrentRawStream(device)
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *plain)
     return compiled
+
+
+def compile_together(calls: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
+    """Compile what launches to come will need, each kernel in a thread of its own: Triton lets other threads run meanwhile.
+
+    `calls` are kernels with their arguments and the options of `launch`. Where a kernel comes again with the same options, the first speaks for all.
+    """
+    wanted: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+    for kernel, args, options in calls:
+        resources = (options["warps"], options["stages"], options["registers"])
+        if not isinstance(kernel, JITFunction) or (kernel.fn, *resources) in wanted:
+            continue
+        if (kernel.fn, args[0].get_device(), *resources, *_kinds(kernel, args)[0]) not in _COMPILED:
+            wanted[kernel.fn, *resources] = kernel, args
+    if len(wanted) > 1:
+        with ThreadPoolExecutor(len(wanted)) as threads:
+            for done in [threads.submit(_compile, *what, *key[1:]) for key, what in wanted.items()]:
+                done.result()
+
+
+def _compile(kernel: Any, args: tuple[Any, ...], warps: int, stages: int, registers: int | None) -> None:
+    with torch.cuda.device(args[0].get_device()):  # a thread begins at the first device
+        kernel.warmup(*args, grid=(1,), num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
 def starter(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool]:

@@ -39,8 +39,8 @@ Step = tuple[Any, ...] | Callable[[list[Tensor], list[Any]], None]
 
 FIRST_DEVICE = 0
 """The CPU is device -1."""
-MOST = 8192
-"""Signatures in a table; it is emptied when full."""
+MOST = 1024
+"""Signatures in a table; it is emptied when full. One of a forward and its backward takes up to 40 KB."""
 
 _VALUES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
@@ -318,8 +318,13 @@ def _bytes_before(x: Tensor) -> int:
 
 
 def _template(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
-    like = torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
-    return like, None if x.is_contiguous() else x.stride()
+    return _element(x.dtype, x.device).expand(x.shape), None if x.is_contiguous() else x.stride()
+
+
+@functools.cache
+def _element(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty((), dtype=dtype, device=device)
 
 
 def _packing(take: Callable[[list[Any]], Any]) -> Callable[[list[Any]], tuple[Any]]:

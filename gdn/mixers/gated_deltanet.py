@@ -19,6 +19,7 @@ from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, RMSNorm, ShortConv
 from gdn.nn.decay import draw_rate, draw_time_step
+from gdn.nn.linear import projections
 from gdn.nn.qk import ACTIVATIONS, QKActivation, QKNorm, normalise
 from gdn.ops import GateParameters, decay_gate, delta_core, gated_delta_rule, gated_delta_step, write_gate
 
@@ -113,8 +114,8 @@ class GatedDeltaNet(Mixer):
         def saved_channels(self, width: int) -> int:
             # Of the core: errors, inverses of chunks of 32 tokens, and a state for each 64 tokens at most.
             core = self.num_value_heads * (self.value_dim + 32 + self.head_dim * self.value_dim // 64)
-            # The convolution's input and output, normalised q and k, the core's output, the output gate and their product.
-            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + core + 3 * self.num_value_heads * self.value_dim
+            # The convolution's input and output, normalised q and k, the core's output and the output gate.
+            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + core + 2 * self.num_value_heads * self.value_dim
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
@@ -171,8 +172,7 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Tensor, MixerState | None]:
         if state is not None and packing is not None:
             raise ArgumentError("state: cannot be given together with packing; the documents of a packed batch begin empty")
-        qkv, b = self.qkv_proj(x), self.b_proj(x)
-        a = self.a_proj(x) if self.config.gate else None
+        qkv, b, a, gate = self._project(x)
         if mask is not None:
             # Padding must write nothing and forget nothing: zero inputs to the convolution, beta = 0, g = 0.
             hidden = ~mask.unsqueeze(-1)
@@ -182,17 +182,30 @@ class GatedDeltaNet(Mixer):
             o = self._step(qkv, a, b, state)
         else:
             o, state = self._sequence(qkv, a, b, state, packing)
-        return self.o_proj(self._output(o, x).flatten(2)), state
+        return self._output(o, gate), state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Queries, keys and values side by side, b, a if there is a decay, and the output gate if there is one."""
+        c = self.config
+        wide = [self.qkv_proj, self.g_proj] if c.output_gate else [self.qkv_proj]
+        found = projections(x, wide, [self.b_proj, self.a_proj] if c.gate else [self.b_proj])
+        b, *a = found[len(wide) :]
+        return found[0], b, a[0] if c.gate else None, found[1] if c.output_gate else None
 
     def _sequence(
         self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState | None, packing: Packing | None
     ) -> tuple[Tensor, MixerState | None]:
+        c = self.config
+        if state is None and c.short_conv and c.qk_activation == "silu" and c.qk_norm == "l2":
+            q, k, v = self.conv.qkv(qkv, c.heads, c.head_dim, packing)
+            g, beta = self._gates(a, b)
+            return gated_delta_rule(q, k, v.unflatten(-1, (c.num_value_heads, -1)), g, beta, packing=packing)[0], None
         conv = memory = None
-        if self.config.short_conv:
+        if c.short_conv:
             qkv, conv = self.conv(qkv, state=None if state is None else state["conv"], packing=packing)
         q, k, v = self._split(qkv)
         start = None if state is None else state["memory"]
-        if a is not None and self.config.qk_norm == "l2":
+        if a is not None and c.qk_norm == "l2":
             gates = GateParameters(self.A_log, self.dt_bias, self._top)
             o, memory = delta_core(q, k, v, a, b, gates, initial_state=start, packing=packing)
         else:
@@ -229,9 +242,12 @@ class GatedDeltaNet(Mixer):
     def _norm(self, x: Tensor) -> Tensor:
         return normalise(x, self.config.qk_norm)
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        """The four combinations of output norm and output gate, on `[B, T, HV, V]`."""
-        gate = self.g_proj(x).unflatten(-1, o.shape[2:]) if self.config.output_gate else None
+    def _output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        """The four combinations of output norm and output gate on `[B, T, HV, V]`, and the projection."""
+        gate = None if gate is None else gate.unflatten(-1, o.shape[2:])
+        if gate is not None and self.config.output_norm:
+            assert isinstance(self.o_norm, GatedRMSNorm)
+            return self.o_norm.project(o, gate, self.o_proj)
         if self.config.output_norm:
-            return self.o_norm(o) if gate is None else self.o_norm(o, gate)
-        return o if gate is None else o * F.silu(gate)
+            o = self.o_norm(o)
+        return self.o_proj((o if gate is None else o * F.silu(gate)).flatten(2))

@@ -72,8 +72,8 @@ class GLA(Mixer):
 
         def saved_channels(self, width: int) -> int:
             keys, values = self.widths(width)
-            # Inputs of the memory and of the convolution, the decay before and after logsigmoid, the output, its gate and their product.
-            return (1 + self.short_conv) * (2 * keys + values) + 2 * keys + 3 * values + keys * values // self.heads // 64
+            # Inputs of the memory and of the convolution, the decay before and after logsigmoid, the output and its gate.
+            return (1 + self.short_conv) * (2 * keys + values) + 2 * keys + 2 * values + keys * values // self.heads // 64
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
@@ -123,4 +123,4 @@ class GLA(Mixer):
         if state is not None and memory is not None:
             state = state.update(memory=memory, **after)
         gate = self.g_proj(x).unflatten(-1, o.shape[2:])
-        return self.o_proj(self.o_norm(o, gate).flatten(2)), state
+        return self.o_norm.project(o, gate, self.o_proj), state

@@ -109,8 +109,8 @@ class KimiDelta(Mixer):
 
         def saved_channels(self, width: int) -> int:
             states = self.head_dim * self.value_width // 64  # one state a chunk of 64 tokens
-            # The convolution's input and output, normalised q and k, raw and float32 decay, the core's output, norm, gate and product.
-            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + 3 * self.decay_width + states + 4 * self.value_width
+            # The convolution's input and output, normalised q and k, raw and float32 decay, the core's output, norm and gate.
+            return 2 * self.qkv_width + 2 * self.heads * self.head_dim + 3 * self.decay_width + states + 3 * self.value_width
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class KimiDelta(Mixer):
             o, updates["memory"] = channel_delta_rule(*self._split(qkv), g, beta, initial_state=start, packing=packing)
             state = None if state is None else state.update(**updates)
         gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, o.shape[2:])
-        return self.o_proj(self.o_norm(o, gate).flatten(2)), state
+        return self.o_norm.project(o, gate, self.o_proj), state
 
     def _gates(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """g `[B, T, HV, K]` and beta `[B, T, HV]`; padding forgets nothing and writes nothing."""

@@ -66,8 +66,8 @@ class RetNet(Mixer):
 
         def saved_channels(self, width: int) -> int:
             keys, values = self.widths(width)
-            # q and k before and after the rotary embedding, v, the memory's output, its gate and their product; a memory in some chunks.
-            return 4 * keys + 4 * values + keys * values // self.heads // 64
+            # q and k before and after the rotary embedding, v, the memory's output and its gate; a memory in some chunks.
+            return 4 * keys + 3 * values + keys * values // self.heads // 64
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class RetNet(Mixer):
         if state is not None and memory is not None:
             state = state.update(memory=memory, seen=state["seen"] + (x.shape[1] if mask is None else mask.sum(1)))
         gate = self.g_proj(x).unflatten(-1, o.shape[2:])
-        return self.o_proj(self.o_norm(o, gate).flatten(2)), state
+        return self.o_norm.project(o, gate, self.o_proj), state
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """log gamma for each token and head, `[B, T, heads]`."""

@@ -51,7 +51,7 @@ def costs(config: LM.Config, length: int, *, itemsize: int = 4) -> Costs:
 
 def _saved_channels(config: LM.Config, mixer: MixerConfig) -> int:
     """Values per token that a block keeps for its backward pass: the inputs of its norms, matrices and mixer."""
-    return 4 * config.width + mixer.saved_channels(config.width) + 4 * config.mlp
+    return 4 * config.width + mixer.saved_channels(config.width) + 2 * config.mlp
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn.core.packing import Packing
-from gdn.ops import causal_conv1d, causal_conv1d_step
+from gdn.ops import causal_conv1d, causal_conv1d_step, convolved_qkv
 
 
 class ShortConv(nn.Module):
@@ -35,6 +35,11 @@ class ShortConv(nn.Module):
         """Returns the output and the last `size - 1` inputs of each sequence, `[N, size - 1, channels]`."""
         weight = self.weight.to(x.dtype)
         return causal_conv1d(x, weight, bias=self.bias, activation=self.activation, initial_state=state, packing=packing)
+
+    def qkv(self, x: Tensor, heads: int, head_dim: int, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Whole sequences of queries, keys and values side by side: what `convolved_qkv` returns. Needs "silu" and no bias."""
+        assert self.activation == "silu" and self.bias is None
+        return convolved_qkv(x, self.weight.to(x.dtype), heads=heads, head_dim=head_dim, packing=packing)
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         """Some more tokens `[B, T, channels]` of each sequence; `state` is updated in place."""

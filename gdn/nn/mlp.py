@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdn.nn.linear import is_matrix
+from gdn.ops import swiglu_linear
+
 
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))` without biases. `gate_up` holds both input matrices, gate first."""
@@ -16,5 +19,8 @@ class SwiGLU(nn.Module):
         self.stacked_rows = {"gate_up": (inner, inner)}
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        both = self.gate_up(x)
+        if is_matrix(self.down):
+            return swiglu_linear(both, self.down.weight.to(both.dtype))
+        gate, up = both.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gdn.core.checks import accumulate_dtype
-from gdn.ops import gated_rms_norm, rms_norm
+from gdn.nn.linear import is_hooked, is_matrix
+from gdn.ops import gated_rms_norm, gated_rms_norm_linear, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -39,3 +40,11 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         return gated_rms_norm(x, gate, self.weight, activation=self.activation, eps=self.eps)
+
+    def project(self, x: Tensor, gate: Tensor, layer: nn.Module) -> Tensor:
+        """The heads `[..., H, width]`, normed and gated, through a linear layer over all of them: `[..., out]`."""
+        if not is_matrix(layer) or is_hooked(self):
+            return layer(self(x, gate).flatten(-2))
+        assert isinstance(layer, nn.Linear)
+        weight = layer.weight.to(x.dtype)
+        return gated_rms_norm_linear(x, gate, self.weight, weight, activation=self.activation, eps=self.eps)

@@ -306,6 +306,12 @@ def _conv_step(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> A
     return {name: random(*shape, gradient=False) for name, shape in tensors.items()} | {"activation": "silu"}
 
 
+def _qkv(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
+    random = _random(device, dtype, wide)
+    packing = Packing.from_lengths([83, 67], device=device)
+    return {"x": random(1, 150, 192), "weight": random(192, 4), "heads": 2, "head_dim": 32, "packing": packing}
+
+
 def _simple(**shapes: tuple[int, ...]) -> Callable[[torch.device, torch.dtype, torch.dtype], Arguments]:
     def make(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Arguments:
         random = _random(device, dtype, wide)
@@ -353,9 +359,13 @@ EXAMPLES: dict[str, Callable[[torch.device, torch.dtype, torch.dtype], Arguments
     "delta_core": _delta_core,
     "causal_conv1d": _conv,
     "causal_conv1d_step": _conv_step,
+    "convolved_qkv": _qkv,
     "l2norm": _simple(x=(50, 64)),
     "rms_norm": _simple(x=(50, 64), weight=(64,)),
     "gated_rms_norm": _simple(x=(50, 64), gate=(50, 64), weight=(64,)),
+    "swiglu_linear": _simple(x=(50, 64), weight=(48, 32)),
+    "gated_rms_norm_linear": _simple(x=(50, 2, 64), gate=(50, 2, 64), norm_weight=(64,), weight=(48, 128)),
+    "parallel_linear": _simple(x=(50, 64), first=(48, 64), second=(40, 64), third=(8, 64)),
     "decay_gate": _simple(a=(2, 50, 4), A_log=(4,), dt_bias=(4,)),
     "write_gate": _simple(b=(2, 50, 4)),
     "rotary_embedding": _rotary,

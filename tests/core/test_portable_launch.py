@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,8 @@ pytest.importorskip("triton")
 
 from triton.backends.nvidia.driver import CudaLauncher
 
-from gdn.core.portable_launch import _kinds, integer_kind, starter
+from gdn.core import portable_launch
+from gdn.core.portable_launch import _kinds, compile_together, integer_kind, starter
 from gdn.core.portable_rows import token_rows
 
 
@@ -59,6 +62,34 @@ def test_rows_of_one_token_have_the_stride_of_a_token() -> None:
     assert x.is_contiguous() and x.stride(1) == 8
     rows = token_rows(x)
     assert torch.equal(rows, x) and rows.stride() == (24, 24, 8, 1)
+
+
+class Compiled(portable_launch.JITFunction):
+    """Stands for a kernel of two parameters that is to be compiled; who compiles it waits for another."""
+
+    def __init__(self, meet: threading.Barrier, compiled: list[Any]) -> None:
+        self.fn = lambda: None
+        self.params = [SimpleNamespace(is_constexpr=False)] * 2
+        self.meet, self.compiled = meet, compiled
+
+    def warmup(self, *args: Any, grid: Any, **options: Any) -> None:
+        self.meet.wait(timeout=10)
+        self.compiled.append((self.fn, args[1], options))
+
+
+def test_kernels_compile_at_the_same_time_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(portable_launch, "_COMPILED", {})
+    found: list[Any] = []
+    meet = threading.Barrier(2)
+    a, b, known = (Compiled(meet, found) for _ in range(3))
+    x, options = torch.zeros(4), {"warps": 4, "stages": 2, "registers": None}
+    portable_launch._COMPILED[known.fn, -1, 4, 2, None, torch.float32, 0] = "code"
+    compile_together(
+        [(a, (x, 3), options), (known, (x, 3), options), (b, (x, 5), options), (a, (x, 4), options), (Kernel(), (x,), options)]
+    )
+    resources = {"num_warps": 4, "num_stages": 2, "maxnreg": None}
+    assert sorted(found, key=lambda each: each[1]) == [(a.fn, 3, resources), (b.fn, 5, resources)]
 
 
 def launcher(handed: list[Any], scratch: int = 0) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -369,6 +370,45 @@ def test_what_may_turn_out_otherwise_is_never_replayed(harm: str, monkeypatch: p
             torch.testing.assert_close(y, 2 * x if harm == "between" else x[None] if harm == "shape" else x)
     assert hosts() == (["operate", "forward", "operate", "operate"] if harm == "between" else ["operate", *["forward"] * 3])
     assert len(tried) == 1, "what cannot be written down is not tried again"
+
+
+@pytest.mark.parametrize("harm", ["a part of what an operator made", "bits of another type"])
+def test_what_has_no_place_in_a_recording_is_never_replayed(harm: str) -> None:
+    def forward(x: Tensor, keep: bool) -> tuple[Tensor]:
+        HOSTS.append("forward")
+        y = torch.empty(4)
+        if harm == "bits of another type":
+            launch(scale_kernel, (1,), x, None, y, 2, 4, 1, 16)
+            return (y + (y.view(torch.int32) * 0),)
+        launch(scale_kernel, (1,), (x + 0)[4:], None, y, 2, 4, 1, 16)
+        return (y,)
+
+    fake = lambda x, keep: (torch.empty(4),)  # noqa: E731
+    host = Opaque(f"gdn::toy_{harm[0]}", forward, lambda a, s, g: [None], fake=fake, results=1, differentiable=("x",), replay=True)
+    for seed in range(3):
+        x = numbers(seed, 8)
+        torch.testing.assert_close(host(x)[0], 2 * (x[4:] if harm.startswith("a part") else x[:4]))
+    assert hosts() == ["forward"] * 3
+
+
+def test_an_operator_with_results_or_kernels_from_elsewhere_is_never_replayed() -> None:
+    elsewhere = torch.zeros(5)
+
+    @replayed
+    def two(x: Tensor) -> tuple[Tensor, Tensor]:
+        HOSTS.append("two")
+        return SCALE(x, None, 2.0)[0], elsewhere
+
+    @replayed
+    def unseen(x: Tensor) -> Tensor:
+        HOSTS.append("unseen")
+        ctypes.memset(x.data_ptr(), 0, 8)
+        return x
+
+    for _ in range(2):
+        assert two(numbers())[1] is elsewhere
+        assert torch.equal(unseen(torch.ones(2)), torch.zeros(2))
+    assert hosts() == ["two", "forward", "unseen", "two", "unseen"]
 
 
 def test_nothing_is_replayed_under_modes_or_transforms_or_for_subclasses() -> None:

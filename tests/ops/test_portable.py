@@ -68,8 +68,8 @@ def test_the_compiler_takes_every_kernel() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    packages = ("attention", "delta_channel", "delta_fused", "delta_step", "gates", "linear_recurrence", "loss", "norm", "rotary")
-    folders = [Path(ops.__path__[0]) / package for package in (*packages, "short_conv", "state_space")]
+    packages = ("attention", "delta_channel", "delta_fused", "delta_step", "gates", "linear_recurrence", "loss", "norm")
+    folders = [Path(ops.__path__[0]) / package for package in (*packages, "projection", "qkv", "rotary", "short_conv", "state_space")]
     files = [file for folder in folders for file in folder.glob("portable*.py")]
     names = [(file, name) for file in files for name in re.findall(r"def (\w+_kernel)\(", file.read_text())]
     kernels = {f"gdn.ops.{file.parent.name}.{file.stem}.{name}" for file, name in names}

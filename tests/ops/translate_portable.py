@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from gdn.ops import attention, delta_fused, delta_step, gates, loss, norm, rotary, short_conv, state_space
+from gdn.ops import attention, delta_fused, delta_step, gates, loss, norm, projection, qkv, rotary, short_conv, state_space
 from gdn.ops.attention.problems import Problem as Attention
 from gdn.ops.delta_channel import problems as channels
 from gdn.ops.delta_channel.portable import channel_delta_rule
@@ -32,6 +32,8 @@ from gdn.ops.linear_recurrence.problems import Gates
 from gdn.ops.linear_recurrence.problems import Problem as Linear
 from gdn.ops.loss.problems import Problem as Loss
 from gdn.ops.norm.problems import Problem as Norm
+from gdn.ops.projection.problems import PROBLEMS as PROJECTIONS
+from gdn.ops.qkv.problems import PROBLEMS as QKV
 from gdn.ops.rotary.problems import PROBLEMS as ROTARY
 from gdn.ops.sequences import portable as sequences
 from gdn.ops.short_conv.problems import Problem as Conv
@@ -81,7 +83,7 @@ def arguments_of(built: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     rows = {}
-    for package in (attention, delta_fused, delta_step, gates, loss, norm, rotary, short_conv, state_space):
+    for package in (attention, delta_fused, delta_step, gates, loss, norm, projection, qkv, rotary, short_conv, state_space):
         module = importlib.import_module(f"{package.__name__}.portable")
         module.launch = translate
         rows[package] = module
@@ -106,6 +108,13 @@ def main() -> None:
     train(rows[norm].rms_norm(x["x"], x["weight"], 1e-6), x)
     for silu in (True, False):
         train(rows[norm].gated_rms_norm(**x, eps=1e-6, silu=silu), x)
+    x = arguments_of(PROJECTIONS[0].build_swiglu(dtype=dtype))
+    train(rows[projection].swiglu_linear(**x), x)
+    x = arguments_of(PROJECTIONS[0].build_norm(dtype=dtype))
+    train(rows[projection].gated_rms_norm_linear(**x, eps=1e-5, silu=True), x)
+    for problem in QKV[:4]:
+        x = arguments_of(problem.build(dtype=dtype))
+        train(rows[qkv].convolved_qkv(**x), x)
     x = arguments_of(Gate(name="", T=5, HV=3).build_decay(dtype=dtype))
     train(rows[gates].decay_gate(**x), x)
     x = arguments_of(Gate(name="", T=5, HV=3).build_write(dtype=dtype))

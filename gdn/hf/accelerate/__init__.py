@@ -143,7 +143,7 @@ def _losses(model: nn.Module, changed: set[nn.Module]) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if loss_utils.LOSS_MAPPING.get(getattr(module, "loss_type", None)) is loss_utils.ForCausalLMLoss
+        if loss_utils.LOSS_MAPPING.get(getattr(module, "loss_type", None) or "") is loss_utils.ForCausalLMLoss
         and vars(module).get("_loss_function") in (None, causal_lm_loss)
         and not changed.isdisjoint(module.modules())
     }

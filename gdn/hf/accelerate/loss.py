@@ -24,7 +24,8 @@ def causal_lm_loss(
     if logits.device.type != "cpu":
         from transformers.loss.loss_utils import ForCausalLMLoss
 
-        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        items: Any = num_items_in_batch
+        return ForCausalLMLoss(logits, labels, vocab_size, items, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -66,7 +66,7 @@ def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> lis
     return list(_through_weighted_norm(dy.to(inverse.dtype), x, weight, inverse))
 
 
-def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
+def gated_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
     wide = x.to(accumulate_dtype(x.dtype))
     inverse = _inverse_norm(wide, eps, x.shape[-1])
     return _result((wide * inverse).mul_(weight).mul_(_activated(gate.to(wide.dtype), silu)), x), inverse
@@ -76,7 +76,7 @@ def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, si
     return x.new_empty(x.shape), _fake_inverse(x)
 
 
-def _gated_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
+def gated_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
     x, gate, weight, _, silu = args
     (inverse,), (dy,) = saved, grads
     assert dy is not None
@@ -122,8 +122,8 @@ _L2NORM = Opaque("gdn::l2norm", _l2norm, _l2norm_backward, fake=_l2norm_fake, re
 _RMS_NORM = Opaque("gdn::rms_norm", _rms_norm, _rms_norm_backward, fake=_rms_norm_fake, results=1, differentiable=("x", "weight"))
 _GATED_RMS_NORM = Opaque(
     "gdn::gated_rms_norm",
-    _gated_rms_norm,
-    _gated_rms_norm_backward,
+    gated_forward,
+    gated_backward,
     fake=_gated_rms_norm_fake,
     results=1,
     differentiable=("x", "gate", "weight"),

@@ -59,10 +59,10 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    x, gate, weight, inverse, dy, dx, dgate, partial, count, each, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
+    x, gate, weight, inverse, dy, dx, dgate, partial, y, count, each, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
     DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """`each` blocks of BR vectors one after another. Grid [parts]."""
+    """`each` blocks of BR vectors one after another; y, if wanted, is the result of the forward pass again. Grid [parts]."""
     part = int64(tl.program_id(0))
     c = tl.arange(0, BD)
     if weight is not None:
@@ -79,6 +79,8 @@ def norm_backward_kernel(
             z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0).to(tl.float32)
             s = sigmoid(z)
             more = 1.0 + z * (1.0 - s) if SILU else 1.0 - s
+            if y is not None:
+                tl.store(y + at, (unit * w * (z * s if SILU else s)).to(y.dtype.element_ty), mask=valid)
             tl.store(dgate + at, (slope * unit * w * s * more).to(dgate.dtype.element_ty), mask=valid)
             slope *= z * s if SILU else s
         if weight is not None:
@@ -105,7 +107,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bo
     return _GATED_RMS_NORM(x, gate, weight, eps, silu)[0]
 
 
-def _run(
+def run(
     x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, divisor: int, keep: bool, silu: bool = True
 ) -> tuple[Tensor, Tensor]:
     """y, and for the backward pass the inverse of each vector's length or root mean square."""
@@ -123,10 +125,17 @@ def _run(
     return y, inverse
 
 
-def _run_backward(
-    x: Tensor, gate: Tensor | None, weight: Tensor | None, inverse: Tensor, dy: Tensor, divisor: int, silu: bool = True
+def run_backward(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    inverse: Tensor,
+    dy: Tensor,
+    divisor: int,
+    silu: bool = True,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, gate and weight."""
+    """Gradients of x, gate and weight. y, dense, gets the result of the forward pass again, with a gate and a weight."""
     dx = fresh(x)
     dgate = None if gate is None else fresh(gate)
     D, count = x.shape[-1], inverse.numel()
@@ -139,7 +148,7 @@ def _run_backward(
     gate, *gate_layout = (None, 1, 1, 1) if gate is None else rows(gate)
     launch(
         norm_backward_kernel, (parts,), x, gate, None if weight is None else weight.contiguous(), inverse, dy.contiguous(), dx, dgate,
-        partial, count, each, *layout, *gate_layout, divisor, D, BD, BR, silu, warps=warps,
+        partial, y, count, each, *layout, *gate_layout, divisor, D, BD, BR, silu, warps=warps,
     )  # fmt: skip
     return dx, dgate, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
 
@@ -155,7 +164,7 @@ def _empty_inverse(x: Tensor, keep: bool) -> Tensor:
 
 
 def _l2norm(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return _run(x, None, None, eps, 1, keep)
+    return run(x, None, None, eps, 1, keep)
 
 
 def _l2norm_fake(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
@@ -164,11 +173,11 @@ def _l2norm_fake(x: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
 
 def _l2norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
     assert grads[0] is not None
-    return [_run_backward(args[0], None, None, saved[0], grads[0], 1)[0]]
+    return [run_backward(args[0], None, None, saved[0], grads[0], 1)[0]]
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    return _run(x, None, weight, eps, x.shape[-1], keep)
+    return run(x, None, weight, eps, x.shape[-1], keep)
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
@@ -178,12 +187,12 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[T
 def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor | None]:
     x, weight, _ = args
     assert grads[0] is not None
-    dx, _, dweight = _run_backward(x, None, weight, saved[0], grads[0], x.shape[-1])
+    dx, _, dweight = run_backward(x, None, weight, saved[0], grads[0], x.shape[-1])
     return [dx, dweight]
 
 
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    return _run(x, gate, weight, eps, x.shape[-1], keep, silu)
+    return run(x, gate, weight, eps, x.shape[-1], keep, silu)
 
 
 def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -193,7 +202,7 @@ def _gated_rms_norm_fake(x: Tensor, gate: Tensor, weight: Tensor, eps: float, si
 def _gated_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor | None]:
     x, gate, weight, _, silu = args
     assert grads[0] is not None
-    return list(_run_backward(x, gate, weight, saved[0], grads[0], x.shape[-1], silu))
+    return list(run_backward(x, gate, weight, saved[0], grads[0], x.shape[-1], silu))
 
 
 _L2NORM = Opaque("gdn::l2norm_portable", _l2norm, _l2norm_backward, fake=_l2norm_fake, results=1, differentiable=("x",), replay=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,10 @@ def pair_decay(total: Tensor, out: Tensor) -> Tensor:
     if out.dtype != total.dtype:
         low = (total - high).to(out.dtype)
         out.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
-    # Above the diagonal the differences are positive; the exponential of minus infinity would be several times slower.
-    return decays(out.clamp_(max=0), out).tril_()
+    # Above the diagonal the differences are positive. The exponential is several times slower where its result is denormal or zero, so what
+    # will be zero stays just above that.
+    smallest = math.log(smallest_decay(out.dtype)) - 1
+    return decays(out.clamp_(smallest, 0), out).tril_()
 
 
 def log_decay_gradient(between: Tensor, into: Tensor, onward: Tensor, through: Tensor, buffer: Tensor) -> Tensor:

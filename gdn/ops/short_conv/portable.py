@@ -179,6 +179,25 @@ def through_silu(dy, z, SILU: tl.constexpr):
 
 
 @triton.jit
+def reach(dz, filters, waiting, p, W: tl.constexpr):
+    """The gradients of the inputs that a token at place p reaches, youngest first, from those that wait for more: the last is complete."""
+    reached = ()
+    for j in tl.static_range(W):
+        gradient = dz * filters[j] if j == 0 else tl.where(p >= j, dz * filters[j], 0.0) + waiting[j - 1]
+        reached = reached + (gradient,)
+    return reached
+
+
+@triton.jit
+def sum_taps(sums, dz, now, window, W: tl.constexpr):
+    """The gradient of each tap with a token's share."""
+    added = ()
+    for j in tl.static_range(W):
+        added = added + (sums[j] + dz * (now if j == 0 else window[j - 1]),)
+    return added
+
+
+@triton.jit
 def backward_kernel(
     x, weight, bias, state, dy, dx, partial, documents, positions, T, pieces, x_row, x_token,
     D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, U: tl.constexpr, SILU: tl.constexpr,
@@ -222,13 +241,8 @@ def backward_kernel(
                 window = restart(window, state, n, p, x, (W - 1) * D, d, inside, D, W)
             dz = through_silu(slopes[u].to(tl.float32), filtered(now, window, filters, shift, W), SILU)
             mine = tl.where(t < end, dz, 0.0)
-            reached = ()
-            added = ()
-            for j in tl.static_range(W):
-                gradient = dz * filters[j] if j == 0 else tl.where(p >= j, dz * filters[j], 0.0) + waiting[j - 1]
-                reached = reached + (gradient,)
-                added = added + (sums[j] + mine * (now if j == 0 else window[j - 1]),)
-            sums = added + (sums[W] + mine,)
+            sums = sum_taps(sums, mine, now, window, W) + (sums[W] + mine,)
+            reached = reach(dz, filters, waiting, p, W)
             done = t - (W - 1)
             tl.store(dx + int64(done) * D, reached[W - 1].to(dx.dtype.element_ty), mask=inside & (done >= begin) & (done < end))
             waiting = ()
@@ -338,7 +352,7 @@ def _forward(
     silu: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, weight, initial_state = _dense(x, documents is not None), weight.contiguous(), _contiguous(initial_state)
+    x, weight, initial_state = dense(x, documents is not None), weight.contiguous(), _contiguous(initial_state)
     B, T, D = x.shape
     W = weight.shape[1]
     y = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
@@ -374,7 +388,7 @@ def _fake(
 def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     x, weight, bias, initial_state, cu_seqlens, documents, positions, silu = args
     dy, d_final = grads
-    x, taps_, state = _dense(x, documents is not None), weight.contiguous(), _contiguous(initial_state)
+    x, taps_, state = dense(x, documents is not None), weight.contiguous(), _contiguous(initial_state)
     B, T, D = x.shape
     W = weight.shape[1]
     dy = torch.zeros((B, T, D), dtype=x.dtype, device=x.device) if dy is None else dy.contiguous()
@@ -401,17 +415,23 @@ def _sizes(rows: int, length: int, D: int) -> tuple[int, int, int, int, int]:
     BD = min(512, max(32, 1 << max(D - 1, 0).bit_length()))
     warps = max(1, BD // 128)
     blocks = -(-D // BD)
-    L = 256
-    while L > 16 and rows * -(-length // L) * blocks * warps < MANY_WARPS:
-        L //= 2
+    L = tokens_of_a_piece(rows, length, blocks * warps)
     return BD, L, -(-length // L), blocks, warps
+
+
+def tokens_of_a_piece(rows: int, length: int, warps: int) -> int:
+    """Tokens of a program, by the warps that a piece of a row takes."""
+    L = 256
+    while L > 16 and rows * -(-length // L) * warps < MANY_WARPS:
+        L //= 2
+    return L
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _dense(x: Tensor, flat: bool) -> Tensor:
+def dense(x: Tensor, flat: bool) -> Tensor:
     """x [B, T, D], copied unless channels are dense, and all tokens evenly spaced if they are to be one row."""
     if x.stride(2) == 1 and not (flat and x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
         return x
@@ -441,7 +461,7 @@ def causal_conv1d_step(
 
 
 def _step(x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, slots: Tensor | None, silu: bool) -> Tensor:
-    x, weight = _dense(x, False), weight.contiguous()
+    x, weight = dense(x, False), weight.contiguous()
     B, T, D = x.shape
     W = weight.shape[1]
     y = torch.empty((B, T, D), dtype=x.dtype, device=x.device)

@@ -1,0 +1,131 @@
+"""The activations with a matrix against their references, in torch and in Triton (its interpreter where there is no GPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdn.core.dispatch import use
+from gdn.core.errors import ArgumentError
+from gdn.ops import gated_rms_norm_linear, parallel_linear, swiglu_linear
+from gdn.ops.projection.problems import PROBLEMS, Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Check = Callable[..., None]
+BUILD: dict[Callable[..., Tensor], str] = {swiglu_linear: "build_swiglu", gated_rms_norm_linear: "build_norm"}
+
+each = pytest.mark.parametrize("call", BUILD, ids=lambda f: f.__name__)
+each_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+
+
+def build(call: Callable[..., Tensor], problem: Problem, dtype: torch.dtype, device: str = DEVICE) -> dict[str, Any]:
+    return getattr(problem, BUILD[call])(dtype=dtype, device=device)
+
+
+@each
+@each_problem
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_torch_matches_the_reference(
+    call: Callable[..., Tensor], problem: Problem, dtype: torch.dtype, as_good_as_the_reference: Check
+) -> None:
+    as_good_as_the_reference(call, "torch", build(call, problem, dtype, "cpu"))
+
+
+@each
+@each_problem
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_triton_matches_the_reference(
+    call: Callable[..., Tensor], problem: Problem, dtype: torch.dtype, as_good_as_the_reference: Check
+) -> None:
+    as_good_as_the_reference(call, "portable", build(call, problem, dtype))
+
+
+@pytest.mark.parametrize("impl", ["torch", "portable"])
+def test_a_gate_through_a_sigmoid_matches_the_reference(impl: str, as_good_as_the_reference: Check) -> None:
+    arguments = build(gated_rms_norm_linear, PROBLEMS[0], torch.float32)
+    as_good_as_the_reference(gated_rms_norm_linear, impl, {**arguments, "activation": "sigmoid"})
+
+
+def test_matches_torch() -> None:
+    x, weight = build(swiglu_linear, PROBLEMS[0], torch.float64, "cpu").values()
+    gate, up = x.chunk(2, dim=-1)
+    for impl in ("torch", "reference"):
+        with use(swiglu_linear=impl):
+            torch.testing.assert_close(swiglu_linear(x, weight), F.linear(F.silu(gate) * up, weight))
+
+
+@each
+@pytest.mark.parametrize("impl", ["torch", "portable"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_keeps_its_arguments_and_at_most_one_number_a_head(call: Callable[..., Tensor], impl: str, compiled: bool) -> None:
+    arguments = {name: t.requires_grad_() for name, t in build(call, PROBLEMS[0], torch.float32).items()}
+    kept: dict[int, Tensor] = {}
+    run = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    torch._dynamo.reset()
+    with use(**{call.__name__: impl}), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        run(**arguments)
+    for argument in arguments.values():
+        kept.pop(argument.data_ptr(), None)
+    assert sum(t.numel() for t in kept.values()) == (54 if call is gated_rms_norm_linear else 0)
+
+
+@each
+@pytest.mark.parametrize("impl", ["torch", "portable"])
+def test_compiles_as_one_graph(call: Callable[..., Tensor], impl: str, as_good_as_the_reference: Check) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    as_good_as_the_reference(call, impl, build(call, PROBLEMS[0], torch.float32), run=compiled)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_matrices_of_one_input(number: int, dtype: torch.dtype, compiled: bool, as_good_as_the_reference: Check) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 7, 12), "first": (9, 12), "second": (4, 12), "third": (1, 12)}
+    arguments = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in list(shapes.items())[: 1 + number]
+    }
+    torch._dynamo.reset()
+    run = torch.compile(parallel_linear, fullgraph=True, backend="aot_eager") if compiled else None
+    as_good_as_the_reference(parallel_linear, "torch", arguments, run=run)
+
+
+def test_a_matrix_whose_output_nobody_uses_gets_zeros() -> None:
+    x, first, second = (torch.randn(3, 4, requires_grad=True) for _ in range(3))
+    y, _ = parallel_linear(x, first, second)
+    gradients = torch.autograd.grad(y.sum(), (x, first, second))
+    torch.testing.assert_close(gradients, (first.sum(0).expand(3, 4), x.sum(0).expand(3, 4), torch.zeros(3, 4)))
+
+
+@pytest.mark.parametrize("impl", ["torch", "portable"])
+def test_two_backward_passes_agree(impl: str) -> None:
+    arguments = {name: t.requires_grad_() for name, t in build(swiglu_linear, PROBLEMS[0], torch.float32).items()}
+    with use(swiglu_linear=impl):
+        y = swiglu_linear(**arguments)
+    first, second = (torch.autograd.grad(y, list(arguments.values()), torch.ones_like(y), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize(
+    ("call", "change", "message"),
+    [
+        (swiglu_linear, {"x": torch.zeros(2, 24)}, r"x: expected \[..., 48\] to fit weight"),
+        (swiglu_linear, {"weight": torch.zeros(10, 24, dtype=torch.float64)}, "weight: expected torch.float32 like x"),
+        (gated_rms_norm_linear, {"weight": torch.zeros(10, 23)}, "weight: expected"),
+        (gated_rms_norm_linear, {"gate": torch.zeros(2, 9, 24)}, "gate: expected"),
+        (gated_rms_norm_linear, {"activation": "relu"}, 'activation: expected "silu" or "sigmoid"'),
+        (gated_rms_norm_linear, {"eps": 0.0}, "eps: expected above 0"),
+        (lambda **_: parallel_linear(torch.zeros(2, 3), torch.zeros(4, 3), None, torch.zeros(4, 3)), {}, "third: expected none without"),
+        (lambda **_: parallel_linear(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4, 2)), {}, "second: expected"),
+    ],
+)
+def test_wrong_arguments_are_named(call: Callable[..., Tensor], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        call(**{**build(call if call in BUILD else swiglu_linear, PROBLEMS[0], torch.float32, "cpu"), **change})
