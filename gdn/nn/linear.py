@@ -18,8 +18,9 @@ def is_matrix(layer: nn.Module) -> bool:
 
 def is_affine(layer: nn.Module) -> bool:
     """The same for a layer that may have a bias."""
-    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not is_hooked(layer)
-    return plain and (layer.weight.requires_grad or not torch.is_grad_enabled())
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or is_hooked(layer):
+        return False
+    return layer.weight.requires_grad or not torch.is_grad_enabled()
 
 
 def is_hooked(layer: nn.Module) -> bool:
