@@ -101,7 +101,13 @@ def _forward(
     silu: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = _rows(x, weight.shape[1] - 1, cu_seqlens, documents)
+    past, length = weight.shape[1] - 1, x.shape[1]
+    if initial_state is None and cu_seqlens is None:  # the convolution pads, and no buffer is filled
+        z = _correlate(x.to(accumulate_dtype(x.dtype)), weight, bias, pad=past)[:, :length]
+        y = (F.silu(z, inplace=True) if silu else z).to(x.dtype, memory_format=torch.contiguous_format)
+        last = x[:, max(0, length - past) :]
+        return y, F.pad(last, (0, 0, past - last.shape[1], 0)).clone(memory_format=torch.contiguous_format)
+    rows = _rows(x, past, cu_seqlens, documents)
     state = _state(x, weight, initial_state, cu_seqlens)
     buffer = _pad(x, state, rows)
     z = _correlate(buffer, weight, bias)
