@@ -63,7 +63,7 @@ class _Kernels:
         call = self._calls.get(key)
         if call is None:
             call = _Call(self, args, replay=True)
-            self._calls.keep(key, call)
+            self._calls.keep(key, call, self._calls.emptied)
         return call.run, tensors
 
 

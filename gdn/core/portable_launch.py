@@ -41,7 +41,10 @@ def launch(
     """
     if 0 in grid:
         return None
+    seen = recorder()
     if not isinstance(kernel, JITFunction):
+        if seen is not None:
+            seen.refused = True
         kernel[grid](*args)
         return None
     device = args[0].get_device()
@@ -50,7 +53,6 @@ def launch(
             compiled = _launch(kernel, grid, args, device, warps, stages, registers, key)
     else:
         compiled = _launch(kernel, grid, args, device, warps, stages, registers, key)
-    seen = recorder()
     if seen is not None:
         seen.launch(starter(compiled), grid, args)
     return compiled

@@ -56,9 +56,14 @@ class Table(dict[tuple[Any, ...], Any]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.emptied = 0
+        """How often `forget` has emptied it."""
         _TABLES.append(self)
 
-    def keep(self, key: tuple[Any, ...], value: Any) -> None:
+    def keep(self, key: tuple[Any, ...], value: Any, emptied: int) -> None:
+        """Unless the table has been emptied since it had been so often: what another thread found out before does not hold any more."""
+        if emptied != self.emptied:
+            return
         if len(self) >= MOST:
             self.clear()
         self[key] = value
@@ -67,6 +72,7 @@ class Table(dict[tuple[Any, ...], Any]):
 def forget() -> None:
     """Empty all tables."""
     for table in _TABLES:
+        table.emptied += 1
         table.clear()
 
 
@@ -190,7 +196,14 @@ class _Operator:
     """A new tensor, rather than to write into an argument."""
 
 
-class Recorder(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else the first use imports torch's compiler, a second, to keep it out of here, where it never comes."""
+        return False
+
+
+class Recorder(_Mode):
     """Sees what a host does with the tensors that it is given and with those that it makes."""
 
     def __init__(self, tensors: Tensors) -> None:
@@ -244,7 +257,7 @@ class Recorder(TorchDispatchMode):
         for step in self._steps:
             if isinstance(step, _Launch):
                 taken = [argument[a] if isinstance(a, tuple) else next(rest) for a in step.arguments]
-                take = operator.itemgetter(*taken)
+                take = operator.itemgetter(*taken) if len(taken) > 1 else operator.itemgetter(slice(taken[0], taken[0] + 1))
                 steps.append((*step.start, _packing(take) if step.packed else take))
             else:
                 steps.append(_operating(step, [(n, number[i]) for n, i in step.tensors]))
@@ -363,7 +376,7 @@ class Outline:
         return tensors[self.results] if isinstance(self.results, int) else tuple([tensors[i] for i in self.results])
 
 
-class Witness(TorchDispatchMode):
+class Witness(_Mode):
     """Sees which calls an operator makes, and whether it does anything else to tensors."""
 
     def __init__(self, tensors: Tensors) -> None:
@@ -418,7 +431,7 @@ class _Replayed:
     def __call__(self, *args: Any, **named: Any) -> Any:
         if is_compiling():
             return self._function(*args, **named)
-        found = signature((*args, *named, *named.values()))
+        found = signature((len(args), *args, *named, *named.values()))
         if found is None:
             return self._function(*args, **named)
         key, tensors = found
@@ -427,10 +440,15 @@ class _Replayed:
             return outline.run(tensors) if outline else self._function(*args, **named)
         if not distinct(tensors):
             return self._function(*args, **named)
+        emptied = self._outlines.emptied
         with Witness(tensors) as seen:
             results = self._function(*args, **named)
-        self._outlines.keep(key, seen.finish(results) or False)
+        self._outlines.keep(key, seen.finish(results) or False, emptied)
         return results
+
+    def __reduce__(self) -> str:
+        """Pickles and copies are the operator itself, by its name."""
+        return self.__qualname__
 
 
 def replayed(function: Callable[P, R]) -> Callable[P, R]:

@@ -19,7 +19,8 @@ from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, RMSNorm, ShortConv
 from gdn.nn.decay import draw_rate, draw_time_step
-from gdn.nn.linear import projections
+from gdn.nn.linear import is_hooked, projections
+from gdn.nn.norm import norm_and_project
 from gdn.nn.qk import ACTIVATIONS, QKActivation, QKNorm, normalise
 from gdn.ops import GateParameters, decay_gate, delta_core, gated_delta_rule, gated_delta_step, write_gate
 
@@ -196,7 +197,7 @@ class GatedDeltaNet(Mixer):
         self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState | None, packing: Packing | None
     ) -> tuple[Tensor, MixerState | None]:
         c = self.config
-        if state is None and c.short_conv and c.qk_activation == "silu" and c.qk_norm == "l2":
+        if state is None and c.short_conv and c.qk_activation == "silu" and c.qk_norm == "l2" and not is_hooked(self.conv):
             q, k, v = self.conv.qkv(qkv, c.heads, c.head_dim, packing)
             g, beta = self._gates(a, b)
             return gated_delta_rule(q, k, v.unflatten(-1, (c.num_value_heads, -1)), g, beta, packing=packing)[0], None
@@ -246,8 +247,7 @@ class GatedDeltaNet(Mixer):
         """The four combinations of output norm and output gate on `[B, T, HV, V]`, and the projection."""
         gate = None if gate is None else gate.unflatten(-1, o.shape[2:])
         if gate is not None and self.config.output_norm:
-            assert isinstance(self.o_norm, GatedRMSNorm)
-            return self.o_norm.project(o, gate, self.o_proj)
+            return norm_and_project(self.o_norm, o, gate, self.o_proj)
         if self.config.output_norm:
             o = self.o_norm(o)
         return self.o_proj((o if gate is None else o * F.silu(gate)).flatten(2))

@@ -18,6 +18,7 @@ from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, ShortConv
 from gdn.nn.decay import log_sigmoid
 from gdn.nn.memory import PER_KEY, in_place
+from gdn.nn.norm import norm_and_project
 from gdn.nn.widths import head_multiple
 
 
@@ -123,4 +124,4 @@ class GLA(Mixer):
         if state is not None and memory is not None:
             state = state.update(memory=memory, **after)
         gate = self.g_proj(x).unflatten(-1, o.shape[2:])
-        return self.o_norm.project(o, gate, self.o_proj), state
+        return norm_and_project(self.o_norm, o, gate, self.o_proj), state

@@ -20,6 +20,7 @@ from gdn.core.packing import Packing
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, ShortConv
 from gdn.nn.decay import draw_rate, draw_time_step
+from gdn.nn.norm import norm_and_project
 from gdn.ops import channel_delta_rule, channel_delta_step, decay_gate, l2norm, write_gate
 
 STEP_LENGTH = 8
@@ -172,7 +173,7 @@ class KimiDelta(Mixer):
             o, updates["memory"] = channel_delta_rule(*self._split(qkv), g, beta, initial_state=start, packing=packing)
             state = None if state is None else state.update(**updates)
         gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, o.shape[2:])
-        return self.o_norm.project(o, gate, self.o_proj), state
+        return norm_and_project(self.o_norm, o, gate, self.o_proj), state
 
     def _gates(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """g `[B, T, HV, K]` and beta `[B, T, HV]`; padding forgets nothing and writes nothing."""

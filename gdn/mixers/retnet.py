@@ -18,6 +18,7 @@ from gdn.mixers.attention import token_positions
 from gdn.mixers.base import Mixer, MixerConfig, MixerState
 from gdn.nn import GatedRMSNorm, Rotary
 from gdn.nn.memory import PER_HEAD
+from gdn.nn.norm import norm_and_project
 from gdn.nn.widths import head_multiple
 
 
@@ -107,7 +108,7 @@ class RetNet(Mixer):
         if state is not None and memory is not None:
             state = state.update(memory=memory, seen=state["seen"] + (x.shape[1] if mask is None else mask.sum(1)))
         gate = self.g_proj(x).unflatten(-1, o.shape[2:])
-        return self.o_norm.project(o, gate, self.o_proj), state
+        return norm_and_project(self.o_norm, o, gate, self.o_proj), state
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """log gamma for each token and head, `[B, T, heads]`."""

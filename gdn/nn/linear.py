@@ -20,13 +20,15 @@ def is_affine(layer: nn.Module) -> bool:
     """The same for a layer that may have a bias."""
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or is_hooked(layer):
         return False
+    if torch._C._are_functorch_transforms_active():  # torch.func cannot go through operators with a backward pass of their own
+        return False
     return layer.weight.requires_grad or not torch.is_grad_enabled()
 
 
 def is_hooked(layer: nn.Module) -> bool:
     """Whether somebody listens to calls of the layer, or has put another `forward` in its place, as accelerate does to move weights."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(layer)
+    return bool(hooks) or "forward" in vars(layer) or bool(nn.modules.module._has_any_global_hook())
 
 
 def projections(x: Tensor, layers: Sequence[nn.Linear], thin: Sequence[nn.Linear]) -> list[Tensor]:
@@ -35,10 +37,13 @@ def projections(x: Tensor, layers: Sequence[nn.Linear], thin: Sequence[nn.Linear
     In training they are one operator with one gradient of x where all layers are but matrices, and the thin ones, of few rows, are one
     matrix: what such a layer costs is reading x and writing its gradient.
     """
-    every = (*layers, *thin)
+    every, casts = (*layers, *thin), torch.is_autocast_enabled(x.device.type)
+    dtypes = {x.dtype, *(layer.weight.dtype for layer in every)}
     if not torch.is_grad_enabled() or not all(is_affine(layer) for layer in every):
         return [layer(x) for layer in every]
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if torch.float64 in dtypes if casts else len(dtypes) > 1:  # the layers know what to do or to say
+        return [layer(x) for layer in every]
+    dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype
     matrices = [*(layer.weight for layer in layers), torch.cat([layer.weight for layer in thin])]
     *outputs, last = parallel_linear(x.to(dtype), *(matrix.to(dtype) for matrix in matrices))
     outputs += last.split([layer.out_features for layer in thin], dim=-1)

@@ -41,10 +41,12 @@ class GatedRMSNorm(RMSNorm):
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         return gated_rms_norm(x, gate, self.weight, activation=self.activation, eps=self.eps)
 
-    def project(self, x: Tensor, gate: Tensor, layer: nn.Module) -> Tensor:
-        """The heads `[..., H, width]`, normed and gated, through a linear layer over all of them: `[..., out]`."""
-        if not is_matrix(layer) or is_hooked(self):
-            return layer(self(x, gate).flatten(-2))
-        assert isinstance(layer, nn.Linear)
-        weight = layer.weight.to(x.dtype)
-        return gated_rms_norm_linear(x, gate, self.weight, weight, activation=self.activation, eps=self.eps)
+
+def norm_and_project(norm: nn.Module, x: Tensor, gate: Tensor, layer: nn.Module) -> Tensor:
+    """The heads `[..., H, width]`, normed and gated, through a linear layer over all of them: `[..., out]`. One operator if `norm` is a
+    `GatedRMSNorm` and `layer` a matrix, and nobody has wrapped either."""
+    if type(norm) is not GatedRMSNorm or is_hooked(norm) or not is_matrix(layer):
+        return layer(norm(x, gate).flatten(-2))
+    assert isinstance(layer, nn.Linear)
+    weight = layer.weight.to(x.dtype)
+    return gated_rms_norm_linear(x, gate, norm.weight, weight, activation=norm.activation, eps=norm.eps)

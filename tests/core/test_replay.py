@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from gdn.core.opaque import Arguments, InPlace, Opaque  # noqa: E402
 from gdn.core.packing import Packing  # noqa: E402
 from gdn.core.portable_launch import launch  # noqa: E402
 from gdn.core.replay import replayed  # noqa: E402
+from gdn.ops import l2norm  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("quick_interpreter"),
@@ -490,6 +493,30 @@ def test_a_table_is_emptied_when_full(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts()
     assert_replayed(lambda: scaled(numbers(n=9)), 2 * numbers(n=9))
     assert_replayed(lambda: scaled(numbers(n=1)), 2 * numbers(n=1), ["contract", "forward"])
+
+
+def test_what_was_found_out_before_all_was_forgotten_is_not_kept(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that writes an operator's call down while another leaves `use`."""
+    x, finish = numbers(), replay.Witness.finish
+
+    def forget_first(self: replay.Witness, results: Any) -> Any:
+        replay.forget()
+        return finish(self, results)
+
+    with monkeypatch.context() as patch, use(scaled="shifted"):
+        patch.setattr(replay.Witness, "finish", forget_first)
+        scaled(x)
+        assert not scaled._outlines  # type: ignore[attr-defined]
+
+
+def test_copies_of_an_operator_are_the_operator() -> None:
+    assert copy.deepcopy(l2norm) is l2norm and pickle.loads(pickle.dumps(l2norm)) is l2norm
+
+
+def test_modes_do_not_import_the_compiler() -> None:
+    """Which torch would do to keep its compiler out of a mode's dispatch, in the first call of all."""
+    for mode in (replay.Recorder, replay.Witness):
+        assert not hasattr(mode.__torch_dispatch__, "__wrapped__")
 
 
 def test_an_operator_keeps_its_name_and_its_specification() -> None:

@@ -233,7 +233,9 @@ def test_the_loss_counts_what_stock_counts(models: Callable[..., Any], items: An
     expected = model(x, labels=labels, num_items_in_batch=items, **more).loss
     with gdn.accelerate(model):
         torch.testing.assert_close(model(x, labels=labels, num_items_in_batch=items, **more).loss, expected, rtol=1e-5, atol=0)
-        assert model(x, labels=torch.full_like(x, -100)).loss.isnan()
+        nothing = model(x, labels=torch.full_like(x, -100)).loss
+        assert nothing.isnan()
+        assert all(not g.any() for g in torch.autograd.grad(nothing, list(model.parameters()), allow_unused=True, materialize_grads=True))
     model.loss_function = own = lambda *args, **kwargs: torch.zeros(())
     with gdn.accelerate(model):
         assert model.loss_function is own

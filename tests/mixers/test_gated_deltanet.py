@@ -137,3 +137,13 @@ def test_mistakes_are_named() -> None:
     mixer = Config(heads=2, head_dim=8).build(16)
     with pytest.raises(ArgumentError, match="state: cannot be given together with packing"):
         mixer(torch.randn(1, 4, 16), state=mixer.init_state(1), packing=Packing.from_lengths([4]))
+
+
+def test_a_hook_on_the_convolution_is_not_passed_by() -> None:
+    """As accelerate and fully sharded training use them to bring its weights."""
+    mixer, seen = GatedDeltaNet.Config(heads=2, head_dim=8).build(16), []
+    x = torch.randn(2, 5, 16)
+    expected = mixer(x)[0]
+    mixer.conv.register_forward_hook(lambda *call: seen.append(call))
+    torch.testing.assert_close(mixer(x)[0], expected)
+    assert len(seen) == 1

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 from gdn.nn import GatedRMSNorm, SwiGLU
 from gdn.nn.linear import is_affine, is_matrix, projections
+from gdn.nn.norm import norm_and_project
 
 
 class Adapted(nn.Module):
@@ -51,7 +52,7 @@ def through_mlp(adapt: Callable[[nn.Linear], nn.Module]) -> Tensor:
 def through_norm(adapt: Callable[[nn.Linear], nn.Module]) -> Tensor:
     torch.manual_seed(0)
     norm, layer = GatedRMSNorm(4), nn.Linear(8, 6, bias=False)
-    return norm.project(torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4), adapt(layer))
+    return norm_and_project(norm, torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4), adapt(layer))
 
 
 @pytest.mark.parametrize("through", [through_mlp, through_norm])
@@ -116,3 +117,33 @@ def test_projections_do_not_pass_an_adapter_by(layers: list[nn.Linear]) -> None:
     x = torch.randn(5, 6)
     adapted: nn.Linear = Adapted(layers[1])  # type: ignore[assignment]
     torch.testing.assert_close(projections(x, layers[:1], [adapted]), [layers[0](x), layers[1](x) + 1])
+
+
+def test_a_norm_that_is_wrapped_is_called() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return 2 * self.norm(x, gate)
+
+    norm, layer, x, gate = GatedRMSNorm(4), nn.Linear(8, 6, bias=False), torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4)
+    torch.testing.assert_close(norm_and_project(Wrapped(norm), x, gate, layer), 2 * norm_and_project(norm, x, gate, layer))
+
+
+@pytest.mark.parametrize("casts", [False, True], ids=["plain", "autocast"])
+def test_projections_of_other_dtypes_are_left_to_the_layers(casts: bool) -> None:
+    layers = [nn.Linear(6, 4, bias=False).double() for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+        assert {y.dtype for y in projections(torch.randn(5, 6, dtype=torch.float64), layers[:2], layers[2:])} == {torch.float64}
+        if not casts:
+            with pytest.raises(RuntimeError, match="dtype"):
+                projections(torch.randn(5, 6), layers[:2], layers[2:])
+
+
+def test_functions_of_torch_func_reach_the_input() -> None:
+    mlp = SwiGLU(8, 12)
+    x = torch.randn(3, 8)
+    through = torch.func.grad(lambda x: mlp(x).sum())(x)
+    torch.testing.assert_close(through, torch.autograd.grad(mlp(x.requires_grad_()).sum(), x)[0])

@@ -115,6 +115,13 @@ def test_compiles_as_one_graph(lengths: tuple[int, ...] | None, as_good_as_the_r
     as_good_as_the_reference(causal_conv1d, "torch", arguments, run=compiled)
 
 
+@pytest.mark.parametrize("taps", [1, 4])
+def test_results_lie_in_memory_as_the_compiler_is_told(taps: int) -> None:
+    x = torch.randn(2, 12, 7).transpose(1, 2)
+    for result in causal_conv1d(x, torch.randn(12, taps)):
+        assert result.is_contiguous()
+
+
 def test_autocast_changes_nothing() -> None:
     arguments = Problem(name="", T=37, D=8).build(dtype=torch.float32)
     expected = causal_conv1d(**arguments)[0]

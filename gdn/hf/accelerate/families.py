@@ -68,8 +68,8 @@ def _olmo_hybrid(layer: Any, x: Tensor) -> Projected:
     return Projected(qkv, layer.g_proj(x), layer.a_proj(x), layer.b_proj(x))
 
 
-LOSS_SOURCE = "daa131c9d3400c2a"
-"""The digest of the source code of `ForCausalLMLoss` that `loss.py` was compared with; another one stays as it is."""
+LOSS_SOURCES = ("daa131c9d3400c2a", "648bfdc187fa8a89")
+"""Digests of the source of `ForCausalLMLoss` and its `fixed_cross_entropy`, which `loss.py` was compared with; others stay as they are."""
 
 FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(

@@ -36,10 +36,9 @@ def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, min(start + size, tokens)), space[: tokens - start]
 
 
-def _factors(targets: Tensor, ignore_index: int, reduction: str, dtype: torch.dtype) -> Tensor:
-    """What the loss of each token counts, `[tokens, 1]`."""
-    counts = (targets != ignore_index).to(dtype)
-    return (counts / counts.sum() if reduction == "mean" else counts)[:, None]
+def _counted(targets: Tensor, ignore_index: int) -> Tensor:
+    """Which tokens count, `[tokens, 1]`."""
+    return (targets != ignore_index)[:, None]
 
 
 def _forward(logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, keep: bool) -> tuple[Tensor, Tensor]:
@@ -52,15 +51,18 @@ def _forward(logits: Tensor, targets: Tensor, ignore_index: int, reduction: str,
         log = torch.sub(part, largest, out=space).exp_().sum(1, keepdim=True).log_()
         losses[rows] = log + (largest - part.gather(1, at[rows]))
         total[rows] = log + largest
-    factors = _factors(targets, ignore_index, reduction, wide)
-    return (losses * factors).masked_fill_(factors == 0, 0).sum(), total
+    counted = _counted(targets, ignore_index)
+    loss = losses.masked_fill_(~counted, 0).sum()
+    return loss / counted.sum() if reduction == "mean" else loss, total
 
 
 def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor]:
     (logits, targets, ignore_index, reduction), (total,), (d_loss,) = args, saved, grads
     assert d_loss is not None
     at = targets.where(targets != ignore_index, 0)[:, None]
-    factors = _factors(targets, ignore_index, reduction, total.dtype) * d_loss
+    counted = _counted(targets, ignore_index)
+    # Where none counts, the mean is 0 / 0 and may reach no logit.
+    factors = (d_loss / counted.sum() if reduction == "mean" else d_loss).to(total.dtype).expand_as(counted).masked_fill(~counted, 0)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for rows, space in _chunks(logits):
         slope = torch.sub(logits[rows], total[rows], out=space).exp_().mul_(factors[rows])

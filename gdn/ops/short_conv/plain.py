@@ -104,7 +104,7 @@ def _forward(
     past, length = weight.shape[1] - 1, x.shape[1]
     if initial_state is None and cu_seqlens is None:  # the convolution pads, and no buffer is filled
         z = _correlate(x.to(accumulate_dtype(x.dtype)), weight, bias, pad=past)[:, :length]
-        y = (F.silu(z, inplace=True) if silu else z).to(x.dtype, memory_format=torch.contiguous_format)
+        y = (F.silu(z, inplace=True) if silu else z).to(x.dtype).contiguous()
         last = x[:, max(0, length - past) :]
         return y, F.pad(last, (0, 0, past - last.shape[1], 0)).clone(memory_format=torch.contiguous_format)
     rows = _rows(x, past, cu_seqlens, documents)
