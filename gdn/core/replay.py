@@ -420,37 +420,31 @@ def witness() -> Witness | None:
     return mode if isinstance(mode, Witness) else None
 
 
-class _Replayed:
-    """An operator whose calls are replayed."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, function)
-        self._function = function
-        self._outlines = Table()
-
-    def __call__(self, *args: Any, **named: Any) -> Any:
-        if is_compiling():
-            return self._function(*args, **named)
-        found = signature((len(args), *args, *named, *named.values()))
-        if found is None:
-            return self._function(*args, **named)
-        key, tensors = found
-        outline = self._outlines.get(key)
-        if outline is not None:
-            return outline.run(tensors) if outline else self._function(*args, **named)
-        if not distinct(tensors):
-            return self._function(*args, **named)
-        emptied = self._outlines.emptied
-        with Witness(tensors) as seen:
-            results = self._function(*args, **named)
-        self._outlines.keep(key, seen.finish(results) or False, emptied)
-        return results
-
-    def __reduce__(self) -> str:
-        """Pickles and copies are the operator itself, by its name."""
-        return self.__qualname__
-
-
 def replayed(function: Callable[P, R]) -> Callable[P, R]:
     """Replay the calls of an operator: a function of tensors that returns a tensor or a tuple of them. See the module's docstring."""
-    return cast("Callable[P, R]", _Replayed(function))
+    outlines = Table()
+
+    def call(*args: Any, **named: Any) -> Any:
+        if is_compiling():
+            return function(*args, **named)
+        found = signature((len(args), *args, *named, *named.values()))
+        if found is None:
+            return written(*args, **named)
+        key, tensors = found
+        outline = outlines.get(key)
+        if outline is not None:
+            return outline.run(tensors) if outline else written(*args, **named)
+        if not distinct(tensors):
+            return written(*args, **named)
+        emptied = outlines.emptied
+        with Witness(tensors) as seen:
+            results = written(*args, **named)
+        outlines.keep(key, seen.finish(results) or False, emptied)
+        return results
+
+    def written(*args: Any, **named: Any) -> Any:
+        return vars(call)["__wrapped__"](*args, **named)
+
+    # torch.compile knows what it has compiled by the code object: each operator has one of its own.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)
+    return cast("Callable[P, R]", functools.update_wrapper(call, function))

@@ -162,7 +162,7 @@ def test_operators_are_replayed_whole(name: str, replayed_here: list[str], monke
             arguments = changed(CASES[name][0][1](1), change)
             operator(**arguments)
             with monkeypatch.context() as patch:
-                patch.setattr(operator, "_function", _not_again)
+                patch.setattr(operator, "__wrapped__", _not_again)
                 operator(**arguments)
 
 
