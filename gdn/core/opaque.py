@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ Arguments = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
 
 
-class _Kernels:
+class _Kernels(ABC):
     """What calls in eager mode have in common, with a gradient or without."""
 
     results: int
@@ -39,13 +40,13 @@ class _Kernels:
         self._replay = replay
         self._calls = Table()
 
+    @abstractmethod
     def keeps(self, args: Arguments) -> bool:
         """Whether a backward will follow."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, args: Arguments, keep: bool) -> Tensors:
         """The results, and if `keep` what backward wants saved."""
-        raise NotImplementedError
 
     def _eager(self, args: Arguments) -> Tensors:
         seen = witness() if self._replay else None
@@ -248,7 +249,7 @@ class _Call:
         return self._record if self.keep else self.forward
 
     def _record(self, tensors: Sequence[Tensor]) -> Tensors:
-        return _Function.apply(self, *tensors)  # type: ignore[no-any-return]
+        return _Function.apply(self, *tensors)
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensors:
         """The results, and if a backward will follow what it wants saved."""
@@ -259,7 +260,7 @@ class _Call:
         results, recording = record(lambda: self._host(tensors), tensors)
         self.replay = recording is not None
         self._forward = None if recording is None else _replaying(recording)
-        return results  # type: ignore[return-value]
+        return results
 
     def _host(self, tensors: Sequence[Tensor]) -> Tensors:
         args, _ = self._arguments(tensors)

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S", bound=Sequence[Tensor | None])
 Tensors = Sequence[Tensor]
 Results = tuple[Tensor | None, ...]
 Step = tuple[Any, ...] | Callable[[list[Tensor], list[Any]], None]
@@ -159,7 +160,7 @@ class Recording:
         return tuple([None if i is None else held[i] for i in self.results])
 
 
-def record(host: Callable[[], Sequence[Tensor | None]], tensors: Tensors) -> tuple[Sequence[Tensor | None], Recording | None]:
+def record(host: Callable[[], S], tensors: Tensors) -> tuple[S, Recording | None]:
     """What `host` returns from distinct tensors, and how to do the same with others; None where that is impossible."""
     with Recorder(tensors) as recorder:
         results = host()

@@ -239,6 +239,7 @@ def test_the_grad_mode_belongs_to_a_call() -> None:
 
 def test_a_wrong_call_raises_every_time() -> None:
     x, short = numbers(), numbers(n=4)
+    no_tensor: Any = [1.0]
     for _ in range(3):
         scaled(x)
         with pytest.raises(ArgumentError, match="factor: expected no negative one, got -1"):
@@ -246,7 +247,7 @@ def test_a_wrong_call_raises_every_time() -> None:
         with pytest.raises(ArgumentError, match=r"bias: expected \[5\], got \[4\]"):
             scaled(x, bias=short)
         with pytest.raises(AttributeError, match="'list' object has no attribute"):
-            scaled([1.0])  # type: ignore[arg-type]
+            scaled(no_tensor)
     assert hosts().count("contract") == 1 + 3 * 3
 
 

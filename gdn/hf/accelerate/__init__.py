@@ -88,7 +88,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     for module, (forward, _) in plan.values():
         _set_forward(module, forward)
     for module in losses.values():
-        module._loss_function = causal_lm_loss  # type: ignore[assignment]
+        module._loss_function = causal_lm_loss
     changed = {name: what for name, (_, (_, what)) in plan.items()}
     report = Accelerated(model, changed | dict.fromkeys(losses, "cross_entropy in the cache of a CPU"))
     logger.info("%s", report)
@@ -134,7 +134,7 @@ def _plan(model: nn.Module) -> dict[str, tuple[nn.Module, Replacement]]:
     return plan
 
 
-def _losses(model: nn.Module, changed: set[nn.Module]) -> dict[str, nn.Module]:
+def _losses(model: nn.Module, changed: set[nn.Module]) -> dict[str, Any]:
     """By name: the modules that hold a changed one and take transformers' loss of causal language models as it is."""
     from transformers.loss import loss_utils
 
