@@ -337,6 +337,7 @@ def _schedule_forward(p: Plan, kind: Kind) -> Prepared:
 
 def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
     schedule, narrow = _schedule(p, kind), kind.dtypes[0]
+    parts = -(-p.V // p.launches["backward"].block)
     leaving = "leaving" if p.S else "entering"
     if p.S:
         use = p.launches["backward_summary"]
@@ -354,7 +355,7 @@ def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
             STAGES=use.stages,
         )  # fmt: skip
         use = p.launches["pairs"]
-        schedule.add(pairs_kernel, p.HV * p.slots, **use.resources, slab=slab, BV=use.block, STAGES=use.stages)
+        schedule.add(pairs_kernel, p.HV * p.slots, **use.resources, slab=slab, BV=use.block, PARTS=parts, STAGES=use.stages)
         use = p.launches["gradient"]
         schedule.add(
             gradient_kernel, 2 * _key_blocks(p) * p.H * p.slots, **use.resources, slab=slab, GROUP=p.HV // p.H, BK=use.block, BV=use.inner,
@@ -365,6 +366,7 @@ def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
         "states": ((p.slots, p.HV, p.V, p.K), narrow),
         "d_states": ((p.slots, p.HV, p.V, p.K), narrow),
         "errors": ((p.slots, p.HV, p.V, CHUNK), narrow),
+        "parts": ((p.slots, p.HV, parts, CHUNK), torch.float32),
         "pairs": ((p.slots, p.HV, CHUNK, CHUNK), narrow),
         "d_scores": ((p.slots, p.HV, CHUNK, CHUNK), narrow),
         "between": ((p.runs if p.slabs > 1 else 0, p.HV, p.K, p.V), torch.float32),

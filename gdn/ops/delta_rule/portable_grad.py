@@ -15,7 +15,7 @@ from gdn.ops.delta_rule.portable_prepare import (
     load_rows,
     pair_decay,
 )
-from gdn.ops.delta_rule.portable_scan import add_dot, dot, load_square, load_tile, program_place, store_rows
+from gdn.ops.delta_rule.portable_scan import add_dot, dot, load_square, load_tile, program_place
 
 
 @triton.jit
@@ -31,9 +31,10 @@ def pairs_kernel(
     gates,
     do,
     errors,
+    dv,
+    parts,
     d_scores,
     pairs,
-    dv,
     dbeta,
     cu_seqlens,
     chunk_table,
@@ -47,19 +48,19 @@ def pairs_kernel(
     HV,
     V: tl.constexpr,
     BV: tl.constexpr,
+    PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """What one chunk and value head needs no state for. Grid [slots * HV].
 
-    With R = U / beta the errors and dU the gradient of U:
+    With R = U / beta the errors:
 
         dP_ij = scale exp(G_i - G_j) beta_j dO_i.R_j   (i >= j)        gradient of q_i.k_j, d_scores [slots, HV, 64, 64]
-        dM_ij = -exp(G_i - G_j) beta_i beta_j dU_i.R_j (i > j)         gradient of k_i.k_j, pairs [slots, HV, 64, 64]
-        dv    = beta dU                     dbeta = R.dU, which is the diagonal of the product in dM
+        dM_ij = -exp(G_i - G_j) beta_j dv_i.R_j        (i > j)         gradient of k_i.k_j, pairs [slots, HV, 64, 64]
 
-    dv holds dU before and beta dU after.
+    and dbeta, the sum of what each program of `backward_kernel` found of it, parts [slots, HV, PARTS, 64].
     """
     hv = tl.program_id(0) % HV
     slot = tl.program_id(0) // HV
@@ -70,28 +71,20 @@ def pairs_kernel(
     i = tl.arange(0, C)
     tile = int64(chunk) * HV + hv
     slot = int64(slot) * HV + hv
+    db = tl.zeros((C,), tl.float32)
+    for part in tl.static_range(PARTS):
+        db += tl.load(parts + (slot * PARTS + part) * C + i)
+    tl.store(dbeta + (start + i) * HV + hv, db, mask=i < rows)
     p = tl.zeros((C, C), tl.float32)
     m = tl.zeros((C, C), tl.float32)
-    db = tl.zeros((C,), tl.float32)
     for first in tl.range(0, V, BV, num_stages=STAGES):
         error = load_tile(errors, slot, first, V, C, BV, C)
-        d_error = load_rows(dv + hv * V, start, rows, HV * V, first, V, BV)
         p = add_dot(p, load_rows(do + hv * V, start, rows, HV * V, first, V, BV), error, WIDE)
-        m = add_dot(m, d_error, error, WIDE)
-        wide = d_error.to(tl.float32)
-        if WIDE:
-            db += tl.sum(wide * tl.trans(error), 1)
-        tl.debug_barrier()  # all of dU is read before any of it is overwritten
-        store_rows(dv + hv * V, tl.trans(wide * load_gate(gates, tile, 2)[:, None]), start, rows, HV * V, first, V, BV)
-    if not WIDE:
-        db = diagonal(m)
-    tl.store(dbeta + (start + i) * HV + hv, db, mask=i < rows)
-    beta = load_gate(gates, tile, 2)
-    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE) * beta[None, :]
+        m = add_dot(m, load_rows(dv + hv * V, start, rows, HV * V, first, V, BV), error, WIDE)
+    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE) * load_gate(gates, tile, 2)[None, :]
     at = slot * (C * C) + (i[:, None] * C + i[None, :])
     tl.store(d_scores + at, (p * decay * scale).to(d_scores.dtype.element_ty))
-    m = tl.where(i[:, None] > i[None, :], m * decay * -beta[:, None], 0.0)
-    tl.store(pairs + at, m.to(pairs.dtype.element_ty))
+    tl.store(pairs + at, tl.where(i[:, None] > i[None, :], m * -decay, 0.0).to(pairs.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["slab"])
