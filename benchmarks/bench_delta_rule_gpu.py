@@ -375,7 +375,10 @@ QUICK = (1, 6, 8, 13)
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--tables", type=rows.chosen(TABLES), default=list(TABLES), help=f"comma list of {', '.join(TABLES)} (default: all)"
+        "--tables",
+        type=rows.chosen(TABLES),
+        default=list(TABLES),
+        help=f"comma list of {', '.join(TABLES)}, measured in the order named (default: all)",
     )
     parser.add_argument("--peers", type=rows.chosen(PEERS), default=[], help=f"comma list of {', '.join(PEERS)}")
     parser.add_argument("--match", default="", help='only rows with this in their name or kind, as "16/32 1x"')

@@ -42,6 +42,14 @@ def test_times_and_errors_stand_beside_each_other(tiny, tmp_path):
     assert text.count("\n") == 1 and "err 5.0e-01" in text
 
 
+def test_tables_stand_in_the_order_they_are_named(tiny):
+    """A run may be cut, so whoever needs one table first names it first."""
+    args = bench.parse(["--device", "cpu", "--tables", "errors,training,forward"])
+    found = bench.plan(args)
+    assert list(dict.fromkeys(r.problem["what"] for r in found)) == ["errors", "training", "forward"]
+    assert [r.problem["kind"] for r in found[:4]] == list(bench.KINDS)
+
+
 def test_a_missing_peer_does_not_end_the_run(tiny, monkeypatch):
     def missing(problem, device):
         raise ModuleNotFoundError("No module named 'flash_qla'")
