@@ -153,6 +153,70 @@ CASES = [
 ]
 
 
+DOUBLED = Problem(name="", T=192, HV=2, K=32, V=32, decay=0.01, top=2.0, full=True, keys="correlated", initial=True)
+
+
+def test_triton_is_half_as_wrong_as_the_textbook_where_rounding_grows() -> None:
+    """Little decays, keys are correlated and beta is 2: the solved pairs have many entries of about 1, and their rounding is most of all
+    errors. The textbook rounds the operands of its products as well; not those of its backward, which for g, where large numbers cancel,
+    no kernel of 16 bits can match. Operands of 8 bits in the solve alone, of either kind, pass the half."""
+    pytest.importorskip("triton")
+    actual, narrow, truth = [], [], []
+    before = OP.impls
+    for seed in range(SEEDS):
+        actual.append(compare.run(OP, "portable", DOUBLED.build(dtype=torch.bfloat16, device=DEVICE, seed=seed)))
+        OP.impls = (*before, Impl("narrow textbook", ""))
+        try:
+            narrow.append(compare.run(OP, "narrow textbook", DOUBLED.build(dtype=torch.bfloat16, seed=seed)))
+        finally:
+            OP.impls = before
+        truth.append(compare.run(OP, "reference", DOUBLED.build(seed=seed)))
+    ours, theirs, true = (compare.pool(each) for each in (actual, narrow, truth))
+    worse = {n: (compare.error(ours[n], true[n]), compare.error(theirs[n], true[n])) for n in true.names if n != "g"}
+    assert {name: errors for name, errors in worse.items() if not errors[0] <= errors[1] / 2} == {}
+
+
+@pytest.mark.parametrize("segment", [None, 1])
+@pytest.mark.parametrize(("values", "gradients_", "keys"), [(40, -60, 0), (-40, 20, 0), (0, 0, 9), (0, 0, -9)])
+def test_triton_takes_numbers_of_any_size(
+    values: int, gradients_: int, keys: int, segment: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, what comes back, and keys times powers of two give the same bits times powers of two, though products inside take fp16."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    if segment is not None:
+        monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: segment)
+    portable.plan.cache_clear()
+    found = []
+    for v, back, k in ((0, 0, 0), (values, gradients_, keys)):
+        powers = {"q": k, "k": k, "v": v, "g": 0, "beta": -2 * k, "initial_state": v - k}
+        built = DOUBLED.with_(T=130, H=1, HV=1).build(dtype=torch.bfloat16, device=DEVICE, gradient=False)
+        arguments = {n: (x.float() * 2.0 ** powers[n]).to(x.dtype).requires_grad_() for n, x in built.items()}
+        o, state = call("portable", arguments)
+        coming = [w.float() * 2.0 ** (back + power) for w, power in zip(compare.weights((o, state)), (0, k), strict=True)]
+        grads = torch.autograd.grad((o, state), leaves(arguments), [w.to(x.dtype) for w, x in zip(coming, (o, state), strict=True)])
+        scales = (v, v - k, *(v + back - powers[n] for n in powers))
+        found.append([x.double() * 2.0**-power for x, power in zip((o, state, *grads), scales, strict=True)])
+    portable.plan.cache_clear()
+    for plain, scaled in zip(*found, strict=True):
+        assert torch.equal(plain, scaled)
+        assert plain.isfinite().all() and plain.norm() > 0
+
+
+def test_triton_sums_the_gradient_of_beta_from_unrounded_numbers() -> None:
+    """Each token forgets what came before it, and the scores have few bits, so that only a rounded dU would have an error. Two programs
+    share the columns."""
+    pytest.importorskip("triton")
+    built = Problem(name="", T=70, HV=2, K=16, V=96).build(dtype=torch.bfloat16, device=DEVICE)
+    built["g"].data.fill_(-torch.inf)
+    built["k"].data.copy_(torch.eye(16)[torch.arange(70) % 16].unsqueeze(1))
+    built["q"].data.copy_(1.375 * built["k"].data)
+    o, _ = call("portable", {**built, "scale": 1.0})
+    coming = compare.weights((o,))[0]
+    (found,) = torch.autograd.grad(o, built["beta"], coming)
+    expected = 1.375 * (coming.double() * built["v"].double()).sum(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("parts", "name", "dtype"), CASES, ids=str)
 def test_triton_agrees_with_the_recurrence(parts: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

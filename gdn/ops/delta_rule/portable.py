@@ -11,8 +11,8 @@ before the chunk and S' the one after it:
     O   = scale diag(gamma) Q S + A U                   S' = gamma_last S + K^T diag(D) U
 
 Why this form. The inverse is taken with the gates inside, so nothing grows that the recurrence would not let grow, whatever the length
-of the keys. Only Phi, the correction, is rounded to the dtype of the inputs; the identity of R = (I - Phi diag(beta)) Z stays exact, and
-neither forward nor backward divides by beta. The backward keeps of the forward Phi, A and the gates (and, with segments, the states that
+of the keys. Only Phi, the correction, is rounded, for inputs of 16 bits to fp16 in units that suit it (`times_phi`); the identity of
+R = (I - Phi diag(beta)) Z stays exact, and neither forward nor backward divides by beta. The backward keeps of the forward Phi, A and the gates (and, with segments, the states that
 enter them, and the states where slabs begin); it recomputes the states.
 
 Backward, from dO and dS' (formulas in portable_grad.py for the rest):
@@ -429,7 +429,8 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
     maps = ((p.segments, p.HV, p.K, p.K), torch.float32) if p.wide else ((p.segments, p.HV, 2, p.K, p.K), torch.bfloat16)
     return Workspace(
         {
-            "phi": ((p.chunks, p.HV, CHUNK, CHUNK), dtype),
+            "phi": ((p.chunks, p.HV, CHUNK, CHUNK), torch.float32 if p.wide else torch.float16),
+            "units": ((p.chunks, p.HV), torch.float32),
             "scores": ((p.chunks, p.HV, CHUNK, CHUNK), dtype),
             "gates": ((p.chunks, p.HV, GATES, CHUNK), torch.float32),
             "norms": ((p.chunks if p.S else 0, p.HV), torch.float32),

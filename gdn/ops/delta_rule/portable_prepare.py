@@ -109,6 +109,7 @@ def pair_kernel(
     g,
     beta,
     phi,
+    units,
     scores,
     gates,
     norms,
@@ -128,6 +129,8 @@ def pair_kernel(
     WIDE: tl.constexpr,
 ):
     """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head. Grid [chunks * HV].
+
+    phi [chunks, HV, 64, 64] is Phi, or for inputs of 16 bits Phi in fp16 in units of a power of two, units [chunks, HV].
 
     gates [chunks, HV, 5, 64] fp32, rows: G, gamma, beta, D, the low part of G. Beyond the last token of a document g, beta and gamma are 0,
     so that whatever stands there is neither written nor read.
@@ -193,7 +196,19 @@ def pair_kernel(
         wrong = tl.dot(high, rough, wrong)
         solved = tl.dot(narrow, wrong.to(tl.float16), rough.to(tl.float32))
     solved = solved * length[:, None] * length[None, :]
+    if not WIDE:
+        up, unit = fitting(tl.max(tl.max(tl.abs(solved), 1), 0))
+        tl.store(units + tile, unit)
+        solved *= up
     tl.store(phi + at, solved.to(phi.dtype.element_ty))
+
+
+@triton.jit
+def fitting(largest):
+    """Powers of two, one the inverse of the other, of which the first takes numbers as large as this to 2^14 .. 2^15, where fp16 ends at 2^16.
+    What is no number or infinite comes out so."""
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
+    return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from gdn.core.portable_math import int64
-from gdn.ops.delta_rule.portable_prepare import C, load_gate, load_last, load_rows_again
+from gdn.ops.delta_rule.portable_prepare import C, fitting, load_gate, load_last, load_rows_again
 
 FORGOTTEN = tl.constexpr(-20.0)
 
@@ -161,11 +161,24 @@ def add_dot(acc, x, y, WIDE: tl.constexpr):
 
 
 @triton.jit
+def times_phi(x, phi, units, tile, WIDE: tl.constexpr):
+    """x [BV, 64] Phi, or its transpose. Phi is kept in units of a power of two of the chunk, and each row of x is taken in units of its own:
+    so all numbers fit fp16, whose products are eight times as exact as those of bfloat16. Where keys repeat with beta near 2, this rounding
+    would be most of the error of all results."""
+    if WIDE:
+        return dot(x, phi, WIDE)
+    else:
+        up, unit = fitting(tl.max(tl.abs(x), 1))
+        return tl.dot((x * up[:, None]).to(tl.float16), phi) * (unit * tl.load(units + tile))[:, None]
+
+
+@triton.jit
 def output_kernel(
     q,
     k,
     v,
     phi,
+    units,
     scores,
     gates,
     o,
@@ -237,7 +250,7 @@ def output_kernel(
             recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
             beta = load_gate(gates, tile, 2)[None, :]
             x = (tl.trans(v_rows).to(tl.float32) - recalled) * beta
-            u = x - beta * dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
+            u = x - beta * times_phi(x, tl.trans(load_square(phi, tile)), units, tile, WIDE)
             q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
             out = dot(narrow, tl.trans(q_rows), WIDE) * (load_gate(gates, tile, 1) * scale)[None, :]
             out = add_dot(out, u.to(k_rows.dtype), tl.trans(load_square(scores, tile)), WIDE)
@@ -253,6 +266,7 @@ def states_kernel(
     k,
     v,
     phi,
+    units,
     gates,
     states,
     errors,
@@ -315,7 +329,7 @@ def states_kernel(
             recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
             z = tl.trans(v_rows).to(tl.float32) - recalled
             beta = load_gate(gates, tile, 2)[None, :]
-            error = z - dot((z * beta).to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
+            error = z - times_phi(z * beta, tl.trans(load_square(phi, tile)), units, tile, WIDE)
             store_tile(errors, error, slot, first, V, C, BV, C)
             u = error * beta * load_gate(gates, tile, 3)[None, :]
             state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
@@ -326,6 +340,7 @@ def summary_kernel(
     k,
     v,
     phi,
+    units,
     gates,
     norms,
     initial,
@@ -397,7 +412,7 @@ def summary_kernel(
             recalled = dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
             beta = load_gate(gates, tile, 2)[None, :]
             x = (tl.where(identity, 0.0, tl.trans(v_rows).to(tl.float32)) - recalled) * beta
-            u = x - beta * dot(x.to(k_rows.dtype), tl.trans(load_square(phi, tile)), WIDE)
+            u = x - beta * times_phi(x, tl.trans(load_square(phi, tile)), units, tile, WIDE)
             u *= load_gate(gates, tile, 3)[None, :]
             state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
         if identity:
@@ -501,6 +516,7 @@ def backward_kernel(
     q,
     k,
     phi,
+    units,
     scores,
     gates,
     do,
@@ -578,7 +594,7 @@ def backward_kernel(
             do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
             x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
-            x -= dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
+            x -= times_phi(x * beta, load_square(phi, tile), units, tile, WIDE)
             if rows > 0:  # always: in a branch it stays out of the pipeline, whose copies would not fit shared memory
                 error = load_tile(errors, place, first, V, C, BV, C)
                 tl.store(parts + (place * BLOCKS + block) * C + tl.arange(0, C), tl.sum(x * error.to(tl.float32), 0))
@@ -600,6 +616,7 @@ def backward_summary_kernel(
     q,
     k,
     phi,
+    units,
     scores,
     gates,
     norms,
@@ -663,7 +680,7 @@ def backward_summary_kernel(
             do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
             x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
-            x -= dot((x * beta).to(k_rows.dtype), load_square(phi, tile), WIDE)
+            x -= times_phi(x * beta, load_square(phi, tile), units, tile, WIDE)
             gamma = load_gate(gates, tile, 1)[None, :]
             q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
             x *= gamma * -beta
