@@ -309,10 +309,14 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     initial = None if initial_state is None else _aligned(initial_state)
     schedule, workspace, more = p.prepared(_schedule_backward, _kind(q, k, v, g, beta, scale, initial, d_final is not None))
     dg = torch.empty((2 * _key_blocks(p), *g.shape), dtype=torch.float32, device=g.device)
+    shares = _key_blocks(p) if q.dtype == torch.bfloat16 else 1
+    d_written = dbeta if shares == 1 else torch.empty((shares, *beta.shape), dtype=torch.float32, device=beta.device)
     inputs = {"q": q, "k": k, "v": v, "g": g, "initial": initial, "do": do, "d_final": d_final}
-    outputs = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "dbeta": dbeta, "d_initial": d_initial}
+    outputs = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "dbeta": d_written, "d_initial": d_initial}
     bounds = {"cu_seqlens": cu_seqlens, "chunk_table": chunk_table, "chunk_offsets": chunk_offsets}
     schedule.run(inputs | outputs | bounds, (workspace, _aligned(saved[0])), *[(each, each.allocate(q)) for each in more])
+    if shares > 1:
+        dbeta = d_written.sum(0).to(beta.dtype)
     return [dq, dk, dv, dg.sum(0).to(g.dtype), dbeta, d_initial]
 
 
@@ -337,7 +341,6 @@ def _schedule_forward(p: Plan, kind: Kind) -> Prepared:
 
 def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
     schedule, narrow = _schedule(p, kind), kind.dtypes[0]
-    parts = -(-p.V // p.launches["backward"].block)
     leaving = "leaving" if p.S else "entering"
     if p.S:
         use = p.launches["backward_summary"]
@@ -355,7 +358,7 @@ def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
             STAGES=use.stages,
         )  # fmt: skip
         use = p.launches["pairs"]
-        schedule.add(pairs_kernel, p.HV * p.slots, **use.resources, slab=slab, BV=use.block, PARTS=parts, STAGES=use.stages)
+        schedule.add(pairs_kernel, p.HV * p.slots, **use.resources, slab=slab, BV=use.block, STAGES=use.stages)
         use = p.launches["gradient"]
         schedule.add(
             gradient_kernel, 2 * _key_blocks(p) * p.H * p.slots, **use.resources, slab=slab, GROUP=p.HV // p.H, BK=use.block, BV=use.inner,
@@ -366,7 +369,6 @@ def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
         "states": ((p.slots, p.HV, p.V, p.K), narrow),
         "d_states": ((p.slots, p.HV, p.V, p.K), narrow),
         "errors": ((p.slots, p.HV, p.V, CHUNK), narrow),
-        "parts": ((p.slots, p.HV, parts, CHUNK), torch.float32),
         "pairs": ((p.slots, p.HV, CHUNK, CHUNK), narrow),
         "d_scores": ((p.slots, p.HV, CHUNK, CHUNK), narrow),
         "between": ((p.runs if p.slabs > 1 else 0, p.HV, p.K, p.V), torch.float32),

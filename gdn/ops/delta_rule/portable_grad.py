@@ -10,12 +10,16 @@ from gdn.ops.delta_rule.portable_prepare import (
     SMALLEST_LOG_DECAY,
     C,
     chunk_rows,
+    divisor,
     load_gate,
     load_last,
     load_rows,
     pair_decay,
 )
-from gdn.ops.delta_rule.portable_scan import add_dot, dot, load_square, load_tile, program_place
+from gdn.ops.delta_rule.portable_scan import add_dot, dot, load_square, load_tile, program_place, store_rows
+
+SMALL_UNIT = tl.constexpr(2.0**-15)
+"""A unit of Phi below this: no entry passes 1/2."""
 
 
 @triton.jit
@@ -31,10 +35,9 @@ def pairs_kernel(
     gates,
     do,
     errors,
-    dv,
-    parts,
     d_scores,
     pairs,
+    dv,
     dbeta,
     cu_seqlens,
     chunk_table,
@@ -48,19 +51,19 @@ def pairs_kernel(
     HV,
     V: tl.constexpr,
     BV: tl.constexpr,
-    PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """What one chunk and value head needs no state for. Grid [slots * HV].
 
-    With R = U / beta the errors:
+    With R = U / beta the errors and dU the gradient of U:
 
         dP_ij = scale exp(G_i - G_j) beta_j dO_i.R_j   (i >= j)        gradient of q_i.k_j, d_scores [slots, HV, 64, 64]
-        dM_ij = -exp(G_i - G_j) beta_j dv_i.R_j        (i > j)         gradient of k_i.k_j, pairs [slots, HV, 64, 64]
+        dM_ij = -exp(G_i - G_j) beta_i beta_j dU_i.R_j (i > j)         gradient of k_i.k_j, pairs [slots, HV, 64, 64]
+        dbeta = R.dU, which is the diagonal of the product in dM, and for bf16 not the last word (`gradient_kernel`)
 
-    and dbeta, the sum of what each program of `backward_kernel` found of it, parts [slots, HV, PARTS, 64].
+    dv holds beta dU, but dU where beta is tiny, and becomes beta dU there too: without dU nothing would be left of dbeta where beta is 0.
     """
     hv = tl.program_id(0) % HV
     slot = tl.program_id(0) // HV
@@ -71,20 +74,32 @@ def pairs_kernel(
     i = tl.arange(0, C)
     tile = int64(chunk) * HV + hv
     slot = int64(slot) * HV + hv
-    db = tl.zeros((C,), tl.float32)
-    for part in tl.static_range(PARTS):
-        db += tl.load(parts + (slot * PARTS + part) * C + i)
-    tl.store(dbeta + (start + i) * HV + hv, db, mask=i < rows)
     p = tl.zeros((C, C), tl.float32)
     m = tl.zeros((C, C), tl.float32)
+    db = tl.zeros((C,), tl.float32)
     for first in tl.range(0, V, BV, num_stages=STAGES):
         error = load_tile(errors, slot, first, V, C, BV, C)
         p = add_dot(p, load_rows(do + hv * V, start, rows, HV * V, first, V, BV), error, WIDE)
-        m = add_dot(m, load_rows(dv + hv * V, start, rows, HV * V, first, V, BV), error, WIDE)
-    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE) * load_gate(gates, tile, 2)[None, :]
+        d_error = load_rows(dv + hv * V, start, rows, HV * V, first, V, BV)
+        m = add_dot(m, d_error, error, WIDE)
+        if WIDE:
+            db += tl.sum(d_error * tl.trans(error), 1)
+    if not WIDE:
+        db = diagonal(m)
+    beta = load_gate(gates, tile, 2)
+    known = divisor(beta)
+    tl.store(dbeta + (start + i) * HV + hv, db / known, mask=i < rows)
+    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE) * beta[None, :]
     at = slot * (C * C) + (i[:, None] * C + i[None, :])
     tl.store(d_scores + at, (p * decay * scale).to(d_scores.dtype.element_ty))
-    tl.store(pairs + at, tl.where(i[:, None] > i[None, :], m * -decay, 0.0).to(pairs.dtype.element_ty))
+    missing = tl.where(known == beta, 1.0, beta)
+    m = tl.where(i[:, None] > i[None, :], m * decay * -missing[:, None], 0.0)
+    tl.store(pairs + at, m.to(pairs.dtype.element_ty))
+    if tl.max(tl.where((i < rows) & (known != beta), 1, 0), 0) == 1:
+        for first in tl.range(0, V, BV, num_stages=1):
+            d_error = load_rows(dv + hv * V, start, rows, HV * V, first, V, BV).to(tl.float32)
+            tl.debug_barrier()  # all of dU is read before any of it is overwritten
+            store_rows(dv + hv * V, tl.trans(d_error * missing[:, None]), start, rows, HV * V, first, V, BV)
 
 
 @triton.jit(do_not_specialize=["slab"])
@@ -93,6 +108,7 @@ def gradient_kernel(
     k,
     g,
     gates,
+    units,
     do,
     states,
     errors,
@@ -103,6 +119,7 @@ def gradient_kernel(
     dq,
     dk,
     dg,
+    dbeta,
     cu_seqlens,
     chunk_table,
     T,
@@ -136,7 +153,13 @@ def gradient_kernel(
 
     and G_i receives q_i times its row of dq, k_i times the rows of the terms of dk in gamma and dM, minus k_i times those of the other
     three; the last G of the chunk receives the term in D with opposite sign and gamma_last <S, dS>. dg [2 * key blocks, tokens, HV] takes
-    the share of each program. For fp32 inputs what cancels in g is left out of the sums instead: the diagonal of dP, and the term in D of
+    the share of each program.
+
+    The terms of dk in D, dP and dM are beta_i times what the gradient of u_i makes of k_i, and k_i times them is beta dbeta. For bf16 that
+    has one rounding of a vector (of R, not of dU) instead of two, so it is dbeta [key blocks, tokens, HV], where beta is not tiny. But dP
+    and dM are rounded too, which matters more where Phi is large: there, by the unit of the chunk, dbeta of `pairs_kernel` stays.
+
+    For fp32 inputs what cancels in g is left out of the sums instead: the diagonal of dP, and the term in D of
     later tokens; under a strong decay it is larger than all that stays.
 
     No product is transposed to be the first operand of another: Triton 3.4 to 3.7.0 gets that wrong on Hopper. Nor is BK 32: that read
@@ -200,7 +223,12 @@ def gradient_kernel(
                 last = tl.sum(onward, 0)
             part = add_dot(part, tl.trans(dm), k_rows, WIDE)
             total += part
-            dG -= tl.sum(part * k_rows.to(tl.float32), 1)
+            written = tl.sum(part * k_rows.to(tl.float32), 1)
+            dG -= written
+            if dq.dtype.element_ty == tl.bfloat16:
+                share = dbeta + (int64(block // 2) * tokens * HV + (start + i) * HV + hv)
+                known = (divisor(beta) == beta) & (tl.load(units + tile + i * 0) < SMALL_UNIT)
+                tl.store(share, tl.where(known, written / divisor(beta), 0.0), mask=inside & (known | (block > 1)))
             overlap = tl.zeros((BV,), tl.float32)
             for first in tl.range(0, V, BV, num_stages=1):
                 state = load_block(states, slot, first, first_key, V, K, BV, BK).to(tl.float32)

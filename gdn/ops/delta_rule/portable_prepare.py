@@ -96,6 +96,12 @@ def load_gate(gates, tile, WHICH: tl.constexpr):
 
 
 @triton.jit
+def divisor(beta):
+    """beta, or 1 where it is tiny: what may be divided by."""
+    return tl.where(tl.abs(beta) < 0.00390625, 1.0, beta)
+
+
+@triton.jit
 def load_last(gates, tile):
     """The decay over the whole chunk: gamma D of its first token."""
     gate = gates + tile * (GATES * C)

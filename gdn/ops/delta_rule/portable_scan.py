@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from gdn.core.portable_math import int64
-from gdn.ops.delta_rule.portable_prepare import C, fitting, load_gate, load_last, load_rows_again
+from gdn.ops.delta_rule.portable_prepare import C, divisor, fitting, load_gate, load_last, load_rows_again
 
 FORGOTTEN = tl.constexpr(-20.0)
 
@@ -520,10 +520,8 @@ def backward_kernel(
     scores,
     gates,
     do,
-    errors,
     d_states,
     dv,
-    parts,
     d_final,
     leaving,
     between,
@@ -554,12 +552,10 @@ def backward_kernel(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The gradient of the state after each chunk of a slab, d_states [slots, HV, V, K], dv, d_initial, and in parts [slots, HV, value
-    blocks, 64] what the columns of a program add to dbeta = dU.R: here dU is still fp32, and the rounding of R alone is left in the sum.
+    """The gradient of the state after each chunk of a slab, d_states [slots, HV, V, K], dv = beta dU but dU where beta is tiny, and d_initial.
     between [runs, HV, K, V]: the gradient of the state between this slab and the next, afterwards that between the one before and this.
     Grid [runs * HV * value blocks]."""
-    BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    block, hv, index = program_place(BLOCKS, HV)
+    block, hv, index = program_place((V + BV - 1) // BV, HV)
     first = block * BV
     h = hv // (HV // H)
     begin, end, d0, d1, run_end, offset = slab_bounds(index, slab, width, chunk_table, chunks, per_row, documents, S, SEGMENTS, PACKED)
@@ -586,24 +582,19 @@ def backward_kernel(
             start = token + inside
             rows = length - inside
             tile = int64(chunk) * HV + hv
-            place = int64(chunk + offset) * HV + hv
             k_rows = load_rows_again(k + h * K, start, rows, k_stride, 0, K, BK)
             narrow = state.to(k_rows.dtype)
-            store_tile(d_states, narrow, place, first, V, K, BV, BK)
+            store_tile(d_states, narrow, int64(chunk + offset) * HV + hv, first, V, K, BV, BK)
             x = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
             do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
             x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
             x -= times_phi(x * beta, load_square(phi, tile), units, tile, WIDE)
-            if rows > 0:  # always: in a branch it stays out of the pipeline, whose copies would not fit shared memory
-                error = load_tile(errors, place, first, V, C, BV, C)
-                tl.store(parts + (place * BLOCKS + block) * C + tl.arange(0, C), tl.sum(x * error.to(tl.float32), 0))
-            x *= beta
-            store_rows(dv + hv * V, x, start, rows, HV * V, first, V, BV)
+            store_rows(dv + hv * V, x * divisor(beta), start, rows, HV * V, first, V, BV)
             gamma = load_gate(gates, tile, 1)[None, :]
             q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
             state = add_dot(state * load_last(gates, tile), (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype), q_rows, WIDE)
-            state = add_dot(state, (x * -gamma).to(k_rows.dtype), k_rows, WIDE)
+            state = add_dot(state, (x * (gamma * -beta)).to(k_rows.dtype), k_rows, WIDE)
         if INITIAL:
             if (low < high and low == c0) or c0 == c1:
                 store_state(d_initial + slot * (K * V), state, first, K, V, BK, BV)
