@@ -12,8 +12,8 @@ before the chunk and S' the one after it:
 
 Why this form. The inverse is taken with the gates inside, so nothing grows that the recurrence would not let grow, whatever the length
 of the keys. Only Phi, the correction, is rounded, for inputs of 16 bits to fp16 in units that suit it (`times_phi`); the identity of
-R = (I - Phi diag(beta)) Z stays exact, and neither forward nor backward divides by beta. The backward keeps of the forward Phi, A and the gates (and, with segments, the states that
-enter them, and the states where slabs begin); it recomputes the states.
+R = (I - Phi diag(beta)) Z stays exact, and only the gradient of a beta that is not tiny is a quotient by it. The backward keeps of the
+forward Phi, A and the gates (and, with segments, the states that enter them, and the states where slabs begin); it recomputes the states.
 
 Backward, from dO and dS' (formulas in portable_grad.py for the rest):
 
