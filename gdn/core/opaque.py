@@ -10,7 +10,8 @@
 In eager mode a call costs one `torch.autograd.Function`; without gradients it costs nothing. Under the compiler the same functions are
 `gdn::scaled` and `gdn::scaled_backward`, so that the graph never breaks. `InPlace` is the counterpart for kernels that write into their
 arguments. Both run with autocast off: a hand-written kernel chooses its own precision, and a matrix product that says float32 means it.
-With `replay=True` an eager call or its backward that is like one before is replayed (replay.py).
+With `replay=True` an eager call or its backward that is like one before is replayed (replay.py), and kernels that have to be compiled are
+compiled at the same time (foresight.py): forward's and backward's from the first launch on, under the compiler while it still traces.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdn.core.replay import Recording, Table, distinct, record, signature, witness
+from gdn.core.foresight import Launches, begin, foreseeing, without_data, written
+from gdn.core.replay import FIRST_DEVICE, Recording, Table, distinct, record, signature, witness
 
 Arguments = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
@@ -80,7 +82,9 @@ class Opaque(_Kernels):
         fake: like forward, on tensors without data.
         results: how many of forward's tensors are results.
         differentiable: names of the tensor arguments that have a gradient.
-        replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay.signature`.
+        replay: a promise: both launch kernels by `portable_launch.launch` alone, decide by their arguments' `replay.signature`, and
+            can be run on meta tensors to see which kernels.
+        expected: how many of the results usually have a gradient: the kernels of the backward are compiled ahead for these.
     """
 
     def __init__(
@@ -93,16 +97,23 @@ class Opaque(_Kernels):
         results: int,
         differentiable: tuple[str, ...],
         replay: bool = False,
+        expected: int | None = None,
     ) -> None:
         super().__init__(replay)
         names = list(inspect.signature(forward).parameters)
         if names[-1] != "keep":
             raise TypeError(f"{name}: the last parameter of forward must be keep, got {names[-1]}")
         self.name = name
+        self._hosts = forward, backward
         self.forward = _without_autocast(forward)
         self.backward = _without_autocast(backward)
+        if replay:
+            self.forward = _foreseeing(self.forward, self._launches)
+            self.backward = _foreseeing(self.backward, self._backward_launches)
         self.fake = fake
         self.results = results
+        self.expected = results if expected is None else expected
+        self._begun: set[Any] = set()
         self.places = tuple(names.index(n) for n in differentiable)
         self._operator = self._register()
 
@@ -126,10 +137,39 @@ class Opaque(_Kernels):
                 out[place] = gradient
         return out
 
+    def _launches(self, *args: Any) -> Launches:
+        """Of forward, and of the backward that will follow."""
+        given = without_data(args)
+        tensors, launches = written(lambda: self._hosts[0](*given))
+        yield launches
+        if args[-1]:
+            grads = [x if i < self.expected else None for i, x in enumerate(tensors[: self.results])]
+            yield from self._backward_launches(given[:-1], tensors[self.results :], grads)
+
+    def _backward_launches(self, args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> Launches:
+        given = without_data((args, saved, grads))
+        yield written(lambda: self._hosts[1](*given))[1]
+
+    def _traced(self, *args: Any) -> Tensors:
+        """`fake`, and what will run begins to be compiled."""
+        if self._replay and torch.cuda.is_initialized():
+            self._compile_ahead(args)
+        return self.fake(*args)
+
+    def _compile_ahead(self, args: Arguments) -> None:
+        parts = [(*a.shape, *a.stride()) if isinstance(a, Tensor) else (a,) for a in args]
+        device = _first_tensor(args).get_device()
+        if device < FIRST_DEVICE or any(isinstance(n, (torch.SymInt, torch.SymFloat)) for part in parts for n in part):
+            return
+        key = (device, *parts, *[a.dtype for a in args if isinstance(a, Tensor)])
+        if key not in self._begun:
+            self._begun.add(key)
+            begin(self._launches(*args), device)
+
     def _register(self) -> Callable[..., Any]:
         """Register `name` and `name_backward` with fakes and an autograd formula."""
         forward = torch.library.custom_op(self.name, self.forward, mutates_args=(), schema=_schema(self.forward))
-        forward.register_fake(self.fake)
+        forward.register_fake(self._traced)
 
         backward = self._register_backward()
 
@@ -220,6 +260,15 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
         device = _first_tensor(args).device.type
         with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
+def _foreseeing(function: Callable[..., Any], more: Callable[..., Launches]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with foreseeing(lambda: more(*args)):
             return function(*args)
 
     return run

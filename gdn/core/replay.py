@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
+
+from gdn.core.foresight import without_modes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -394,7 +396,7 @@ class Witness(_Mode):
 
     def call(self, find: Callable[[tuple[Any, ...]], tuple[Call, Tensors]], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """By a call that can be replayed, which `find` gives with its tensors."""
-        with _disable_current_modes():
+        with without_modes():
             call, tensors = find(args)
             results = call(tensors)
         self._calls.append((call, [self._place(x) for x in tensors]))

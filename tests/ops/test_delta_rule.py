@@ -281,7 +281,6 @@ def test_triton_peak_memory(B: int, T: int, H: int, HV: int, most: int, monkeypa
     portable = pytest.importorskip("gdn.ops.delta_rule.portable")
     portable_schedule = pytest.importorskip("gdn.core.portable_schedule")
     monkeypatch.setattr(portable_schedule, "launch", lambda *args, **options: None)
-    monkeypatch.setattr(portable_schedule, "compile_together", lambda calls: None)
     monkeypatch.setattr(portable.hardware, "multiprocessors", lambda index: 132)
     with LiveBytes() as count:
         q, k, v = (torch.empty(B, T, heads, 128, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (H, H, HV))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gdn import ops
-from gdn.core import checks, opaque, replay
+from gdn.core import checks, foresight, opaque, portable_launch, replay
 from gdn.core.dispatch import use
 from gdn.core.packing import Packing
 from gdn.ops.delta_fused import GateParameters
@@ -83,7 +84,7 @@ def tensors_of(results: Any) -> list[Tensor]:
 
 
 def run(name: str, build: Build, seed: int, gradient: str) -> list[Tensor]:
-    """Results, gradients of all of them or of the last alone, and what is updated in place."""
+    """Results, gradients of all of them or of the first or last alone, and what is updated in place."""
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def run(name: str, build: Build, seed: int, gradient: str) -> list[Tensor]:
     if gradient == "none":
         return results + leaves
     generator = torch.Generator().manual_seed(seed)
-    chosen = results if gradient == "all" else results[-1:]
+    chosen = results if gradient == "all" else results[:1] if gradient == "first" else results[-1:]
     slopes = [torch.randn(x.shape, generator=generator).to(x) for x in chosen]
     found = torch.autograd.grad(chosen, leaves, slopes, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in results] + list(found)
@@ -152,6 +153,39 @@ def test_segments_and_slabs_are_replayed(
             assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
     portable.plan.cache_clear()
     assert len(replayed_here) >= 2 * 6
+
+
+@pytest.mark.parametrize(("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in CASES.items() for p, b in cases])
+def test_kernels_are_foreseen(name: str, build: Build, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first launch of each forward knows all compiled code that it and its backward will want, if the first result has a gradient."""
+    launch, foreseen, wanted = portable_launch._launch, set[Any](), list[Any]()
+
+    def code(what: portable_launch.Launch) -> tuple[Any, ...]:
+        return what._replace(kernel=compiler(what.kernel.fn)).name(-1)[0]
+
+    def launched(what: portable_launch.Launch, grid: tuple[int, ...], device: int) -> Any:
+        if not backward:
+            foreseen.update(code(each) for some in foresight.taken() for each in some)
+        wanted.append(code(what))
+        return launch(what, grid, device)
+
+    monkeypatch.setattr(checks, "not_positive", lambda *arguments: None)
+    monkeypatch.setattr(portable_launch, "_launch", launched)
+    backward: list[bool] = []
+    gradients = opaque._Call._backward_host
+    monkeypatch.setattr(opaque._Call, "_backward_host", lambda *arguments: (backward.append(True), gradients(*arguments))[1])
+    with use(**{name: "portable", "gated_delta_rule": "portable"}):
+        run(name, build, 1, "none" if name.endswith("_step") else "first")
+    assert wanted and bool(backward) != name.endswith("_step")
+    assert name.endswith("_step") or foreseen == set(wanted)
+
+
+@functools.cache
+def compiler(kernel: Any) -> Any:
+    """What would compile a kernel, which in the interpreter knows nothing of its parameters."""
+    from triton.runtime.jit import JITFunction
+
+    return JITFunction(kernel)
 
 
 def _not_again(*arguments: Any) -> Any:

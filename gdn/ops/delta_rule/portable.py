@@ -83,7 +83,6 @@ class Launch:
 class Kind(NamedTuple):
     """What the launches of a call depend on beside its sizes. All pointers are multiples of 16 bytes."""
 
-    device: int
     dtypes: tuple[torch.dtype, ...]
     """Of q, g and beta."""
     strides: tuple[int, ...]
@@ -450,7 +449,7 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor |
 
 def _kind(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, also: bool) -> Kind:
     strides = (q.stride(1), k.stride(1), v.stride(1))
-    return Kind(q.get_device(), (q.dtype, g.dtype, beta.dtype), strides, scale, initial is not None, also)
+    return Kind((q.dtype, g.dtype, beta.dtype), strides, scale, initial is not None, also)
 
 
 def _fake(
@@ -487,6 +486,7 @@ _OPAQUE = Opaque(
     results=2,
     differentiable=("q", "k", "v", "g", "beta", "initial_state"),
     replay=True,
+    expected=1,
 )
 
 

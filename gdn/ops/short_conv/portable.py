@@ -450,6 +450,7 @@ _CONV = Opaque(
     results=2,
     differentiable=("x", "weight", "bias", "initial_state"),
     replay=True,
+    expected=1,
 )
 
 
