@@ -10,8 +10,8 @@
 In eager mode a call costs one `torch.autograd.Function`; without gradients it costs nothing. Under the compiler the same functions are
 `gdn::scaled` and `gdn::scaled_backward`, so that the graph never breaks. `InPlace` is the counterpart for kernels that write into their
 arguments. Both run with autocast off: a hand-written kernel chooses its own precision, and a matrix product that says float32 means it.
-With `replay=True` an eager call or its backward that is like one before is replayed (replay.py), and kernels that have to be compiled are
-compiled at the same time (foresight.py): forward's and backward's from the first launch on, under the compiler while it still traces.
+With `replay=True` an eager call or its backward that is like one before is replayed (replay.py). With `foreseen=True` the Triton kernels of
+both are compiled at the same time (foresight.py), from the first launch on, or under the compiler while it still traces.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Opaque(_Kernels):
         fake: like forward, on tensors without data.
         results: how many of forward's tensors are results.
         differentiable: names of the tensor arguments that have a gradient.
-        replay: a promise: both launch kernels by `portable_launch.launch` alone, decide by their arguments' `replay.signature`, and
-            can be run on meta tensors to see which kernels.
+        replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay.signature`.
+        foreseen: a promise: which Triton kernels both launch follows from what meta tensors have too. By default like `replay`.
         expected: how many of the results usually have a gradient: the kernels of the backward are compiled ahead for these.
     """
 
@@ -97,6 +97,7 @@ class Opaque(_Kernels):
         results: int,
         differentiable: tuple[str, ...],
         replay: bool = False,
+        foreseen: bool | None = None,
         expected: int | None = None,
     ) -> None:
         super().__init__(replay)
@@ -107,7 +108,8 @@ class Opaque(_Kernels):
         self._hosts = forward, backward
         self.forward = _without_autocast(forward)
         self.backward = _without_autocast(backward)
-        if replay:
+        self._foreseen = replay if foreseen is None else foreseen
+        if self._foreseen:
             self.forward = _foreseeing(self.forward, self._launches)
             self.backward = _foreseeing(self.backward, self._backward_launches)
         self.fake = fake
@@ -152,7 +154,7 @@ class Opaque(_Kernels):
 
     def _traced(self, *args: Any) -> Tensors:
         """`fake`, and what will run begins to be compiled."""
-        if self._replay and torch.cuda.is_initialized():
+        if self._foreseen and torch.cuda.is_initialized():
             self._compile_ahead(args)
         return self.fake(*args)
 

@@ -18,12 +18,18 @@ from gdn import ops
 from gdn.core import checks, foresight, opaque, portable_launch, replay
 from gdn.core.dispatch import use
 from gdn.core.packing import Packing
+from gdn.ops.attention import problems as attentions
+from gdn.ops.delta_channel import problems as channels
 from gdn.ops.delta_fused import GateParameters
 from gdn.ops.delta_fused import problems as cores
 from gdn.ops.delta_rule import problems as rules
 from gdn.ops.delta_step import problems as steps
 from gdn.ops.gates import problems as gates
+from gdn.ops.linear_recurrence import problems as linears
+from gdn.ops.loss import problems as losses
 from gdn.ops.norm import problems as norms
+from gdn.ops.projection import problems as projections
+from gdn.ops.qkv import problems as qkvs
 from gdn.ops.rotary import problems as rotaries
 from gdn.ops.short_conv import problems as convs
 from gdn.ops.state_space import problems as spaces
@@ -155,7 +161,42 @@ def test_segments_and_slabs_are_replayed(
     assert len(replayed_here) >= 2 * 6
 
 
-@pytest.mark.parametrize(("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in CASES.items() for p, b in cases])
+FORESEEN: dict[str, list[tuple[str, Build]]] = {
+    "swiglu_linear": short(projections, make="build_swiglu")[:1],
+    "gated_rms_norm_linear": short(projections, make="build_norm")[:1],
+    "convolved_qkv": short(qkvs)[:4],
+    "linear_cross_entropy": short(losses)[:3],
+    "windowed_sigmoid_attention": [
+        (
+            name,
+            lambda seed, more=more: attentions.Problem(name="", T=66, window=7, **more).build(
+                slopes=True, dtype=torch.bfloat16, device=DEVICE
+            ),
+        )
+        for name, more in (("plain", {}), ("packed", {"lengths": (60, 6)}))
+    ],
+    **{
+        name: [
+            (
+                "initial",
+                lambda seed, k=kind: linears.Problem(name="", T=66, HV=2, initial=True).build(k, dtype=torch.bfloat16, device=DEVICE),
+            )
+        ]
+        for name, kind in (("linear_attention", "head"), ("gated_linear_attention", "key"), ("value_gated_linear_attention", "value"))
+    },
+    "channel_delta_rule": [
+        (
+            "initial",
+            lambda seed: channels.Problem(rule=rules.Problem(name="", T=66, initial=True)).build(dtype=torch.bfloat16, device=DEVICE),
+        )
+    ],
+}
+"""More operators, which are not replayed."""
+
+
+@pytest.mark.parametrize(
+    ("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in (CASES | FORESEEN).items() for p, b in cases]
+)
 def test_kernels_are_foreseen(name: str, build: Build, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first launch of each forward knows all compiled code that it and its backward will want, if the first result has a gradient."""
     launch, foreseen, wanted = portable_launch._launch, set[Any](), list[Any]()

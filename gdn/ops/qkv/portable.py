@@ -227,4 +227,4 @@ def _sizes(
     return rows * pieces * blocks, rows * pieces, (length, pieces), constants, warps
 
 
-_QKV = Opaque("gdn::convolved_qkv_portable", _forward, _backward, fake=_fake, results=3, differentiable=("x", "weight"))
+_QKV = Opaque("gdn::convolved_qkv_portable", _forward, _backward, fake=_fake, results=3, differentiable=("x", "weight"), foreseen=True)
