@@ -18,7 +18,6 @@ in a replay they live as long as the call. A call that raises leaves nothing beh
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
@@ -31,14 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from gdn.core.foresight import without_modes
+from gdn.core.replay_source import Run, Source
 
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound=Sequence[Tensor | None])
 Tensors = Sequence[Tensor]
-Results = tuple[Tensor | None, ...]
-Step = tuple[Any, ...] | Callable[[list[Tensor], list[Any]], None]
-"""A launch: what `Recording.run` unpacks. Or given the tensors and the arguments of kernels; what it makes it appends to both."""
 
 FIRST_DEVICE = 0
 """The CPU is device -1."""
@@ -117,49 +114,11 @@ def distinct(tensors: Tensors) -> bool:
 
 @dataclass(frozen=True)
 class Recording:
-    """What a host did with tensors; `run` does it with others of the same signature.
+    """What a host did with tensors."""
 
-    Tensors are numbered: those given, fresh ones, then those that steps make. Arguments of kernels are too: addresses of given tensors,
-    constants, addresses of fresh tensors, addresses inside, then those of tensors that steps make.
-    """
-
-    device: int
-    constants: list[Any]
-    fresh: list[tuple[Tensor, tuple[int, ...] | None]]
-    """What to allocate: a tensor of the same shape and dtype, but of one element in memory, and strides unless dense."""
-    inside: list[tuple[int, int]]
-    """Addresses in the middle of a tensor: the argument that is its beginning, and how many bytes after it."""
-    steps: list[Step]
-    results: list[int | None]
-
-    @property
-    def launches_only(self) -> bool:
-        return all(isinstance(step, tuple) for step in self.steps)
-
-    def run(self, tensors: Tensors) -> Results:
-        if self.device != torch._C._cuda_getDevice():
-            with torch.cuda.device(self.device):
-                return self.run(tensors)
-        held = list(tensors)
-        arguments: list[Any] = [x.data_ptr() for x in tensors]
-        arguments += self.constants
-        for like, strides in self.fresh:
-            if strides is None:  # the quickest of all ways to allocate
-                x = torch.empty_like(like, memory_format=torch.contiguous_format)
-            else:
-                x = torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
-            held.append(x)
-            arguments.append(x.data_ptr())
-        for beginning, offset in self.inside:
-            arguments.append(arguments[beginning] + offset)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        for step in self.steps:
-            if isinstance(step, tuple):
-                start, x, y, z, between, take = step
-                start(x, y, z, stream, *between, *take(arguments))
-            else:
-                step(held, arguments)
-        return tuple([None if i is None else held[i] for i in self.results])
+    run: Run
+    """Does it with others of the same signature."""
+    launches_only: bool
 
 
 def record(host: Callable[[], S], tensors: Tensors) -> tuple[S, Recording | None]:
@@ -181,7 +140,9 @@ Address = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Launch:
-    start: tuple[Any, ...]
+    start: Callable[..., None]
+    grid: tuple[int, ...]
+    between: tuple[Any, ...]
     packed: bool
     """Whether it takes its arguments as one tuple."""
     arguments: list[Address | list[Any]]
@@ -195,8 +156,8 @@ class _Operator:
     named: dict[str, Any]
     tensors: list[tuple[int, int]]
     """Which argument is which tensor."""
-    makes: bool
-    """A new tensor, rather than to write into an argument."""
+    makes: int | None
+    """A new tensor; or it writes into an argument."""
 
 
 class _Mode(TorchDispatchMode):
@@ -217,7 +178,7 @@ class Recorder(_Mode):
         self._names: dict[int, int] = {}
         self._memory: dict[int, int | None] = {}
         self._fresh: list[int] = []
-        self._made: list[int] = []
+        self._made: set[int] = set()
         self._steps: list[_Launch | _Operator] = []
         for x in tensors:
             self._hold(x)
@@ -240,38 +201,35 @@ class Recorder(_Mode):
         """By `portable_launch.launch`: a kernel was launched. The starter is how to launch it again."""
         start, between, packed = starter
         arguments = [self._address(a) if isinstance(a, Tensor) else [a] for a in args]
-        self._steps.append(_Launch((start, *(*grid, 1, 1)[:3], between), packed, arguments))
+        self._steps.append(_Launch(start, (*grid, 1, 1)[:3], between, packed, arguments))
 
     def finish(self, results: Sequence[Tensor | None]) -> Recording | None:
         places = [None if x is None else self._place(x) for x in results]
         if self.refused:
             return None
-        launches = [step for step in self._steps if isinstance(step, _Launch)]
-        addresses = list(dict.fromkeys(a for launch in launches for a in launch.arguments if isinstance(a, tuple)))
-        constants = [a[0] for launch in launches for a in launch.arguments if isinstance(a, list)]
-        used = {i for i, _ in addresses} | {i for step in self._steps if isinstance(step, _Operator) for _, i in step.tensors} | set(places)
-        given, fresh = list(range(self._given)), [i for i in self._fresh if i in used]
-        inside = [a for a in addresses if a[1]]
-        begins = [[(i, 0) for i in group] for group in (given, fresh, self._made)]
-        argument = {a: n for n, a in enumerate([*begins[0], *constants, *begins[1], *inside, *begins[2]]) if isinstance(a, tuple)}
-        number = {i: n for n, i in enumerate([*given, *fresh, *self._made])}
-        rest = iter(range(len(given), len(given) + len(constants)))
-        steps: list[Step] = []
+        source = Source(self._held[0].get_device(), self._given)
+        used = self._used(places)
+        for i in self._fresh:
+            if i in used:
+                source.allocate(i, *_template(self._held[i]))
         for step in self._steps:
             if isinstance(step, _Launch):
-                taken = [argument[a] if isinstance(a, tuple) else next(rest) for a in step.arguments]
-                take = operator.itemgetter(*taken) if len(taken) > 1 else operator.itemgetter(slice(taken[0], taken[0] + 1))
-                steps.append((*step.start, _packing(take) if step.packed else take))
+                arguments = [source.address(*a) if isinstance(a, tuple) else source.constant(a[0]) for a in step.arguments]
+                source.launch(step.start, step.grid, step.between, arguments, step.packed)
             else:
-                steps.append(_operating(step, [(n, number[i]) for n, i in step.tensors]))
-        return Recording(
-            self._held[0].get_device(),
-            constants,
-            [_template(self._held[i]) for i in fresh],
-            [(argument[i, 0], offset) for i, offset in inside],
-            steps,
-            [None if i is None else number[i] for i in places],
-        )
+                tensors = dict(step.tensors)
+                arguments = [f"x{tensors[n]}" if n in tensors else source.constant(a) for n, a in enumerate(step.arguments)]
+                source.operator(step.makes, step.function, arguments, step.named)
+        return Recording(source.finish(places), all(isinstance(step, _Launch) for step in self._steps))
+
+    def _used(self, results: Sequence[int | None]) -> set[int | None]:
+        """Tensors that anything needs."""
+        used = set(results)
+        for step in self._steps:
+            used.update(
+                [a[0] for a in step.arguments if isinstance(a, tuple)] if isinstance(step, _Launch) else [i for _, i in step.tensors]
+            )
+        return used
 
     def _hold(self, x: Tensor) -> int:
         """One more tensor, and it is known by itself and by its memory, if that is its alone."""
@@ -286,10 +244,11 @@ class Recorder(_Mode):
         tensors = [(n, self._place(a)) for n, a in enumerate(args) if isinstance(a, Tensor)]
         if len(tensors) != sum(isinstance(leaf, Tensor) for leaf in tree_leaves((args, named))):
             self.refused = True  # tensors in lists or by name
-        makes = id(out) not in self._names
+        makes = None
+        if id(out) not in self._names:
+            makes = self._hold(out)
+            self._made.add(makes)
         self._steps.append(_Operator(func, [None if isinstance(a, Tensor) else a for a in args], named, tensors, makes))
-        if makes:
-            self._made.append(self._hold(out))
 
     def _base(self, x: Tensor) -> int:
         """The only tensor that has the memory of x."""
@@ -320,11 +279,11 @@ class Recorder(_Mode):
         geometry = x.size(), x.stride(), x.storage_offset()
         if geometry == (held.size(), held.stride(), held.storage_offset()):
             return base
-        self._steps.append(_Operator(torch.as_strided, [None, *geometry], {}, [(0, base)], True))
         i = len(self._held)
         self._held.append(x)
         self._names[id(x)] = i
-        self._made.append(i)
+        self._made.add(i)
+        self._steps.append(_Operator(torch.as_strided, [None, *geometry], {}, [(0, base)], i))
         return i
 
 
@@ -341,25 +300,6 @@ def _template(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
 def _element(dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.empty((), dtype=dtype, device=device)
-
-
-def _packing(take: Callable[[list[Any]], Any]) -> Callable[[list[Any]], tuple[Any]]:
-    return lambda arguments: (take(arguments),)
-
-
-def _operating(called: _Operator, tensors: list[tuple[int, int]]) -> Step:
-    function, named = called.function, called.named
-
-    def step(held: list[Tensor], arguments: list[Any]) -> None:
-        given = called.arguments.copy()
-        for n, i in tensors:
-            given[n] = held[i]
-        out = function(*given, **named)
-        if called.makes:
-            held.append(out)
-            arguments.append(out.data_ptr())
-
-    return step
 
 
 Call = Callable[[Tensors], tuple[Tensor, ...]]
