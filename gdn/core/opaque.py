@@ -55,19 +55,19 @@ class _Kernels(ABC):
         if seen is not None:
             return seen.call(self._find, args)
         call, tensors = self._find(args)
-        return call(tensors)
+        return call.first(tensors)
 
-    def _find(self, args: Arguments) -> tuple[Callable[[Sequence[Tensor]], Tensors], Sequence[Tensor]]:
+    def _find(self, args: Arguments) -> tuple[_Call, Sequence[Tensor]]:
         """The call with these arguments, known or new, and its tensors."""
         found = signature(args) if self._replay else None
         if found is None:
-            return _Call(self, args, replay=False).run, [a for a in args if isinstance(a, Tensor)]
+            return _Call(self, args, replay=False), [a for a in args if isinstance(a, Tensor)]
         key, tensors = found
         call = self._calls.get(key)
         if call is None:
             call = _Call(self, args, replay=True)
             self._calls.keep(key, call, self._calls.emptied)
-        return call.run, tensors
+        return call, tensors
 
 
 class Opaque(_Kernels):
@@ -295,11 +295,13 @@ class _Call:
         self._forward: Callable[[Sequence[Tensor]], Any] | None = None
         self._backwards: dict[Any, Callable[[Sequence[Tensor]], Any] | None] = {}
 
-    @property
-    def run(self) -> Callable[[Sequence[Tensor]], Tensors]:
-        return self._record if self.keep else self.forward
+    def first(self, tensors: Sequence[Tensor]) -> Tensors:
+        return self._recorded(tensors) if self.keep else self.forward(tensors)
 
-    def _record(self, tensors: Sequence[Tensor]) -> Tensors:
+    def again(self) -> Callable[[Sequence[Tensor]], Tensors]:
+        return self._recorded if self.keep else self._forward or self.forward
+
+    def _recorded(self, tensors: Sequence[Tensor]) -> Tensors:
         return _Function.apply(self, *tensors)
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensors:

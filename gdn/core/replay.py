@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -302,21 +302,40 @@ def _element(dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty((), dtype=dtype, device=device)
 
 
-Call = Callable[[Tensors], tuple[Tensor, ...]]
+Results = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Outline:
-    """What an operator did with its tensors. The results of each call are numbered after all tensors before."""
+class Call(Protocol):
+    """One of an operator that can be done again."""
 
-    calls: list[tuple[Call, list[int]]]
-    """Each with its tensors."""
-    results: int | list[int]
+    def first(self, tensors: Tensors) -> Results: ...
 
-    def run(self, tensors: list[Tensor]) -> Any:
-        for call, places in self.calls:
-            tensors += call([tensors[i] for i in places])
-        return tensors[self.results] if isinstance(self.results, int) else tuple([tensors[i] for i in self.results])
+    def again(self) -> Callable[[Tensors], Results]:
+        """How to do it with other tensors of the same signature, after the first time."""
+        ...
+
+
+Outline = Callable[[list[Tensor]], Any]
+"""What an operator did with its tensors."""
+
+
+def _outline(calls: list[tuple[Call, list[int]]], given: int, results: int | list[int]) -> Outline:
+    """Each call with its tensors; the results of each are numbered after all tensors before."""
+    steps = [(call.again(), places) for call, places in calls]
+    if len(steps) == 1 and steps[0][1] == list(range(given)) and isinstance(results, int) and results >= given:
+        return _one_result(steps[0][0], results - given)
+
+    def run(tensors: list[Tensor]) -> Any:
+        for again, places in steps:
+            tensors += again([tensors[i] for i in places])
+        return tensors[results] if isinstance(results, int) else tuple([tensors[i] for i in results])
+
+    return run
+
+
+def _one_result(again: Callable[[Tensors], Results], result: int) -> Outline:
+    """Of the only call, which takes the tensors as they are."""
+    return lambda tensors: again(tensors)[result]
 
 
 class Witness(_Mode):
@@ -328,6 +347,7 @@ class Witness(_Mode):
         self._held: list[Tensor] = []
         self._names: dict[int, int] = {}
         self._calls: list[tuple[Call, list[int]]] = []
+        self._given = len(tensors)
         self._hold(tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -338,14 +358,14 @@ class Witness(_Mode):
         """By a call that can be replayed, which `find` gives with its tensors."""
         with without_modes():
             call, tensors = find(args)
-            results = call(tensors)
+            results = call.first(tensors)
         self._calls.append((call, [self._place(x) for x in tensors]))
         self._hold(results)
         return results
 
     def finish(self, results: Any) -> Outline | None:
         ends = self._place(results) if isinstance(results, Tensor) else [self._place(x) for x in results]
-        return None if self._refused or not self._calls else Outline(self._calls, ends)
+        return None if self._refused or not self._calls else _outline(self._calls, self._given, ends)
 
     def _hold(self, tensors: Tensors) -> None:
         for x in tensors:
@@ -376,7 +396,7 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
         key, tensors = found
         outline = outlines.get(key)
         if outline is not None:
-            return outline.run(tensors) if outline else written(*args, **named)
+            return outline(tensors) if outline else written(*args, **named)
         if not distinct(tensors):
             return written(*args, **named)
         emptied = outlines.emptied
