@@ -20,7 +20,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -292,27 +292,28 @@ class _Call:
         self.owner, self.replay, self.keep = owner, replay, owner.keeps(args)
         self.is_tensor = tuple(isinstance(a, Tensor) for a in args)
         self.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
-        self._forward: Callable[[Sequence[Tensor]], Any] | None = None
+        self.replay_forward: Callable[[Sequence[Tensor]], Any] | None = None
+        """Once it is known."""
         self._backwards: dict[Any, Callable[[Sequence[Tensor]], Any] | None] = {}
 
     def first(self, tensors: Sequence[Tensor]) -> Tensors:
-        return self._recorded(tensors) if self.keep else self.forward(tensors)
+        return _Function.apply(self, *tensors) if self.keep else self.forward(tensors)
 
     def again(self) -> Callable[[Sequence[Tensor]], Tensors]:
-        return self._recorded if self.keep else self._forward or self.forward
+        return self._recorded if self.keep else self.replay_forward or self.forward
 
     def _recorded(self, tensors: Sequence[Tensor]) -> Tensors:
-        return _Function.apply(self, *tensors)
+        return _apply(self, *tensors)
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensors:
         """The results, and if a backward will follow what it wants saved."""
-        if self._forward is not None:
-            return self._forward(tensors)
+        if self.replay_forward is not None:
+            return self.replay_forward(tensors)
         if not (self.replay and distinct(tensors)):
             return self._host(tensors)
         results, recording = record(lambda: self._host(tensors), tensors)
         self.replay = recording is not None
-        self._forward = None if recording is None else _replaying(recording)
+        self.replay_forward = None if recording is None else _replaying(recording)
         return results
 
     def _host(self, tensors: Sequence[Tensor]) -> Tensors:
@@ -353,7 +354,7 @@ def _replaying(recording: Recording) -> Callable[[Sequence[Tensor]], Any]:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensors:
-        results = call.forward(tensors)
+        results = (call.replay_forward or call.forward)(tensors)
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *results[call.owner.results :])
@@ -370,3 +371,5 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _refusing_twice = once_differentiable(_gradients)
+_apply = cast("Any", super(torch.autograd.Function, _Function)).apply
+"""Without looking for transforms of functorch: a call with a signature has none."""

@@ -219,7 +219,7 @@ class Recorder(_Mode):
             else:
                 tensors = dict(step.tensors)
                 arguments = [f"x{tensors[n]}" if n in tensors else source.constant(a) for n, a in enumerate(step.arguments)]
-                source.operator(step.makes, step.function, arguments, step.named)
+                source.operator(step.makes, getattr(step.function, "_op", step.function), arguments, step.named)  # an overload calls this
         return Recording(source.finish(places), all(isinstance(step, _Launch) for step in self._steps))
 
     def _used(self, results: Sequence[int | None]) -> set[int | None]:

@@ -331,7 +331,7 @@ def _schedule_forward(p: Plan, kind: Kind) -> Prepared:
     use = p.launches["output"]
     halting = keep and p.slabs > 1
     schedule.add(output_kernel, _columns(p, use), **use.resources, BV=use.block, MIDWAY=halting, STAGES=use.stages)
-    return schedule, _kept(p, kind.dtypes[0], keep), (Workspace({"added": _handed(p)}),) if p.S else ()
+    return schedule, _kept(p, kind.dtypes[0], keep), (Workspace({"added": _handed(p)}),) if p.S and keep else ()
 
 
 def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
@@ -433,6 +433,7 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
             "crosses": ((p.segments, p.HV), torch.int32),
             "carried": maps,
             "entering": _handed(p),
+            **({} if keep else {"added": _handed(p)}),  # of no use to backward
             "midway": ((p.slabs - 1 if keep else 0, p.runs, p.HV, p.K, p.V), torch.float32),
         }
     )
