@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from gdn.core.errors import ArgumentError, CheckpointError, ConfigError
 from gdn.core.packing import Packing
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.hgrn2 import HGRN2
 from gdn.models.lm import LM
 from gdn.models.sampling import Sampling, draw, generate, prefill
 from gdn.models.sizes import size
@@ -114,22 +117,53 @@ def test_recomputing_blocks_changes_no_gradient() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiled_training_step_has_the_loss_of_eager(packed: bool) -> None:
-    """One whole graph, forward and backward, through the default compiler."""
+non_leaf = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+"""Torch's compiler looks at that attribute of its inputs, and hides the warning only if it is no error."""
+
+
+@non_leaf
+@pytest.mark.parametrize(("packed", "way"), [(False, "whole"), (True, "whole"), (True, "blocks")])
+def test_compiled_training_step_has_the_loss_of_eager(packed: bool, way: str) -> None:
+    """One whole graph, forward and backward, or one for each block, through the default compiler."""
     x = tokens()
     packing = Packing.from_lengths([30, 20, 50]) if packed else None
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
         model = tiny()
-        step = torch.compile(model, fullgraph=True) if compiled else model
+        step = torch.compile(model, fullgraph=True) if compiled and way == "whole" else model
+        if compiled and way == "blocks":
+            model.compile_blocks()
         loss = step(x, targets=x, packing=packing).loss
         loss.backward()
         results.append((loss.detach(), [p.grad for p in model.parameters()]))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
     for a, b in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+@non_leaf
+def test_equal_blocks_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two kinds the first block of each; where layers know each other, the whole model."""
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append("graph")
+        return graph.forward
+
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile(module, backend=backend, fullgraph=True))
+    one, other, third = (GatedDeltaNet.Config(heads=heads, head_dim=8) for heads in (1, 2, 3))
+    hgrn2 = HGRN2.Config(head_dim=16)
+    for pattern, layers, expected in (((one,), 5, 1), ((one, other), 6, 2), ((hgrn2,), 3, 1), ((one, other, third), 3, 1)):
+        torch._dynamo.reset()
+        graphs.clear()
+        model = LM(LM.Config(vocab=13, width=32, layers=layers, mlp=16, pattern=pattern))
+        x = torch.randint(13, (2, 20))
+        expected_loss = model(x, targets=x).loss
+        model.compile_blocks()
+        torch.testing.assert_close(model(x, targets=x).loss, expected_loss)
+        assert len(graphs) == expected
 
 
 def test_state_does_not_grow_and_is_as_declared() -> None:
