@@ -1,7 +1,7 @@
 """What a host would launch, found out without launching, so that kernels can be compiled before they are needed and at the same time.
 
-    results, launches = written(lambda: forward(*without_data(arguments)))     # nothing runs
-    with foreseeing(lambda: [launches, more]): ...                             # the first compilation in here begins these too
+    results, launches = written(forward, *arguments)            # nothing runs
+    with foreseeing(lambda: [launches, more]): ...              # the first compilation in here begins these too
 
 The other side is `portable_launch`; this one needs no Triton.
 """
@@ -32,12 +32,12 @@ class _Thread(threading.local):
 THREAD = _Thread()
 
 
-def written(host: Callable[[], R]) -> tuple[R, list[Any]]:
-    """What `host` returns, and the launches that it would do. Whatever mode of torch is active sees nothing of it."""
+def written(host: Callable[..., R], *args: Any) -> tuple[R, list[Any]]:
+    """What `host` returns from arguments `without_data`, and its launches, which are not done. No mode of torch sees anything of it."""
     before, THREAD.launches = THREAD.launches, []
     try:
         with without_modes(), torch.no_grad(), torch._C._DisableAutocast():
-            return host(), THREAD.launches
+            return host(*without_data(args)), THREAD.launches
     finally:
         THREAD.launches = before
 

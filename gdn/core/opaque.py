@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdn.core.foresight import Launches, begin, foreseeing, without_data, written
+from gdn.core.foresight import Launches, begin, foreseeing, written
 from gdn.core.replay import FIRST_DEVICE, Recording, Table, distinct, record, signature, witness
 
 Arguments = tuple[Any, ...]
@@ -141,16 +141,14 @@ class Opaque(_Kernels):
 
     def _launches(self, *args: Any) -> Launches:
         """Of forward, and of the backward that will follow."""
-        given = without_data(args)
-        tensors, launches = written(lambda: self._hosts[0](*given))
+        tensors, launches = written(self._hosts[0], *args)
         yield launches
         if args[-1]:
             grads = [x if i < self.expected else None for i, x in enumerate(tensors[: self.results])]
-            yield from self._backward_launches(given[:-1], tensors[self.results :], grads)
+            yield from self._backward_launches(args[:-1], tensors[self.results :], grads)
 
     def _backward_launches(self, args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> Launches:
-        given = without_data((args, saved, grads))
-        yield written(lambda: self._hosts[1](*given))[1]
+        yield written(self._hosts[1], args, saved, grads)[1]
 
     def _traced(self, *args: Any) -> Tensors:
         """`fake`, and what will run begins to be compiled."""
