@@ -8,7 +8,6 @@ Triton once, which compiles or reads its cache on disk. Under `TRITON_INTERPRET=
 from __future__ import annotations
 
 import copy
-import operator
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -125,14 +124,10 @@ def _wait(what: Launch, name: tuple[Any, ...], device: int) -> Any:
 
 
 def _compile(what: Launch, device: int) -> Any:
-    """The code, loaded and with its launcher, for which some versions of Triton call a compiler of C."""
+    """The code. It is not loaded yet: that might be in the middle of the capture of a graph."""
     with torch.cuda.device(device):  # a thread begins at the first device
         compiled = what.kernel.warmup(*what.args, grid=(1,), num_warps=what.warps, num_stages=what.stages, maxnreg=what.registers)
-        return _loaded(compiled)
-
-
-def _loaded(compiled: Any) -> Any:
-    operator.attrgetter("run")(compiled)
+        driver.active.launcher_cls(compiled.src, compiled.metadata)  # Triton 3.6 has it compiled from C, and will find it on disk
     return compiled
 
 

@@ -85,24 +85,27 @@ class Compiled(portable_launch.JITFunction):
         if self.error is not None:
             raise self.error
         self.seen.append(("compiled", self.fn, options))
-        return SimpleNamespace(function=123, packed_metadata=(4, 1, 0), run=self.run)
+        return SimpleNamespace(function=123, packed_metadata=(4, 1, 0), run=self.run, src=self.fn, metadata="metadata")
 
     def run(self, *handed: Any) -> None:
         self.seen.append(("launched", self.fn, handed))
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def launchers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """No GPU is needed. Kernels whose launchers have been made."""
+    made: list[Any] = []
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 99, raising=False)
-    monkeypatch.setattr(portable_launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
+    active = SimpleNamespace(get_current_device=lambda: 0, launcher_cls=lambda src, metadata: made.append(src))
+    monkeypatch.setattr(portable_launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(portable_launch, "_COMPILED", {})
     monkeypatch.setattr(portable_launch, "_COMPILING", {})
+    return made
 
 
-@pytest.mark.usefixtures("no_gpu")
-def test_what_is_foreseen_compiles_at_the_same_time_and_once() -> None:
+def test_what_is_foreseen_compiles_at_the_same_time_and_once(launchers: list[Any]) -> None:
     """Three kernels meet while they compile. The first is launched without waiting for the others to be launched."""
     seen: list[Any] = []
     meet = threading.Barrier(3)
@@ -119,10 +122,11 @@ def test_what_is_foreseen_compiles_at_the_same_time_and_once() -> None:
         launch(kernel, (1,), x, 5, **options)
     compiled = [each for each in seen if each[0] == "compiled"]
     assert {fn for _, fn, _ in compiled} == {a.fn, b.fn, c.fn} and len(compiled) == 3 and len(seen) == 6
+    assert set(launchers) == {a.fn, b.fn, c.fn} and len(launchers) == 3
     assert all(each[2] == {"num_warps": 4, "num_stages": 2, "maxnreg": 168} for each in compiled)
 
 
-@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.usefixtures("launchers")
 def test_a_kernel_that_does_not_compile_is_tried_again() -> None:
     seen: list[Any] = []
     kernel = Compiled(threading.Barrier(1), seen, ValueError("no registers left"))
