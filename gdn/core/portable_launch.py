@@ -2,7 +2,8 @@
 
 Triton's own launch binds names, looks at each argument and walks its cache: some 20 microseconds for a dozen arguments. Here the choice of
 the compiled kernel is one dictionary lookup with what the code depends on: data types, alignment, constants. A new choice goes through
-Triton once, which compiles or reads its cache on disk, in a thread, beside all that is foreseen (foresight.py). Under `TRITON_INTERPRET=1` the interpreter runs the kernel on the CPU.
+Triton once, which compiles or reads its cache on disk, in a thread, beside all that is foreseen (foresight.py). Under `TRITON_INTERPRET=1`
+the interpreter runs the kernel on the CPU.
 """
 
 from __future__ import annotations
