@@ -203,10 +203,10 @@ class LM(nn.Module):
         """Compile in place with torch.compile, one block at a time: equal blocks run what was compiled for the first of them, so that
         a deep model is traced in the time of one block. `compile()` traces all, as one graph.
 
-        One graph it is here too where layers know each other, since then no two blocks are equal, and with more than two kinds of
-        mixers, for the compiler keeps eight versions of a function at most (training and not, sizes fixed and not).
+        One graph it is here too where layers know each other, since then no two blocks are equal, and with several kinds of mixers, for
+        the compiler keeps eight versions of a function at most: packed or not, sizes fixed or not, training or not make five of one kind.
         """
-        if len(set(self.config.mixers)) > 2 or any(type(mixer).join is not Mixer.join for mixer in self.mixers()):
+        if len(set(self.config.mixers)) > 1 or any(type(mixer).join is not Mixer.join for mixer in self.mixers()):
             self.compile()
             return
         for block in self._blocks():
