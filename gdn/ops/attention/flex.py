@@ -1,8 +1,9 @@
 """Softmax attention through torch's FlexAttention, for a compiled graph on a GPU.
 
-`scaled_dot_product_attention` has no fused kernel for a window or for packed documents; it takes a mask of every pair. FlexAttention is compiled
-with the rule itself and visits the blocks of 128 queries and 128 keys that the rule reaches. What a query sees begins and ends no earlier than for the
-query before it, so the first and the last query of a block say which these are: of the square of the length only the blocks are listed.
+`scaled_dot_product_attention` has no fused kernel for a window or for packed documents; it takes a mask of every pair. FlexAttention is
+compiled with the rule itself and visits the blocks of 128 queries and 128 keys that the rule reaches. What a query sees begins and ends no
+earlier than for the query before it, so the first and the last query of a block say which these are: of the square of the length only the
+blocks are listed.
 """
 
 from __future__ import annotations
@@ -61,6 +62,6 @@ def _first_seen(queries: Tensor, past: int, window: int | None, first: Tensor | 
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """For bool `[B, M, N]`: the number of blocks in each row `[B, 1, M]`, and which they are `[B, 1, M, N]`, those first and in their order."""
+    """For bool `[B, M, N]`: the number in each row `[B, 1, M]`, and all numbers of blocks `[B, 1, M, N]`, theirs first."""
     order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.to(torch.int32).unsqueeze(1)
