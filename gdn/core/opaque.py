@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,11 @@ class Opaque(_Kernels):
             that were not used. One gradient per name in `differentiable`; None where the argument was None.
         fake: like forward, on tensors without data.
         results: how many of forward's tensors are results.
-        differentiable: names of the tensor arguments that have a gradient.
+        differentiable: names of the tensor arguments that backward gives a gradient for.
+        follows: more arguments that have a gradient, by name: each the one of another argument.
+        without: the arguments that backward gets as None, so that nothing keeps them alive, each with the place among the saved tensors of
+            one of its shape and dtype.
+        saved_results: how many of the results, the last ones, are saved too, before what else is.
         replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay.signature`.
     """
 
@@ -92,6 +96,9 @@ class Opaque(_Kernels):
         fake: Callable[..., Tensors],
         results: int,
         differentiable: tuple[str, ...],
+        follows: Mapping[str, str] | None = None,
+        without: Mapping[str, int] | None = None,
+        saved_results: int = 0,
         replay: bool = False,
     ) -> None:
         super().__init__(replay)
@@ -104,6 +111,9 @@ class Opaque(_Kernels):
         self.fake = fake
         self.results = results
         self.places = tuple(names.index(n) for n in differentiable)
+        self.followers = {names.index(n): names.index(first) for n, first in (follows or {}).items()}
+        self.without = {names.index(n): place for n, place in (without or {}).items()}
+        self.first_saved = results - saved_results
         self._operator = self._register()
 
     def __call__(self, *args: Any) -> Tensors:
@@ -112,7 +122,7 @@ class Opaque(_Kernels):
         return self._eager(args)
 
     def keeps(self, args: Arguments) -> bool:
-        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.places)
+        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in (*self.places, *self.followers))
 
     def run(self, args: Arguments, keep: bool) -> Tensors:
         tensors = self.forward(*args, keep)
@@ -124,7 +134,16 @@ class Opaque(_Kernels):
         if any(g is not None for g in grads):
             for place, gradient in zip(self.places, self.backward(args, saved, grads), strict=True):
                 out[place] = gradient
+            self._follow(out)
         return out
+
+    def _follow(self, gradients: list[Tensor | None]) -> None:
+        for place, first in self.followers.items():
+            gradients[place] = gradients[first]
+
+    def kept(self, args: Sequence[Any]) -> list[Tensor]:
+        """The tensors among the arguments that backward gets."""
+        return [a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in self.without]
 
     def _register(self) -> Callable[..., Any]:
         """Register `name` and `name_backward` with fakes and an autograd formula."""
@@ -137,17 +156,19 @@ class Opaque(_Kernels):
             args = inputs[:-1]
             ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
             ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
+            ctx.is_kept = tuple(isinstance(a, Tensor) and i not in self.without for i, a in enumerate(args))
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *output[self.results :])
+            ctx.save_for_backward(*self.kept(args), *output[self.first_saved :])
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             stored = iter(ctx.saved_tensors)
-            args = [next(stored) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.rest)]
+            args = [next(stored) if is_kept else other for is_kept, other in zip(ctx.is_kept, ctx.rest)]
             out: list[Tensor | None] = [None] * (len(args) + 1)
             if any(g is not None for g in grads[: self.results]):
                 gradients = backward(*args, list(stored), *grads[: self.results])
                 for place, gradient in zip(self.places, gradients, strict=True):
-                    out[place] = gradient if args[place] is not None else None
+                    out[place] = gradient if ctx.is_tensor[place] else None
+                self._follow(out)
             return tuple(out)
 
         forward.register_autograd(formula, setup_context=setup)
@@ -155,7 +176,8 @@ class Opaque(_Kernels):
 
     def _register_backward(self) -> Callable[..., Any]:
         arguments = _schema(self.forward).rpartition("->")[0].strip().removeprefix("(").removesuffix(")")
-        arguments = arguments.rpartition(",")[0]
+        declared = arguments.split(", ")[:-1]
+        arguments = ", ".join(d.replace("Tensor ", "Tensor? ") if i in self.without else d for i, d in enumerate(declared))
         grads = ", ".join(f"Tensor? grad{i}" for i in range(self.results))
         schema = f"({arguments}, Tensor[] saved, {grads}) -> Tensor[]"
 
@@ -167,7 +189,8 @@ class Opaque(_Kernels):
 
         def fake(*inputs: Any) -> list[Tensor]:
             like = next(a for a in inputs if isinstance(a, Tensor))
-            chosen = [inputs[place] for place in self.places]
+            saved = inputs[-self.results - 1]
+            chosen = [saved[self.without[place]] if place in self.without else inputs[place] for place in self.places]
             return [like.new_empty(0) if a is None else a.new_empty(a.shape) for a in chosen]
 
         operator = torch.library.custom_op(f"{self.name}_backward", run, mutates_args=(), schema=schema)
@@ -241,6 +264,8 @@ class _Call:
         self.owner, self.replay, self.keep = owner, replay, owner.keeps(args)
         self.is_tensor = tuple(isinstance(a, Tensor) for a in args)
         self.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
+        self.first_saved, without = (owner.first_saved, owner.without) if isinstance(owner, Opaque) else (owner.results, {})
+        self.is_kept = tuple(is_tensor and i not in without for i, is_tensor in enumerate(self.is_tensor))
         self._forward: Callable[[Sequence[Tensor]], Any] | None = None
         self._backwards: dict[Any, Callable[[Sequence[Tensor]], Any] | None] = {}
 
@@ -263,13 +288,19 @@ class _Call:
         return results
 
     def _host(self, tensors: Sequence[Tensor]) -> Tensors:
-        args, _ = self._arguments(tensors)
+        args, _ = self._arguments(tensors, self.is_tensor)
         return self.owner.run(args, self.keep)
 
-    def _arguments(self, stored: Sequence[Tensor]) -> tuple[Arguments, Tensors]:
+    def _arguments(self, stored: Sequence[Tensor], is_stored: Sequence[bool]) -> tuple[Arguments, Tensors]:
         """All arguments, and what comes after them."""
         left = iter(stored)
-        return tuple(next(left) if is_tensor else other for is_tensor, other in zip(self.is_tensor, self.rest)), tuple(left)
+        return tuple(next(left) if here else other for here, other in zip(is_stored, self.rest)), tuple(left)
+
+    def kept(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of the tensors among the arguments those that backward gets."""
+        if self.is_kept == self.is_tensor:
+            return tensors
+        return [x for x, is_kept in zip(tensors, (k for k, t in zip(self.is_kept, self.is_tensor) if t), strict=True) if is_kept]
 
     def backward(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """A gradient, or None, for each tensor."""
@@ -288,7 +319,7 @@ class _Call:
 
     def _backward_host(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         assert isinstance(self.owner, Opaque)
-        args, saved = self._arguments(stored)
+        args, saved = self._arguments(stored, self.is_kept)
         gradients = self.owner.gradients(args, saved, grads)
         return [gradient for gradient, is_tensor in zip(gradients, self.is_tensor, strict=True) if is_tensor]
 
@@ -303,7 +334,7 @@ class _Function(torch.autograd.Function):
         results = call.forward(tensors)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *results[call.owner.results :])
+        ctx.save_for_backward(*call.kept(tensors), *results[call.first_saved :])
         return results[: call.owner.results]
 
     @staticmethod
