@@ -51,6 +51,7 @@ def rule(name: str, **sizes: Any) -> tuple[str, Build]:
 CASES: dict[str, list[tuple[str, Build]]] = {
     "l2norm": short(norms, "heads", drop=("gate", "weight")),
     "rms_norm": short(norms, "heads", "one vector", drop=("gate",)),
+    "add_rms_norm": short(norms, "heads", "zero vectors", make="build_add"),
     "gated_rms_norm": short(norms, "heads", "zero vectors"),
     "decay_gate": short(gates, "some", make="build_decay"),
     "write_gate": short(gates, "some", make="build_write"),
@@ -104,7 +105,7 @@ def gradients_of(name: str) -> tuple[str, ...]:
     """Of none, of all results, and of the last alone where there are several."""
     if name.endswith("_step"):
         return ("none",)
-    return ("none", "all", "last") if name in ("causal_conv1d", "gated_delta_rule", "delta_core") else ("none", "all")
+    return ("none", "all", "last") if name in ("add_rms_norm", "causal_conv1d", "gated_delta_rule", "delta_core") else ("none", "all")
 
 
 @pytest.mark.parametrize(

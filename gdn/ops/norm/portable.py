@@ -65,10 +65,10 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    x, gate, weight, inverse, dy, more, dx, dgate, partial, y, count, each, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
+    x, gate, weight, inverse, dy, dtotal, dx, dgate, partial, y, count, each, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
     DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """`each` blocks of BR vectors one after another; `more`, if given, is added to the gradient of x, and y, if wanted, is the result of the
+    """`each` blocks of BR vectors one after another; `dtotal`, if given, is added to the gradient of x, and y, if wanted, is the result of the
     forward pass again. Grid [parts]."""
     part = int64(tl.program_id(0))
     c = tl.arange(0, BD)
@@ -95,8 +95,8 @@ def norm_backward_kernel(
             slope *= w
         along = tl.sum(slope * unit, 1) / DIVISOR
         slope = (slope - unit * along[:, None]) * scale[:, None]
-        if more is not None:
-            slope += tl.load(more + at, mask=valid, other=0.0).to(tl.float32)
+        if dtotal is not None:
+            slope += tl.load(dtotal + at, mask=valid, other=0.0).to(tl.float32)
         tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=valid)
     if weight is not None:
         tl.store(partial + part * D + c, tl.sum(total, 0), mask=c < D)
@@ -159,9 +159,9 @@ def run_backward(
     divisor: int,
     silu: bool = True,
     y: Tensor | None = None,
-    more: Tensor | None = None,
+    dtotal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, gate and weight. y, dense, gets the result of the forward pass again, with a gate and a weight. `more` is added to the
+    """Gradients of x, gate and weight. y, dense, gets the result of the forward pass again, with a gate and a weight. `dtotal` is added to the
     gradient of x."""
     dx = fresh(x)
     dgate = None if gate is None else fresh(gate)
@@ -175,7 +175,7 @@ def run_backward(
     gate, *gate_layout = (None, 1, 1, 1) if gate is None else rows(gate)
     launch(
         norm_backward_kernel, (parts,), x, gate, None if weight is None else weight.contiguous(), inverse, dy.contiguous(),
-        None if more is None else more.contiguous(), dx, dgate, partial, y, count, each, *layout, *gate_layout, divisor, D, BD, BR, silu, warps=warps,
+        None if dtotal is None else dtotal.contiguous(), dx, dgate, partial, y, count, each, *layout, *gate_layout, divisor, D, BD, BR, silu, warps=warps,
     )  # fmt: skip
     return dx, dgate, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
 
@@ -234,7 +234,7 @@ def _add_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) ->
     if dy is None:
         assert dtotal is not None
         return [dtotal.clone(), torch.zeros_like(weight)]
-    dx, _, dweight = run_backward(total, None, weight, inverse, dy, total.shape[-1], more=dtotal)
+    dx, _, dweight = run_backward(total, None, weight, inverse, dy, total.shape[-1], dtotal=dtotal)
     return [dx, dweight]
 
 
