@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from gdn.core.packing import Packing
 from gdn.mixers.base import MixerConfig, MixerState
 from gdn.nn import RMSNorm, SwiGLU
+from gdn.nn.norm import add_and_norm
 
 
 class Block(nn.Module):
@@ -26,11 +27,31 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: MixerState | None = None, packing: Packing | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        y, state = self._mix(x if self.norm_after else self.mixer_norm(x), state, packing, mask)
-        x = x + (self.mixer_norm(y) if self.norm_after else y)
+        x, added, state = self.terms(x, None, state, packing, mask)
+        return x + added, state
+
+    def terms(
+        self, x: Tensor, added: Tensor | None, state: MixerState | None, packing: Packing | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, MixerState | None]:
+        """What `forward` gives for `x + added`, as two terms, and the state: whoever norms their sum takes it in the same pass."""
+        if self.norm_after:
+            return self._norm_after(x if added is None else x + added, state, packing, mask)
+        normed, x = add_and_norm(self.mixer_norm, x, added)
+        added, state = self._mix(normed, state, packing, mask)
         if self.has_mlp:
-            x = x + (self.mlp_norm(self.mlp(x)) if self.norm_after else self.mlp(self.mlp_norm(x)))
-        return x, state
+            normed, x = add_and_norm(self.mlp_norm, x, added)
+            added = self.mlp(normed)
+        return x, added, state
+
+    def _norm_after(
+        self, x: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, MixerState | None]:
+        y, state = self._mix(x, state, packing, mask)
+        added = self.mixer_norm(y)
+        if self.has_mlp:
+            x = x + added
+            added = self.mlp_norm(self.mlp(x))
+        return x, added, state
 
     def _mix(self, x: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None) -> tuple[Tensor, MixerState | None]:
         if state is None or packing is not None:  # the mixer refuses both together
