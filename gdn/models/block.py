@@ -37,21 +37,21 @@ class Block(nn.Module):
         if self.norm_after:
             return self._norm_after(x if added is None else x + added, state, packing, mask)
         normed, x = add_and_norm(self.mixer_norm, x, added)
-        added, state = self._mix(normed, state, packing, mask)
+        y, state = self._mix(normed, state, packing, mask)
         if self.has_mlp:
-            normed, x = add_and_norm(self.mlp_norm, x, added)
-            added = self.mlp(normed)
-        return x, added, state
+            normed, x = add_and_norm(self.mlp_norm, x, y)
+            y = self.mlp(normed)
+        return x, y, state
 
     def _norm_after(
         self, x: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, MixerState | None]:
         y, state = self._mix(x, state, packing, mask)
-        added = self.mixer_norm(y)
+        y = self.mixer_norm(y)
         if self.has_mlp:
-            x = x + added
-            added = self.mlp_norm(self.mlp(x))
-        return x, added, state
+            x = x + y
+            y = self.mlp_norm(self.mlp(x))
+        return x, y, state
 
     def _mix(self, x: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None) -> tuple[Tensor, MixerState | None]:
         if state is None or packing is not None:  # the mixer refuses both together

@@ -16,6 +16,8 @@ from gdn.models.lm import LM
 from gdn.models.sampling import Sampling, draw, generate, prefill
 from gdn.models.sizes import size
 from gdn.models.store import load_model, save_model
+from gdn.nn import norm as nn_norm
+from gdn.ops import add_rms_norm
 
 TINY = LM.Config(vocab=17, width=24, layers=3, mlp=32, pattern=(GatedDeltaNet.Config(heads=2, head_dim=8),))
 
@@ -112,6 +114,34 @@ def test_recomputing_blocks_changes_no_gradient() -> None:
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+HOOKED = {"nothing": (), "a block": ("blocks.1",), "norms": ("blocks.0.mlp_norm", "blocks.2.mixer_norm", "norm")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hooked", HOOKED)
+def test_additions_go_with_the_norms_after_them(hooked: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first norm of three blocks and the last one; where somebody listens to a block or a norm, it is called with the sum."""
+    model, x = tiny().to(dtype), tokens()
+    with torch.no_grad():
+        plain, norms = model.embedding(x), []
+        for block in model._blocks():
+            plain = block(plain)[0]
+            norms.append(plain)
+        expected = model.norm(plain)
+    joined: list[torch.Tensor] = []
+    monkeypatch.setattr(nn_norm, "add_rms_norm", lambda *args, **named: (joined.append(args[0]), add_rms_norm(*args, **named))[1])
+    heard: dict[str, torch.Tensor] = {}
+    for name in HOOKED[hooked]:
+        model.get_submodule(name).register_forward_hook(lambda module, given, result, name=name: heard.update({name: (given[0], result)}))
+    assert torch.equal(model.hidden(x)[0], expected)
+    assert len(joined) == {"nothing": 6, "a block": 4, "norms": 3}[hooked]
+    assert set(heard) == set(HOOKED[hooked])
+    if hooked == "a block":
+        assert torch.equal(heard["blocks.1"][0], norms[0]) and torch.equal(heard["blocks.1"][1][0], norms[1])
+    if hooked == "norms":
+        assert torch.equal(heard["norm"][0], norms[2]) and torch.equal(heard["norm"][1], expected)
 
 
 @pytest.mark.parametrize("packed", [False, True])
