@@ -184,12 +184,12 @@ class Opaque(_Kernels):
         def run(*inputs: Any) -> list[Tensor]:
             args, saved, grads = inputs[: -self.results - 1], inputs[-self.results - 1], inputs[-self.results :]
             gradients = self.backward(args, tuple(saved), grads)
-            like = next(a for a in args if isinstance(a, Tensor))
+            like = _first_tensor((*args, *saved))
             return [like.new_empty(0) if g is None else g.contiguous() for g in gradients]
 
         def fake(*inputs: Any) -> list[Tensor]:
-            like = next(a for a in inputs if isinstance(a, Tensor))
             saved = inputs[-self.results - 1]
+            like = _first_tensor((*inputs[: -self.results - 1], *saved))
             chosen = [saved[self.without[place]] if place in self.without else inputs[place] for place in self.places]
             return [like.new_empty(0) if a is None else a.new_empty(a.shape) for a in chosen]
 
