@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -81,7 +81,11 @@ class Opaque(_Kernels):
             that were not used. One gradient per name in `differentiable`; None where the argument was None.
         fake: like forward, on tensors without data.
         results: how many of forward's tensors are results.
-        differentiable: names of the tensor arguments that have a gradient.
+        differentiable: names of the tensor arguments that backward gives a gradient for.
+        follows: more arguments that have a gradient, by name: each the one of another argument.
+        without: the arguments that backward gets as None, so that nothing keeps them alive, each with the place among the saved tensors of
+            one of its shape and dtype.
+        saved_results: how many of the results, the last ones, are saved too, before what else is.
         replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay.signature`.
         foreseen: a promise: which Triton kernels both launch follows from what meta tensors have too. By default like `replay`.
         expected: how many of the results usually have a gradient: the kernels of the backward are compiled ahead for these.
@@ -96,6 +100,9 @@ class Opaque(_Kernels):
         fake: Callable[..., Tensors],
         results: int,
         differentiable: tuple[str, ...],
+        follows: Mapping[str, str] | None = None,
+        without: Mapping[str, int] | None = None,
+        saved_results: int = 0,
         replay: bool = False,
         foreseen: bool | None = None,
         expected: int | None = None,
@@ -117,6 +124,9 @@ class Opaque(_Kernels):
         self.expected = results if expected is None else expected
         self._begun: set[Any] = set()
         self.places = tuple(names.index(n) for n in differentiable)
+        self.followers = {names.index(n): names.index(first) for n, first in (follows or {}).items()}
+        self.without = {names.index(n): place for n, place in (without or {}).items()}
+        self.first_saved = results - saved_results
         self._operator = self._register()
 
     def __call__(self, *args: Any) -> Tensors:
@@ -125,7 +135,7 @@ class Opaque(_Kernels):
         return self._eager(args)
 
     def keeps(self, args: Arguments) -> bool:
-        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.places)
+        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in (*self.places, *self.followers))
 
     def run(self, args: Arguments, keep: bool) -> Tensors:
         tensors = self.forward(*args, keep)
@@ -137,7 +147,16 @@ class Opaque(_Kernels):
         if any(g is not None for g in grads):
             for place, gradient in zip(self.places, self.backward(args, saved, grads), strict=True):
                 out[place] = gradient
+            self._follow(out)
         return out
+
+    def _follow(self, gradients: list[Tensor | None]) -> None:
+        for place, first in self.followers.items():
+            gradients[place] = gradients[first]
+
+    def kept(self, args: Sequence[Any]) -> list[Tensor]:
+        """The tensors among the arguments that backward gets."""
+        return [a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in self.without]
 
     def _launches(self, *args: Any) -> Launches:
         """Of forward, and of the backward that will follow."""
@@ -145,7 +164,8 @@ class Opaque(_Kernels):
         yield launches
         if args[-1]:
             grads = [x if i < self.expected else None for i, x in enumerate(tensors[: self.results])]
-            yield from self._backward_launches(args[:-1], tensors[self.results :], grads)
+            given = tuple(None if i in self.without else a for i, a in enumerate(args[:-1]))
+            yield from self._backward_launches(given, tensors[self.first_saved :], grads)
 
     def _backward_launches(self, args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> Launches:
         yield written(self._hosts[1], args, saved, grads)[1]
@@ -177,17 +197,19 @@ class Opaque(_Kernels):
             args = inputs[:-1]
             ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
             ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
+            ctx.is_kept = tuple(isinstance(a, Tensor) and i not in self.without for i, a in enumerate(args))
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *output[self.results :])
+            ctx.save_for_backward(*self.kept(args), *output[self.first_saved :])
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             stored = iter(ctx.saved_tensors)
-            args = [next(stored) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.rest)]
+            args = [next(stored) if is_kept else other for is_kept, other in zip(ctx.is_kept, ctx.rest)]
             out: list[Tensor | None] = [None] * (len(args) + 1)
             if any(g is not None for g in grads[: self.results]):
                 gradients = backward(*args, list(stored), *grads[: self.results])
                 for place, gradient in zip(self.places, gradients, strict=True):
-                    out[place] = gradient if args[place] is not None else None
+                    out[place] = gradient if ctx.is_tensor[place] else None
+                self._follow(out)
             return tuple(out)
 
         forward.register_autograd(formula, setup_context=setup)
@@ -195,19 +217,21 @@ class Opaque(_Kernels):
 
     def _register_backward(self) -> Callable[..., Any]:
         arguments = _schema(self.forward).rpartition("->")[0].strip().removeprefix("(").removesuffix(")")
-        arguments = arguments.rpartition(",")[0]
+        declared = arguments.split(", ")[:-1]
+        arguments = ", ".join(d.replace("Tensor ", "Tensor? ") if i in self.without else d for i, d in enumerate(declared))
         grads = ", ".join(f"Tensor? grad{i}" for i in range(self.results))
         schema = f"({arguments}, Tensor[] saved, {grads}) -> Tensor[]"
 
         def run(*inputs: Any) -> list[Tensor]:
             args, saved, grads = inputs[: -self.results - 1], inputs[-self.results - 1], inputs[-self.results :]
             gradients = self.backward(args, tuple(saved), grads)
-            like = next(a for a in args if isinstance(a, Tensor))
+            like = _first_tensor((*args, *saved))
             return [like.new_empty(0) if g is None else g.contiguous() for g in gradients]
 
         def fake(*inputs: Any) -> list[Tensor]:
-            like = next(a for a in inputs if isinstance(a, Tensor))
-            chosen = [inputs[place] for place in self.places]
+            saved = inputs[-self.results - 1]
+            like = _first_tensor((*inputs[: -self.results - 1], *saved))
+            chosen = [saved[self.without[place]] if place in self.without else inputs[place] for place in self.places]
             return [like.new_empty(0) if a is None else a.new_empty(a.shape) for a in chosen]
 
         operator = torch.library.custom_op(f"{self.name}_backward", run, mutates_args=(), schema=schema)
@@ -292,6 +316,8 @@ class _Call:
         self.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
         self.replay_forward: Callable[[Sequence[Tensor]], Any] | None = None
         """Once it is known."""
+        self.first_saved, without = (owner.first_saved, owner.without) if isinstance(owner, Opaque) else (owner.results, {})
+        self.is_kept = tuple(is_tensor and i not in without for i, is_tensor in enumerate(self.is_tensor))
         self._backwards: dict[Any, Callable[[Sequence[Tensor]], Any] | None] = {}
 
     def first(self, tensors: Sequence[Tensor]) -> Tensors:
@@ -315,13 +341,19 @@ class _Call:
         return results
 
     def _host(self, tensors: Sequence[Tensor]) -> Tensors:
-        args, _ = self._arguments(tensors)
+        args, _ = self._arguments(tensors, self.is_tensor)
         return self.owner.run(args, self.keep)
 
-    def _arguments(self, stored: Sequence[Tensor]) -> tuple[Arguments, Tensors]:
+    def _arguments(self, stored: Sequence[Tensor], is_stored: Sequence[bool]) -> tuple[Arguments, Tensors]:
         """All arguments, and what comes after them."""
         left = iter(stored)
-        return tuple(next(left) if is_tensor else other for is_tensor, other in zip(self.is_tensor, self.rest)), tuple(left)
+        return tuple(next(left) if here else other for here, other in zip(is_stored, self.rest)), tuple(left)
+
+    def kept(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of the tensors among the arguments those that backward gets."""
+        if self.is_kept == self.is_tensor:
+            return tensors
+        return [x for x, is_kept in zip(tensors, (k for k, t in zip(self.is_kept, self.is_tensor) if t), strict=True) if is_kept]
 
     def backward(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """A gradient, or None, for each tensor."""
@@ -340,7 +372,7 @@ class _Call:
 
     def _backward_host(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         assert isinstance(self.owner, Opaque)
-        args, saved = self._arguments(stored)
+        args, saved = self._arguments(stored, self.is_kept)
         gradients = self.owner.gradients(args, saved, grads)
         return [gradient for gradient, is_tensor in zip(gradients, self.is_tensor, strict=True) if is_tensor]
 
@@ -355,7 +387,7 @@ class _Function(torch.autograd.Function):
         results = (call.replay_forward or call.forward)(tensors)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *results[call.owner.results :])
+        ctx.save_for_backward(*call.kept(tensors), *results[call.first_saved :])
         return results[: call.owner.results]
 
     @staticmethod
