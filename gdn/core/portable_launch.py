@@ -9,6 +9,7 @@ the interpreter runs the kernel on the CPU.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +44,8 @@ _COMPILED: dict[tuple[Any, ...], Any] = {}
 _COMPILING: dict[tuple[Any, ...], Future[Any]] = {}
 """What is being compiled or has been."""
 _LOCK = threading.Lock()
+_CORES = threading.Semaphore(os.cpu_count() or 1)
+"""Ten compilations at the same time on two cores take a third more of them than two after two, and the first is done last."""
 _CONSTANT, _PLAIN, _SPECIAL = range(3)
 _PARAMETERS: dict[Any, tuple[int, ...]] = {}
 _LARGEST_INT32 = 2**31 - 1
@@ -99,7 +102,7 @@ def _launch(what: Launch, grid: tuple[int, ...], device: int) -> Any:
 
 
 def compile_ahead(launches: Iterable[Launch], device: int) -> dict[tuple[Any, ...], Future[Any]]:
-    """Begin to compile what launches to come will need, each kernel in a thread of its own: Triton lets other threads run meanwhile."""
+    """Begin to compile what launches to come will need, as many at a time as there are cores: Triton lets other threads run meanwhile."""
     named = {what.name(device)[0]: what for what in launches if isinstance(what.kernel, JITFunction)}
     with _LOCK:
         new = [name for name in named if name not in _COMPILING]
@@ -126,7 +129,7 @@ def _wait(what: Launch, name: tuple[Any, ...], device: int) -> Any:
 
 def _compile(what: Launch, device: int) -> Any:
     """The code. It is not loaded yet: that might be in the middle of the capture of a graph."""
-    with torch.cuda.device(device):  # a thread begins at the first device
+    with _CORES, torch.cuda.device(device):  # a thread begins at the first device
         compiled = what.kernel.warmup(*what.args, grid=(1,), num_warps=what.warps, num_stages=what.stages, maxnreg=what.registers)
         driver.active.launcher_cls(compiled.src, compiled.metadata)  # Triton 3.6 has it compiled from C, and will find it on disk
     return compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,6 +103,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(portable_launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(portable_launch, "_COMPILED", {})
     monkeypatch.setattr(portable_launch, "_COMPILING", {})
+    monkeypatch.setattr(portable_launch, "_CORES", threading.Semaphore(3))
     return made
 
 
@@ -124,6 +126,26 @@ def test_what_is_foreseen_compiles_at_the_same_time_and_once(launchers: list[Any
     assert {fn for _, fn, _ in compiled} == {a.fn, b.fn, c.fn} and len(compiled) == 3 and len(seen) == 6
     assert set(launchers) == {a.fn, b.fn, c.fn} and len(launchers) == 3
     assert all(each[2] == {"num_warps": 4, "num_stages": 2, "maxnreg": 168} for each in compiled)
+
+
+def test_no_more_compile_at_the_same_time_than_there_are_cores(launchers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable_launch, "_CORES", threading.Semaphore(2))
+    at_once: list[int] = []
+    busy = [0]
+
+    class Busy(Compiled):
+        def warmup(self, *args: Any, grid: Any, **options: Any) -> Any:
+            busy[0] += 1
+            at_once.append(busy[0])
+            time.sleep(0.02)
+            busy[0] -= 1
+            return super().warmup(*args, grid=grid, **options)
+
+    kernels = [Busy(threading.Barrier(1), []) for _ in range(6)]
+    begun = compile_ahead([Launch(kernel, (torch.zeros(4), 3), 4, 1, None, None) for kernel in kernels], -1)
+    for each in begun.values():
+        each.result(timeout=10)
+    assert launchers and len(at_once) == 6 and max(at_once) == 2
 
 
 @pytest.mark.usefixtures("launchers")
