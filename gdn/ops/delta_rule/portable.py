@@ -20,9 +20,9 @@ Backward, from dO and dS' (formulas in portable_grad.py for the rest):
     X   = A^T dO + diag(D) K dS'                        dU = X - Phi^T diag(beta) X
     dS  = gamma_last dS' + scale Q^T diag(gamma) dO - K^T diag(gamma beta) dU
 
-Launches, forward: pair (all chunks at once), output (chunk after chunk). Backward: states, backward, then pairs and gradient (all
-chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states of all chunks
-(README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
+Launches, forward: pair (all chunks at once; before many of them gates), output (chunk after chunk). Backward: states, backward, then
+pairs and gradient (all chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states
+of all chunks (README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
 Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
 """
 
@@ -48,7 +48,7 @@ from gdn.core.portable_schedule import Schedule
 from gdn.core.portable_workspace import Buffers, Workspace
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
-from gdn.ops.delta_rule.portable_prepare import pair_kernel
+from gdn.ops.delta_rule.portable_prepare import gates_kernel, pair_kernel
 from gdn.ops.delta_rule.portable_scan import (
     backward_kernel,
     backward_summary_kernel,
@@ -117,6 +117,8 @@ class Plan:
     """Chunks of a segment, 0 without segments."""
     width: int
     """Chunks of a slab."""
+    apart: bool
+    """Whether the gates have a kernel of their own."""
     launches: dict[str, Launch]
     made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What `prepared` has made."""
@@ -179,6 +181,7 @@ def plan(
         wide=wide,
         S=S,
         width=width,
+        apart=gates_apart(chunks * HV),
         launches=table,
     )
 
@@ -259,6 +262,12 @@ def slab_chunks(stretch: int, programs: int) -> int:
     return max(1, -(-stretch // slabs))
 
 
+def gates_apart(tiles: int) -> bool:
+    """Whether so many chunks of value heads are worth a kernel of their own for the gates: one launch more, for 47 of 714 us of `pair_kernel`
+    with 64 heads, 8 x 4096. Below, the pair kernel finds them while it waits for other things anyway (README.md)."""
+    return tiles >= 12000
+
+
 def _power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
@@ -322,8 +331,12 @@ Prepared = tuple[Schedule, Workspace, tuple[Workspace, ...]]
 
 def _schedule_forward(p: Plan, kind: Kind) -> Prepared:
     schedule, keep = _schedule(p, kind), kind.also
+    if p.apart:
+        heads = min(16, _power_of_two(p.HV))
+        schedule.add(gates_kernel, -(-p.HV // heads) * p.chunks, warps=2, BH=heads)
     use = p.launches["pair"]
-    schedule.add(pair_kernel, p.HV * p.chunks, **use.resources, GROUP=p.HV // p.H, BK=use.block, NORMS=p.S > 0)
+    sizes = {"GROUP": p.HV // p.H, "BK": use.block}
+    schedule.add(pair_kernel, p.HV * p.chunks, **use.resources, **sizes, APART=p.apart, NORMS=p.S > 0)
     if p.S:
         use = p.launches["summary"]
         programs = (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1)
