@@ -158,14 +158,17 @@ def plan(
     batch: int, length: int, documents: int, chunks: int, H: int, HV: int, K: int, V: int, packed: bool, wide: bool, processors: int
 ) -> Plan:
     """The launch parameters for a shape on a GPU with this many multiprocessors."""
-    table = launches(_power_of_two(K), V, wide)
+    processors = processors or 132
+    apart, chains = gates_apart(chunks * HV), HV * -(-V // 16)
+    choose = functools.partial(launches, K, V, wide, chained=chains > processors, apart=apart)
+    table = choose()
     programs = HV * -(-V // table["output"].block)
     rows, per_row = batch * length if packed else length, -(-length // CHUNK)
-    S = segment_chunks(chunks, documents, programs, packed, processors or 132)
+    S = segment_chunks(chunks, documents, programs, packed, processors)
     runs, stretch = (-(-chunks // S), S) if S else (1, chunks) if packed else (batch, per_row)
-    if (runs if S or not packed else documents) * programs > (processors or 132):
-        table = launches(_power_of_two(K), V, wide, crowded=True)
-    width = stretch if packed and not S else slab_chunks(stretch, runs * H * 2 * -(-K // table["gradient"].block))
+    if (runs if S or not packed else documents) * programs > processors:
+        table = choose(crowded=True)
+    width = stretch if packed and not S else slab_chunks(stretch, runs * H * 2 * -(-K // table["gradient"].block), K > 128)
     return Plan(
         tokens=batch * length,
         length=rows,
@@ -181,17 +184,18 @@ def plan(
         wide=wide,
         S=S,
         width=width,
-        apart=gates_apart(chunks * HV),
+        apart=apart,
         launches=table,
     )
 
 
-def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, Launch]:
-    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32. Measured on an H200 (README.md).
+def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool = False, apart: bool = False) -> dict[str, Launch]:
+    """Launch parameters of each kernel by key width, value width and whether inputs are fp32. Measured on an H200 (README.md).
 
     Crowded: a multiprocessor has more than one program of 64 columns. Where two would load the same k and q, one of 128 columns loads them once.
+    Chained: it has more than one of 16 columns of the hand-over. Apart: the gates have a kernel of their own.
     """
-    BV = _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
+    BK, BV = _power_of_two(K), _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
     half = min(64, BV)
     if wide:
         scan = Launch(block=min(32, BV), warps=4)
@@ -204,9 +208,9 @@ def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, La
     elif BK <= 128:
         together = Launch(block=BV, warps=8, stages=3) if crowded and BV == 128 else None
         rest = {
-            "pair": Launch(block=BK, warps=4, registers=168),
+            "pair": Launch(block=BK, warps=4, registers=160 if apart else 168),
             "output": together or Launch(block=half, warps=4, stages=2),
-            "states": Launch(block=half, warps=4, stages=3),
+            "states": together or Launch(block=half, warps=4, stages=3),
             "summary": Launch(block=half, warps=4, stages=3),
             "backward": together or Launch(block=half, warps=4, stages=3),
             "backward_summary": Launch(block=half, warps=4, stages=3),
@@ -214,20 +218,22 @@ def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, La
             "gradient": Launch(block=BK, warps=4, stages=3, inner=half),
         }
     else:
-        wide_scan = Launch(block=BV, warps=8, stages=2)
+        scan, narrow = Launch(block=BV, warps=8, stages=2), Launch(block=half, warps=8, stages=2)
+        whole = V % BV == 0 or V <= 64  # else registers go to bounds, and much of the last block to nothing
         rest = {
             "pair": Launch(block=128, warps=4, registers=168),
-            "output": wide_scan,
-            "states": Launch(block=half, warps=8, stages=2),
-            "summary": Launch(block=half, warps=8, stages=2),
-            "backward": wide_scan,
-            "backward_summary": wide_scan,
-            "pairs": Launch(block=BV, warps=4),
+            "output": scan,
+            "states": scan if whole and K == BK else narrow,
+            "summary": narrow,
+            "backward": scan if whole else Launch(block=half, warps=4, stages=2),
+            "backward_summary": scan,
+            "pairs": Launch(block=BV if whole else half, warps=4),
             "gradient": Launch(block=128, warps=4, stages=3, inner=half),
         }
-    stages = 1 if BK > 128 else 2 if wide else 3
-    handover = Launch(block=16, warps=8 if BK > 64 else 4, stages=stages)  # 16 rows a warp at least (notes/triton_pipelines.md)
-    return {"handover": handover, **rest}
+    warps = 8 if BK > 64 else 4  # 16 rows a warp at least (notes/triton_pipelines.md)
+    if chained and BK == 128 and not wide:
+        return {"handover": Launch(block=32, warps=warps, stages=2), **rest}
+    return {"handover": Launch(block=16, warps=warps, stages=1 if BK > 128 else 2 if wide else 3), **rest}
 
 
 def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
@@ -251,14 +257,16 @@ def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, pro
     return S
 
 
-def slab_chunks(stretch: int, programs: int) -> int:
+def slab_chunks(stretch: int, programs: int, wide_keys: bool) -> int:
     """Chunks of a slab for runs of this many: the fewest, from 8 on, that give the kernels over all chunks of a slab 3300 programs, 25 for
-    each multiprocessor of an H200, but a third of the run at most. `programs` are those of one chunk of every run. Slabs are made even.
+    each multiprocessor of an H200, but a third of the run at most; with keys wider than 128 three times as many, and half of the run.
+    `programs` are those of one chunk of every run. Slabs are made even.
 
     Each slab more costs its four launches some 40 us at that size, for in a launch all programs first wait for their loads (README.md).
     """
-    width = max(8, -(-3300 // max(programs, 1)))
-    slabs = max(1, -(-stretch // width), min(3, stretch // 8))
+    least, most = (9900, 2) if wide_keys else (3300, 3)
+    width = max(8, -(-least // max(programs, 1)))
+    slabs = max(1, -(-stretch // width), min(most, stretch // 8))
     return max(1, -(-stretch // slabs))
 
 
