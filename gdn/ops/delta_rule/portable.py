@@ -159,8 +159,8 @@ def plan(
 ) -> Plan:
     """The launch parameters for a shape on a GPU with this many multiprocessors."""
     processors = processors or 132
-    apart, chains = gates_apart(chunks * HV), HV * -(-V // 16)
-    choose = functools.partial(launches, K, V, wide, chained=chains > processors, apart=apart)
+    chains = HV * -(-V // 16)
+    choose = functools.partial(launches, K, V, wide, chained=chains > processors)
     table = choose()
     programs = HV * -(-V // table["output"].block)
     rows, per_row = batch * length if packed else length, -(-length // CHUNK)
@@ -184,16 +184,16 @@ def plan(
         wide=wide,
         S=S,
         width=width,
-        apart=apart,
+        apart=gates_apart(chunks * HV),
         launches=table,
     )
 
 
-def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool = False, apart: bool = False) -> dict[str, Launch]:
+def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool = False) -> dict[str, Launch]:
     """Launch parameters of each kernel by key width, value width and whether inputs are fp32. Measured on an H200 (README.md).
 
     Crowded: a multiprocessor has more than one program of 64 columns. Where two would load the same k and q, one of 128 columns loads them once.
-    Chained: it has more than one of 16 columns of the hand-over. Apart: the gates have a kernel of their own.
+    Chained: it has more than one of 16 columns of the hand-over.
     """
     BK, BV = _power_of_two(K), _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
     half = min(64, BV)
@@ -208,7 +208,7 @@ def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool
     elif BK <= 128:
         together = Launch(block=BV, warps=8, stages=3) if crowded and BV == 128 else None
         rest = {
-            "pair": Launch(block=BK, warps=4, registers=160 if apart else 168),
+            "pair": Launch(block=BK, warps=4, registers=168),
             "output": together or Launch(block=half, warps=4, stages=2),
             "states": together or Launch(block=half, warps=4, stages=3),
             "summary": Launch(block=half, warps=4, stages=3),
@@ -271,7 +271,7 @@ def slab_chunks(stretch: int, programs: int, wide_keys: bool) -> int:
 
 
 def gates_apart(tiles: int) -> bool:
-    """Whether so many chunks of value heads are worth a kernel of their own for the gates: one launch more, for 47 of 714 us of `pair_kernel`
+    """Whether so many chunks of value heads are worth a kernel of their own for the gates: one launch more of 18 us, for 71 of 712 us of `pair_kernel`
     with 64 heads, 8 x 4096. Below, the pair kernel finds them while it waits for other things anyway (README.md)."""
     return tiles >= 12000
 

@@ -170,15 +170,19 @@ def minus_dot(acc, x, y, WIDE: tl.constexpr):
 
 
 @triton.jit
-def turned(rows, PRODUCT: tl.constexpr):
-    """rows^T in fp32. As a product with the identity, which is exact, it lies as the results of products do: the rows go ahead of time from
-    global to shared memory and from there into the product, instead of through registers and back to be transposed. Not for 8 warps and less
-    than 128 columns (notes/triton_pipelines.md), so not for wide keys with these."""
+def turned_less(rows, x, PRODUCT: tl.constexpr, SUMMED: tl.constexpr):
+    """rows^T - x in fp32. As a product with the identity, which is exact, rows^T lies as the results of products do: the rows go ahead of time
+    from global to shared memory and from there into the product, instead of through registers and back to be transposed. Not for 8 warps and
+    less than 128 columns (notes/triton_pipelines.md), so not for wide keys with these. SUMMED onto -x, where that takes less registers."""
     if PRODUCT:
         i = tl.arange(0, C)
-        return tl.dot(tl.trans(rows), tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(rows.dtype))
+        one = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(rows.dtype)
+        if SUMMED:
+            return tl.dot(tl.trans(rows), one, -x)
+        else:
+            return tl.dot(tl.trans(rows), one) - x
     else:
-        return tl.trans(rows).to(tl.float32)
+        return tl.trans(rows).to(tl.float32) - x
 
 
 @triton.jit
@@ -262,7 +266,7 @@ def output_kernel(
                 narrow = state.to(k_rows.dtype)
                 recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
                 beta = load_gate(gates, tile, 2)[None, :]
-                z = turned(v_rows, not WIDE and (BV >= 128 or BK <= 128)) - recalled
+                z = turned_less(v_rows, recalled, not WIDE and (BV >= 128 or BK <= 128), BK <= 128)
                 u = minus_dot(z, z * beta, tl.trans(load_square(phi, tile)), WIDE) * beta
                 q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
                 out_scale = scale
@@ -343,7 +347,7 @@ def states_kernel(
             narrow = state.to(k_rows.dtype)
             store_tile(states, narrow, slot, first, V, K, BV, BK)
             recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
-            z = turned(v_rows, not WIDE and (BV >= 128 or BK < 128)) - recalled  # two programs of 64 columns and 128 keys would not fit
+            z = turned_less(v_rows, recalled, not WIDE and (BV >= 128 or BK < 128), False)  # else two programs would not fit
             beta = load_gate(gates, tile, 2)[None, :]
             error = minus_dot(z, z * beta, tl.trans(load_square(phi, tile)), WIDE)
             store_tile(errors, error, slot, first, V, C, BV, C)
@@ -426,7 +430,7 @@ def summary_kernel(
             k_rows = load_rows_again(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
             recalled = dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
             beta = load_gate(gates, tile, 2)[None, :]
-            z = tl.where(identity, 0.0, turned(v_rows, not WIDE and BK <= 128)) - recalled
+            z = tl.where(identity, -recalled, turned_less(v_rows, recalled, not WIDE and BK <= 128, True))
             u = minus_dot(z, z * beta, tl.trans(load_square(phi, tile)), WIDE) * beta
             u *= load_gate(gates, tile, 3)[None, :]
             state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
