@@ -22,8 +22,8 @@ Backward, from dO and dS' (formulas in portable_grad.py for the rest):
 
 Launches, forward: pair (all chunks at once; before many of them gates), output (chunk after chunk). Backward: states, backward, then
 pairs and gradient (all chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states
-of all chunks (README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
-Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
+of all chunks (README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before
+backward. Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
 """
 
 from __future__ import annotations
@@ -271,8 +271,8 @@ def slab_chunks(stretch: int, programs: int, wide_keys: bool) -> int:
 
 
 def gates_apart(tiles: int) -> bool:
-    """Whether so many chunks of value heads are worth a kernel of their own for the gates: one launch more, of 18 us, for 71 of the 712 us of
-    `pair_kernel` with 64 heads, 8 x 4096. Below, the pair kernel finds them while it waits for other things anyway (README.md)."""
+    """Whether so many chunks of value heads are worth a kernel of their own for the gates: one launch more, of 18 us, for 71 of the 712 us
+    of `pair_kernel` with 64 heads, 8 x 4096. Below, the pair kernel finds them while it waits for other things anyway (README.md)."""
     return tiles >= 12000
 
 

@@ -138,7 +138,8 @@ def gates_kernel(
 ):
     """The gates of `pair_kernel`, for BH value heads of a chunk. Grid [chunks * head blocks].
 
-    Where a multiprocessor has many programs of the pair kernel one after another, each waits twice for a sum over its warps; here all heads wait once.
+    Where a multiprocessor has many programs of the pair kernel one after another, each waits twice for a sum over its warps; here all heads
+    wait once.
     """
     at, valid, out = store_gates(g, gates, cu_seqlens, chunk_table, T, per_row, HV, BH, PACKED)
     hv = tl.program_id(0) % ((HV + BH - 1) // BH) * BH + tl.arange(0, BH)[None, :]
@@ -171,7 +172,7 @@ def pair_kernel(
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head; APART: `gates_kernel` found the gates. Grid [chunks * HV].
+    """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head. Grid [chunks * HV]. APART: `gates_kernel` found the gates.
 
     gates [chunks, HV, 5, 64] fp32, rows: G, gamma, beta, D, the low part of G. Beyond the last token of a document g, beta and gamma are 0,
     so that whatever stands there is neither written nor read.

@@ -171,9 +171,10 @@ def minus_dot(acc, x, y, WIDE: tl.constexpr):
 
 @triton.jit
 def turned_less(rows, x, PRODUCT: tl.constexpr, SUMMED: tl.constexpr):
-    """rows^T - x in fp32. As a product with the identity, which is exact, rows^T lies as the results of products do: the rows go ahead of time
-    from global to shared memory and from there into the product, instead of through registers and back to be transposed. Not for 8 warps and
-    less than 128 columns (notes/triton_pipelines.md), so not for wide keys with these. SUMMED onto -x, where that takes less registers."""
+    """rows^T - x in fp32. As a product with the identity, which is exact, rows^T lies as the results of products do: the rows go ahead of
+    time from global to shared memory and from there into the product, instead of through registers and back to be transposed. Not for
+    8 warps and less than 128 columns (notes/triton_pipelines.md), so not for wide keys with these. SUMMED onto -x, where that takes less
+    registers."""
     if PRODUCT:
         i = tl.arange(0, C)
         one = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(rows.dtype)
