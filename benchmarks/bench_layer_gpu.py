@@ -5,7 +5,8 @@ input and of every parameter, "forward" is without gradients; medians of single 
 memory is what a step takes beyond weights and input. Parameter counts stand beside each other: equal ones say that the widths are. "error"
 gives both layers the same weights and says how far their outputs are from ours in fp32.
 
-Every command prints what it cannot run and goes on. For an H200: `--budget 540 --out results.jsonl`; FLA tunes a new layer for up to a minute.
+Every command prints what it cannot run and goes on. FLA compiles hundreds of configurations to tune a new layer; `--compilers` of them at once
+(benchmarks/tuning.py), then it times them, which takes a minute. For an H200: `--budget 540 --out results.jsonl`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import clock
 import rows
 import torch
 import torch.nn.functional as F
+import tuning
 from torch import Tensor, nn
 
 from gdn import mixers
@@ -218,6 +220,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--graph", action="store_true", help="time a step as a CUDA graph too")
     parser.add_argument("--repeats", type=int, default=20, help="calls that a median is of (default %(default)s)")
+    parser.add_argument(
+        "--compilers", type=int, default=os.cpu_count() or 1,
+        help="processes that compile what FLA's autotuners choose from (default %(default)s, the cores); 0: as they do it, one after another",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile-limit", type=rows.positive, default=60, help="seconds for one of them, which is left out beyond (default %(default)s)"
+    )
     parser.add_argument("--device", default="cuda")
     rows.add_arguments(parser)
     args = parser.parse_args(argv)
@@ -228,12 +237,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def measured(name: str, impl: str, args: argparse.Namespace) -> dict[str, Any]:
+    """A row, FLA's kernels compiled ahead of their tuning."""
+    processes = args.compilers if impl in ("fla", "error") else 0
+    with tuning.compiled_ahead(processes, args.compile_limit, time.monotonic() + args.row_limit) as tuned:
+        found = errors(name, args) if impl == "error" else measure(name, impl, args)
+    facts = tuned.facts()
+    if "note" in found and "note" in facts:
+        facts["note"] = f"{found['note']}; {facts['note']}"
+    return found | facts
+
+
 def plan(args: argparse.Namespace) -> list[rows.Row]:
     batch, length = args.shape
     return [
         rows.Row(
             {"mixer": name, "width": args.width, "shape": f"{batch}x{length}", "dtype": args.dtype}, impl,
-            lambda name=name, impl=impl: errors(name, args) if impl == "error" else measure(name, impl, args),
+            lambda name=name, impl=impl: measured(name, impl, args),
         )
         for name in args.mixers for impl in args.impls
         if impl not in ("fla", "error") or PAIRS[name].name

@@ -62,7 +62,8 @@ TRANSFORMER: dict[str, LM.Config] = {
     "tiny": OURS["tiny"].with_(pattern=(Attention.Config(heads=2, head_dim=32),)),
 }
 """1.299 B parameters, heads of 128: the width that flash attention is fastest with."""
-MODELS = ("ours compiled", "fla", "transformer compiled", "ours", "transformer")
+MODELS = ("ours compiled", "fla", "transformer compiled", "ours", "transformer", "ours blocks")
+"""The last: compiled one block at a time (`LM.compile_blocks`)."""
 
 
 def config(model: str, size: str) -> LM.Config:
@@ -75,6 +76,8 @@ def gdn(model: str, size: str, device: str) -> tuple[nn.Module, Loss]:
         module = LM(config(model, size))
     module.to(torch.bfloat16)  # the gates stay float32
     run = torch.compile(module, fullgraph=True) if model.endswith("compiled") else module
+    if model.endswith("blocks"):
+        module.compile_blocks()
     return module, lambda tokens: run(tokens, targets=torch.roll(tokens, -1, 1)).loss
 
 
@@ -171,7 +174,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no GPU that torch can use; --device cpu --size tiny tries the script out")
     if args.compile:
-        args.models = list(dict.fromkeys(m if m == "fla" or m.endswith("compiled") else f"{m} compiled" for m in args.models))
+        args.models = list(dict.fromkeys(m if m == "fla" or m.endswith(("compiled", "blocks")) else f"{m} compiled" for m in args.models))
     return args
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = {
     "ours": "gdn", "chunked": "gdn (chunked)", "ours compiled": "gdn, compiled", "ours graph": "gdn, CUDA graph", "ours compiled graph": "gdn, compiled, CUDA graph",
     "portable": "portable (Triton)", "fla": "FLA", "fla padded": "FLA, padded", "fla generate": "FLA, generate", "flash_qla": "FlashQLA",
-    "attention_gym": "attention-gym", "transformer": "Transformer++", "transformer compiled": "Transformer++, compiled",
+    "attention_gym": "attention-gym", "transformer": "Transformer++", "transformer compiled": "Transformer++, compiled", "ours blocks": "gdn, blocks compiled",
 }  # fmt: skip
 """Implementations as they are called in tables, in their order."""
 Lines = list[str]

@@ -74,18 +74,19 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime import interpreter
 
-    from gdn.core import portable_launch, portable_schedule, replay
+    from gdn.core import portable_launch, replay
 
     names: list[str] = []
     launch = portable_launch._launch
 
-    def compile(kernel: Any, *rest: Any) -> Any:
-        compiled = launch(kernel, *rest)
+    def compile(what: Any, *rest: Any) -> Any:
+        compiled = launch(what, *rest)
         start, noting = compiled.run.launch, copy.copy(compiled.run)
-        noting.launch = lambda *args: (names.append(kernel.fn.__name__), start(*args))
+        noting.launch = lambda *args: (names.append(what.kernel.fn.__name__), start(*args))
         return SimpleNamespace(function=compiled.function, packed_metadata=compiled.packed_metadata, run=noting)
 
-    def interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], *rest: Any) -> Any:
+    def interpret(what: Any, grid: tuple[int, ...], device: int) -> Any:
+        kernel, args = what.kernel, what.args
         with _disable_current_modes():
             kernel[grid](*args)
         dtypes = [a.dtype if isinstance(a, torch.Tensor) else None for a in args]
@@ -108,7 +109,6 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     else:
         monkeypatch.setattr(portable_launch, "JITFunction", object)
         monkeypatch.setattr(portable_launch, "_launch", interpret)
-        monkeypatch.setattr(portable_schedule, "compile_together", lambda calls: None)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
         monkeypatch.setattr(replay, "FIRST_DEVICE", -1)

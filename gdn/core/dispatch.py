@@ -47,6 +47,8 @@ class Call:
     index: int
     dtype: torch.dtype
     dims: tuple[tuple[str, int], ...] = ()
+    compiled: bool = False
+    """In a graph of torch.compile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class Needs:
     """Allowed values of named dimensions: a tuple or a range."""
     packages: tuple[str, ...] = ()
     """Python packages that must be importable."""
+    compiled: bool = False
+    """Only in a graph of torch.compile."""
 
     def why_not(self, call: Call, *, interpreted: bool = False) -> str | None:
         """The reason why this call cannot be served, None when it can.
@@ -71,6 +75,8 @@ class Needs:
         """
         if self.device and call.device != self.device and not (interpreted and call.device == "cpu" and not self.arch):
             return f"needs a {self.device} tensor, got {call.device}"
+        if self.compiled and not call.compiled:
+            return "needs torch.compile"
         for package in self.packages:
             if not hardware.has_package(package):
                 return f'needs the package "{package}"'
@@ -125,12 +131,15 @@ class Op:
         """The function of the first row that can serve a call with this main input and these dimensions."""
         at = tensor.device
         sizes = tuple([(name, operator.index(size)) for name, size in dims.items()])
-        return self._functions[_choose(self.name, self.forced, at.type, at.index or 0, tensor.dtype, sizes)]
+        compiled = torch.compiler.is_compiling()
+        return self._functions[_choose(self.name, self.forced, at.type, at.index or 0, tensor.dtype, sizes, compiled)]
 
-    def explain(self, device: str = "cpu", dtype: torch.dtype = torch.float32, *, index: int = 0, **dims: int) -> list[Verdict]:
+    def explain(
+        self, device: str = "cpu", dtype: torch.dtype = torch.float32, *, index: int = 0, compiled: bool = False, **dims: int
+    ) -> list[Verdict]:
         """For each row, why it cannot serve such a call (None: it can). The first that can is the automatic choice."""
         _plug_in()
-        call = Call(device=device, index=index, dtype=dtype, dims=tuple(dims.items()))
+        call = Call(device=device, index=index, dtype=dtype, dims=tuple(dims.items()), compiled=compiled)
         return [Verdict(row.name, row.needs.why_not(call)) for row in self.impls]
 
     def register(self, impl: Impl, *, before: str | None = None) -> None:
@@ -167,7 +176,7 @@ class Op:
             if reason:
                 raise ImplementationError(f'{self.name}: "{forced}" was asked for and cannot run: {reason}')
             return forced
-        verdicts = self.explain(call.device, call.dtype, index=call.index, **dict(call.dims))
+        verdicts = self.explain(call.device, call.dtype, index=call.index, compiled=call.compiled, **dict(call.dims))
         for verdict in verdicts:
             if verdict.reason is None:
                 return verdict.name
@@ -182,13 +191,14 @@ def _choose(
     index: int,
     dtype: torch.dtype,
     dims: tuple[tuple[str, int], ...],
+    compiled: bool,
 ) -> str:
     """The chosen row's name. A constant to the compiler: its arguments are, and they are guarded."""
     op = _OPS[name]
-    key = (forced, device, index, dtype, dims)
+    key = (forced, device, index, dtype, dims, compiled)
     chosen = op._choices.get(key)
     if chosen is None:
-        chosen = op._select(forced, Call(device=device, index=index, dtype=dtype, dims=dims))
+        chosen = op._select(forced, Call(device=device, index=index, dtype=dtype, dims=dims, compiled=compiled))
         if forced is None and chosen not in op._choices.values():
             logger.info("%s: %s (%s, %s, %s)", name, chosen, device, dtype, dict(dims))
         op.function(chosen)

@@ -10,7 +10,8 @@
 In eager mode a call costs one `torch.autograd.Function`; without gradients it costs nothing. Under the compiler the same functions are
 `gdn::scaled` and `gdn::scaled_backward`, so that the graph never breaks. `InPlace` is the counterpart for kernels that write into their
 arguments. Both run with autocast off: a hand-written kernel chooses its own precision, and a matrix product that says float32 means it.
-With `replay=True` an eager call or its backward that is like one before is replayed (replay.py).
+With `replay=True` an eager call or its backward that is like one before is replayed (replay.py). With `foreseen=True` the Triton kernels of
+both are compiled at the same time (foresight.py), from the first launch on, or under the compiler while it still traces.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdn.core.replay import Recording, Table, distinct, record, signature, witness
+from gdn.core.foresight import Launches, begin, foreseeing, written
+from gdn.core.replay import FIRST_DEVICE, Recording, Table, distinct, record, signature, witness
 
 Arguments = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
@@ -53,19 +55,19 @@ class _Kernels(ABC):
         if seen is not None:
             return seen.call(self._find, args)
         call, tensors = self._find(args)
-        return call(tensors)
+        return call.first(tensors)
 
-    def _find(self, args: Arguments) -> tuple[Callable[[Sequence[Tensor]], Tensors], Sequence[Tensor]]:
+    def _find(self, args: Arguments) -> tuple[_Call, Sequence[Tensor]]:
         """The call with these arguments, known or new, and its tensors."""
         found = signature(args) if self._replay else None
         if found is None:
-            return _Call(self, args, replay=False).run, [a for a in args if isinstance(a, Tensor)]
+            return _Call(self, args, replay=False), [a for a in args if isinstance(a, Tensor)]
         key, tensors = found
         call = self._calls.get(key)
         if call is None:
             call = _Call(self, args, replay=True)
             self._calls.keep(key, call, self._calls.emptied)
-        return call.run, tensors
+        return call, tensors
 
 
 class Opaque(_Kernels):
@@ -79,8 +81,14 @@ class Opaque(_Kernels):
             that were not used. One gradient per name in `differentiable`; None where the argument was None.
         fake: like forward, on tensors without data.
         results: how many of forward's tensors are results.
-        differentiable: names of the tensor arguments that have a gradient.
+        differentiable: names of the tensor arguments that backward gives a gradient for.
+        follows: more arguments that have a gradient, by name: each the one of another argument.
+        without: the arguments that backward gets as None, so that nothing keeps them alive, each with the place among the saved tensors of
+            one of its shape and dtype.
+        saved_results: how many of the results, the last ones, are saved too, before what else is.
         replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay.signature`.
+        foreseen: a promise: which Triton kernels both launch follows from what meta tensors have too. By default like `replay`.
+        expected: how many of the results usually have a gradient: the kernels of the backward are compiled ahead for these.
     """
 
     def __init__(
@@ -92,18 +100,33 @@ class Opaque(_Kernels):
         fake: Callable[..., Tensors],
         results: int,
         differentiable: tuple[str, ...],
+        follows: Mapping[str, str] | None = None,
+        without: Mapping[str, int] | None = None,
+        saved_results: int = 0,
         replay: bool = False,
+        foreseen: bool | None = None,
+        expected: int | None = None,
     ) -> None:
         super().__init__(replay)
         names = list(inspect.signature(forward).parameters)
         if names[-1] != "keep":
             raise TypeError(f"{name}: the last parameter of forward must be keep, got {names[-1]}")
         self.name = name
+        self._hosts = forward, backward
         self.forward = _without_autocast(forward)
         self.backward = _without_autocast(backward)
+        self._foreseen = replay if foreseen is None else foreseen
+        if self._foreseen:
+            self.forward = _foreseeing(self.forward, self._launches)
+            self.backward = _foreseeing(self.backward, self._backward_launches)
         self.fake = fake
         self.results = results
+        self.expected = results if expected is None else expected
+        self._begun: set[Any] = set()
         self.places = tuple(names.index(n) for n in differentiable)
+        self.followers = {names.index(n): names.index(first) for n, first in (follows or {}).items()}
+        self.without = {names.index(n): place for n, place in (without or {}).items()}
+        self.first_saved = results - saved_results
         self._operator = self._register()
 
     def __call__(self, *args: Any) -> Tensors:
@@ -112,7 +135,7 @@ class Opaque(_Kernels):
         return self._eager(args)
 
     def keeps(self, args: Arguments) -> bool:
-        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.places)
+        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in (*self.places, *self.followers))
 
     def run(self, args: Arguments, keep: bool) -> Tensors:
         tensors = self.forward(*args, keep)
@@ -124,12 +147,49 @@ class Opaque(_Kernels):
         if any(g is not None for g in grads):
             for place, gradient in zip(self.places, self.backward(args, saved, grads), strict=True):
                 out[place] = gradient
+            self._follow(out)
         return out
+
+    def _follow(self, gradients: list[Tensor | None]) -> None:
+        for place, first in self.followers.items():
+            gradients[place] = gradients[first]
+
+    def kept(self, args: Sequence[Any]) -> list[Tensor]:
+        """The tensors among the arguments that backward gets."""
+        return [a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in self.without]
+
+    def _launches(self, *args: Any) -> Launches:
+        """Of forward, and of the backward that will follow."""
+        tensors, launches = written(self._hosts[0], *args)
+        yield launches
+        if args[-1]:
+            grads = [x if i < self.expected else None for i, x in enumerate(tensors[: self.results])]
+            given = tuple(None if i in self.without else a for i, a in enumerate(args[:-1]))
+            yield from self._backward_launches(given, tensors[self.first_saved :], grads)
+
+    def _backward_launches(self, args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> Launches:
+        yield written(self._hosts[1], args, saved, grads)[1]
+
+    def _traced(self, *args: Any) -> Tensors:
+        """`fake`, and what will run begins to be compiled."""
+        if self._foreseen and torch.cuda.is_initialized():
+            self._compile_ahead(args)
+        return self.fake(*args)
+
+    def _compile_ahead(self, args: Arguments) -> None:
+        parts = [(*a.shape, *a.stride()) if isinstance(a, Tensor) else (a,) for a in args]
+        device = _first_tensor(args).get_device()
+        if device < FIRST_DEVICE or any(isinstance(n, (torch.SymInt, torch.SymFloat)) for part in parts for n in part):
+            return
+        key = (device, *parts, *[a.dtype for a in args if isinstance(a, Tensor)])
+        if key not in self._begun:
+            self._begun.add(key)
+            begin(self._launches(*args), device)
 
     def _register(self) -> Callable[..., Any]:
         """Register `name` and `name_backward` with fakes and an autograd formula."""
         forward = torch.library.custom_op(self.name, self.forward, mutates_args=(), schema=_schema(self.forward))
-        forward.register_fake(self.fake)
+        forward.register_fake(self._traced)
 
         backward = self._register_backward()
 
@@ -137,17 +197,19 @@ class Opaque(_Kernels):
             args = inputs[:-1]
             ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
             ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
+            ctx.is_kept = tuple(isinstance(a, Tensor) and i not in self.without for i, a in enumerate(args))
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *output[self.results :])
+            ctx.save_for_backward(*self.kept(args), *output[self.first_saved :])
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             stored = iter(ctx.saved_tensors)
-            args = [next(stored) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.rest)]
+            args = [next(stored) if is_kept else other for is_kept, other in zip(ctx.is_kept, ctx.rest)]
             out: list[Tensor | None] = [None] * (len(args) + 1)
             if any(g is not None for g in grads[: self.results]):
                 gradients = backward(*args, list(stored), *grads[: self.results])
                 for place, gradient in zip(self.places, gradients, strict=True):
-                    out[place] = gradient if args[place] is not None else None
+                    out[place] = gradient if ctx.is_tensor[place] else None
+                self._follow(out)
             return tuple(out)
 
         forward.register_autograd(formula, setup_context=setup)
@@ -155,19 +217,21 @@ class Opaque(_Kernels):
 
     def _register_backward(self) -> Callable[..., Any]:
         arguments = _schema(self.forward).rpartition("->")[0].strip().removeprefix("(").removesuffix(")")
-        arguments = arguments.rpartition(",")[0]
+        declared = arguments.split(", ")[:-1]
+        arguments = ", ".join(d.replace("Tensor ", "Tensor? ") if i in self.without else d for i, d in enumerate(declared))
         grads = ", ".join(f"Tensor? grad{i}" for i in range(self.results))
         schema = f"({arguments}, Tensor[] saved, {grads}) -> Tensor[]"
 
         def run(*inputs: Any) -> list[Tensor]:
             args, saved, grads = inputs[: -self.results - 1], inputs[-self.results - 1], inputs[-self.results :]
             gradients = self.backward(args, tuple(saved), grads)
-            like = next(a for a in args if isinstance(a, Tensor))
+            like = _first_tensor((*args, *saved))
             return [like.new_empty(0) if g is None else g.contiguous() for g in gradients]
 
         def fake(*inputs: Any) -> list[Tensor]:
-            like = next(a for a in inputs if isinstance(a, Tensor))
-            chosen = [inputs[place] for place in self.places]
+            saved = inputs[-self.results - 1]
+            like = _first_tensor((*inputs[: -self.results - 1], *saved))
+            chosen = [saved[self.without[place]] if place in self.without else inputs[place] for place in self.places]
             return [like.new_empty(0) if a is None else a.new_empty(a.shape) for a in chosen]
 
         operator = torch.library.custom_op(f"{self.name}_backward", run, mutates_args=(), schema=schema)
@@ -225,6 +289,15 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _foreseeing(function: Callable[..., Any], more: Callable[..., Launches]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with foreseeing(lambda: more(*args)):
+            return function(*args)
+
+    return run
+
+
 def _first_tensor(args: Arguments) -> Tensor:
     """The first tensor of the arguments, which may come as a tuple or a list in the first of them."""
     return next(a for a in (args[0] if isinstance(args[0], (tuple, list)) else args) if isinstance(a, Tensor))
@@ -241,35 +314,46 @@ class _Call:
         self.owner, self.replay, self.keep = owner, replay, owner.keeps(args)
         self.is_tensor = tuple(isinstance(a, Tensor) for a in args)
         self.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
-        self._forward: Callable[[Sequence[Tensor]], Any] | None = None
+        self.replay_forward: Callable[[Sequence[Tensor]], Any] | None = None
+        """Once it is known."""
+        self.first_saved, without = (owner.first_saved, owner.without) if isinstance(owner, Opaque) else (owner.results, {})
+        self.is_kept = tuple(is_tensor and i not in without for i, is_tensor in enumerate(self.is_tensor))
         self._backwards: dict[Any, Callable[[Sequence[Tensor]], Any] | None] = {}
 
-    @property
-    def run(self) -> Callable[[Sequence[Tensor]], Tensors]:
-        return self._record if self.keep else self.forward
+    def first(self, tensors: Sequence[Tensor]) -> Tensors:
+        return _Function.apply(self, *tensors) if self.keep else self.forward(tensors)
 
-    def _record(self, tensors: Sequence[Tensor]) -> Tensors:
-        return _Function.apply(self, *tensors)
+    def again(self) -> Callable[[Sequence[Tensor]], Tensors]:
+        return self._recorded if self.keep else self.replay_forward or self.forward
+
+    def _recorded(self, tensors: Sequence[Tensor]) -> Tensors:
+        return _apply(self, *tensors)
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensors:
         """The results, and if a backward will follow what it wants saved."""
-        if self._forward is not None:
-            return self._forward(tensors)
+        if self.replay_forward is not None:
+            return self.replay_forward(tensors)
         if not (self.replay and distinct(tensors)):
             return self._host(tensors)
         results, recording = record(lambda: self._host(tensors), tensors)
         self.replay = recording is not None
-        self._forward = None if recording is None else _replaying(recording)
+        self.replay_forward = None if recording is None else _replaying(recording)
         return results
 
     def _host(self, tensors: Sequence[Tensor]) -> Tensors:
-        args, _ = self._arguments(tensors)
+        args, _ = self._arguments(tensors, self.is_tensor)
         return self.owner.run(args, self.keep)
 
-    def _arguments(self, stored: Sequence[Tensor]) -> tuple[Arguments, Tensors]:
+    def _arguments(self, stored: Sequence[Tensor], is_stored: Sequence[bool]) -> tuple[Arguments, Tensors]:
         """All arguments, and what comes after them."""
         left = iter(stored)
-        return tuple(next(left) if is_tensor else other for is_tensor, other in zip(self.is_tensor, self.rest)), tuple(left)
+        return tuple(next(left) if here else other for here, other in zip(is_stored, self.rest)), tuple(left)
+
+    def kept(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of the tensors among the arguments those that backward gets."""
+        if self.is_kept == self.is_tensor:
+            return tensors
+        return [x for x, is_kept in zip(tensors, (k for k, t in zip(self.is_kept, self.is_tensor) if t), strict=True) if is_kept]
 
     def backward(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """A gradient, or None, for each tensor."""
@@ -288,7 +372,7 @@ class _Call:
 
     def _backward_host(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         assert isinstance(self.owner, Opaque)
-        args, saved = self._arguments(stored)
+        args, saved = self._arguments(stored, self.is_kept)
         gradients = self.owner.gradients(args, saved, grads)
         return [gradient for gradient, is_tensor in zip(gradients, self.is_tensor, strict=True) if is_tensor]
 
@@ -300,10 +384,10 @@ def _replaying(recording: Recording) -> Callable[[Sequence[Tensor]], Any]:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensors:
-        results = call.forward(tensors)
+        results = (call.replay_forward or call.forward)(tensors)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *results[call.owner.results :])
+        ctx.save_for_backward(*call.kept(tensors), *results[call.first_saved :])
         return results[: call.owner.results]
 
     @staticmethod
@@ -317,3 +401,5 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _refusing_twice = once_differentiable(_gradients)
+_apply = cast("Any", super(torch.autograd.Function, _Function)).apply
+"""Without looking for transforms of functorch: a call with a signature has none."""

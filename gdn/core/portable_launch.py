@@ -2,24 +2,52 @@
 
 Triton's own launch binds names, looks at each argument and walks its cache: some 20 microseconds for a dozen arguments. Here the choice of
 the compiled kernel is one dictionary lookup with what the code depends on: data types, alignment, constants. A new choice goes through
-Triton once, which compiles or reads its cache on disk. Under `TRITON_INTERPRET=1` the interpreter runs the kernel on the CPU.
+Triton once, which compiles or reads its cache on disk, in a thread, beside all that is foreseen (foresight.py). Under `TRITON_INTERPRET=1`
+the interpreter runs the kernel on the CPU.
 """
 
 from __future__ import annotations
 
 import copy
+import os
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from gdn.core.foresight import THREAD, taken
 from gdn.core.replay import recorder
 
+
+class Launch(NamedTuple):
+    """What the compiled code of a launch depends on."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    warps: int
+    stages: int
+    registers: int | None
+    key: Any
+
+    def name(self, device: int) -> tuple[tuple[Any, ...], list[Any]]:
+        """The key of the compiled code, and the arguments with addresses for tensors."""
+        kinds, plain = _kinds(self.kernel, self.args) if self.key is None else ((self.key,), list(self.args))
+        return (self.kernel.fn, device, self.warps, self.stages, self.registers, *kinds), plain
+
+
 _COMPILED: dict[tuple[Any, ...], Any] = {}
-_CONSTANTS: dict[Any, tuple[bool, ...]] = {}
+_COMPILING: dict[tuple[Any, ...], Future[Any]] = {}
+"""What is being compiled or has been."""
+_LOCK = threading.Lock()
+_CORES = threading.Semaphore(os.cpu_count() or 1)
+"""Ten compilations at the same time on two cores take a third more of them than two after two, and the first is done last."""
+_CONSTANT, _PLAIN, _SPECIAL = range(3)
+_PARAMETERS: dict[Any, tuple[int, ...]] = {}
 _LARGEST_INT32 = 2**31 - 1
 
 
@@ -28,7 +56,7 @@ def launch(
 ) -> Any:
     """Run `kernel` on the current stream of the device of its tensors. Nothing happens for an empty grid.
 
-    Returns what was compiled; None for an empty grid and from the interpreter.
+    Returns what was compiled; None for an empty grid, from the interpreter, and where launches are only written down (foresight.py).
 
     Args:
         kernel: a `triton.jit` function.
@@ -41,6 +69,10 @@ def launch(
     """
     if 0 in grid:
         return None
+    what = Launch(kernel, args, warps, stages, registers, key)
+    if THREAD.launches is not None:
+        THREAD.launches.append(what)
+        return None
     seen = recorder()
     if not isinstance(kernel, JITFunction):
         if seen is not None:
@@ -50,50 +82,57 @@ def launch(
     device = args[0].get_device()
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            compiled = _launch(kernel, grid, args, device, warps, stages, registers, key)
+            compiled = _launch(what, grid, device)
     else:
-        compiled = _launch(kernel, grid, args, device, warps, stages, registers, key)
+        compiled = _launch(what, grid, device)
     if seen is not None:
         seen.launch(starter(compiled), grid, args)
     return compiled
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: int, warps: int, stages: int, registers: int | None, key: Any
-) -> Any:
-    kinds, plain = _kinds(kernel, args) if key is None else ((key,), args)
-    name = (kernel.fn, device, warps, stages, registers, *kinds)
+def _launch(what: Launch, grid: tuple[int, ...], device: int) -> Any:
+    name, plain = what.name(device)
     compiled = _COMPILED.get(name)
     if compiled is None:
-        compiled = _COMPILED[name] = kernel[grid](*args, num_warps=warps, num_stages=stages, maxnreg=registers)
-        return compiled
+        compiled = _COMPILED[name] = _wait(what, name, device)
     x, y, z = (*grid, 1, 1)[:3]
     stream = torch._C._cuda_getCurrentRawStream(device)
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *plain)
     return compiled
 
 
-def compile_together(calls: Iterable[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
-    """Compile what launches to come will need, each kernel in a thread of its own: Triton lets other threads run meanwhile.
-
-    `calls` are kernels with their arguments and the options of `launch`. Where a kernel comes again with the same options, the first speaks for all.
-    """
-    wanted: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-    for kernel, args, options in calls:
-        resources = (options["warps"], options["stages"], options["registers"])
-        if not isinstance(kernel, JITFunction) or (kernel.fn, *resources) in wanted:
-            continue
-        if (kernel.fn, args[0].get_device(), *resources, *_kinds(kernel, args)[0]) not in _COMPILED:
-            wanted[kernel.fn, *resources] = kernel, args
-    if len(wanted) > 1:
-        with ThreadPoolExecutor(len(wanted)) as threads:
-            for done in [threads.submit(_compile, *what, *key[1:]) for key, what in wanted.items()]:
-                done.result()
+def compile_ahead(launches: Iterable[Launch], device: int) -> dict[tuple[Any, ...], Future[Any]]:
+    """Begin to compile what launches to come will need, as many at a time as there are cores: Triton lets other threads run meanwhile."""
+    named = {what.name(device)[0]: what for what in launches if isinstance(what.kernel, JITFunction)}
+    with _LOCK:
+        new = [name for name in named if name not in _COMPILING]
+        if new:
+            driver.active.get_current_device()  # builds a module in C when it is first asked, in each thread that asks
+            threads = ThreadPoolExecutor(len(new), "gdn compiles")
+            for name in new:
+                _COMPILING[name] = threads.submit(_compile, named[name], device)
+            threads.shutdown(wait=False)
+        return {name: _COMPILING[name] for name in named}
 
 
-def _compile(kernel: Any, args: tuple[Any, ...], warps: int, stages: int, registers: int | None) -> None:
-    with torch.cuda.device(args[0].get_device()):  # a thread begins at the first device
-        kernel.warmup(*args, grid=(1,), num_warps=warps, num_stages=stages, maxnreg=registers)
+def _wait(what: Launch, name: tuple[Any, ...], device: int) -> Any:
+    """The compiled code, when it is ready."""
+    begun = compile_ahead([what], device)
+    for more in taken():
+        compile_ahead(more, device)
+    try:
+        return begun[name].result()
+    except BaseException:
+        _COMPILING.pop(name, None)  # the next launch tries again
+        raise
+
+
+def _compile(what: Launch, device: int) -> Any:
+    """The code. It is not loaded yet: that might be in the middle of the capture of a graph."""
+    with _CORES, torch.cuda.device(device):  # a thread begins at the first device
+        compiled = what.kernel.warmup(*what.args, grid=(1,), num_warps=what.warps, num_stages=what.stages, maxnreg=what.registers)
+        driver.active.launcher_cls(compiled.src, compiled.metadata)  # Triton 3.6 has it compiled from C, and will find it on disk
+    return compiled
 
 
 def starter(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool]:
@@ -126,22 +165,27 @@ def _kinds(kernel: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
 
     Triton specialises on types, and on whether a pointer or an integer is a multiple of 16 or the integer is 1.
     """
-    constants = _CONSTANTS.get(kernel.fn)
-    if constants is None:
-        constants = _CONSTANTS[kernel.fn] = tuple(parameter.is_constexpr for parameter in kernel.params)
-    if len(args) != len(constants):
-        raise TypeError(f"{kernel.fn.__name__}: expected {len(constants)} arguments, got {len(args)}")
+    parameters = _PARAMETERS.get(kernel.fn)
+    if parameters is None:
+        parameters = _PARAMETERS[kernel.fn] = tuple(map(_parameter, kernel.params))
+    if len(args) != len(parameters):
+        raise TypeError(f"{kernel.fn.__name__}: expected {len(parameters)} arguments, got {len(args)}")
     kinds: list[Any] = []
     plain = list(args)
-    for i, constant in enumerate(constants):
+    for i, parameter in enumerate(parameters):
         argument = args[i]
-        if constant or argument is None:
+        if parameter == _CONSTANT or argument is None:
             kinds.append(argument)
         elif isinstance(argument, Tensor):
             plain[i] = address = argument.data_ptr()
             kinds.append(argument.dtype if address % 16 == 0 else (argument.dtype,))
         elif isinstance(argument, int):
-            kinds.append(integer_kind(argument) if argument <= _LARGEST_INT32 else (integer_kind(argument),))
+            kind = integer_kind(argument) if parameter == _SPECIAL else 0
+            kinds.append(kind if argument <= _LARGEST_INT32 else (kind,))
         else:
             kinds.append(type(argument))
     return kinds, plain
+
+
+def _parameter(parameter: Any) -> int:
+    return _CONSTANT if parameter.is_constexpr else _PLAIN if parameter.do_not_specialize else _SPECIAL

@@ -19,10 +19,10 @@ def int64(x):
 @triton.jit
 def exp(x):
     """exp(x), right to 2e-7 for every x: the plain one multiplies by log2(e) first and loses 6e-8 |x|. Exactly 0 at minus infinity."""
-    x = tl.where(x < -200.0, -200.0, tl.where(x > 200.0, 200.0, x))
+    x = tl.clamp(x, -200.0, 200.0, propagate_nan=tl.PropagateNan.ALL)
     high = x * _LOG2_E
-    low = tl.fma(x, _LOG2_E, -high) + x * _LOG2_E_LOW
-    return tl.exp2(high) * (1.0 + low * _LN_2)
+    over = tl.fma(x, -_LOG2_E, high) - x * _LOG2_E_LOW
+    return tl.exp2(high) * (1.0 - over * _LN_2)
 
 
 @triton.jit
@@ -48,4 +48,6 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + exp(-x))
+    """1 / (1 + exp(-x)). A division takes eight instructions, the square of this root two, and neither is wrong by more than 3e-7."""
+    root = tl.rsqrt(1.0 + exp(-x))
+    return root * root

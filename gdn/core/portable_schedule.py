@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gdn.core.portable_launch import compile_together, launch
+from gdn.core.portable_launch import launch
 from gdn.core.portable_workspace import Workspace
 
 Tensors = Mapping[str, Tensor | None]
@@ -38,7 +38,6 @@ class Schedule:
     def __init__(self, **values: Any) -> None:
         self._values = values
         self._steps: list[_Step] = []
-        self._compiled = False
 
     def add(
         self,
@@ -72,13 +71,9 @@ class Schedule:
         )
 
     def run(self, tensors: Tensors, *spaces: tuple[Workspace, Tensor]) -> None:
-        """Launch all, on the current stream of the device of the tensors. The first time, kernels that are new compile at the same time."""
+        """Launch all, on the current stream of the device of the tensors."""
         at = dict(tensors)
         for workspace, space in spaces:
             at.update(workspace.views(space))
-        calls = [(s.kernel, (*[at[name] for name in s.names], *s.rest), s.options) for s in self._steps]
-        if not self._compiled:
-            compile_together(call for call, s in zip(calls, self._steps, strict=True) if s.programs)
-            self._compiled = True
-        for (kernel, args, options), s in zip(calls, self._steps, strict=True):
-            launch(kernel, (s.programs,), *args, **options)
+        for s in self._steps:
+            launch(s.kernel, (s.programs,), *[at[name] for name in s.names], *s.rest, **s.options)

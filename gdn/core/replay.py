@@ -18,25 +18,24 @@ in a replay they live as long as the call. A call that raises leaves nothing beh
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
+
+from gdn.core.foresight import without_modes
+from gdn.core.replay_source import Run, Source
 
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound=Sequence[Tensor | None])
 Tensors = Sequence[Tensor]
-Results = tuple[Tensor | None, ...]
-Step = tuple[Any, ...] | Callable[[list[Tensor], list[Any]], None]
-"""A launch: what `Recording.run` unpacks. Or given the tensors and the arguments of kernels; what it makes it appends to both."""
 
 FIRST_DEVICE = 0
 """The CPU is device -1."""
@@ -115,49 +114,11 @@ def distinct(tensors: Tensors) -> bool:
 
 @dataclass(frozen=True)
 class Recording:
-    """What a host did with tensors; `run` does it with others of the same signature.
+    """What a host did with tensors."""
 
-    Tensors are numbered: those given, fresh ones, then those that steps make. Arguments of kernels are too: addresses of given tensors,
-    constants, addresses of fresh tensors, addresses inside, then those of tensors that steps make.
-    """
-
-    device: int
-    constants: list[Any]
-    fresh: list[tuple[Tensor, tuple[int, ...] | None]]
-    """What to allocate: a tensor of the same shape and dtype, but of one element in memory, and strides unless dense."""
-    inside: list[tuple[int, int]]
-    """Addresses in the middle of a tensor: the argument that is its beginning, and how many bytes after it."""
-    steps: list[Step]
-    results: list[int | None]
-
-    @property
-    def launches_only(self) -> bool:
-        return all(isinstance(step, tuple) for step in self.steps)
-
-    def run(self, tensors: Tensors) -> Results:
-        if self.device != torch._C._cuda_getDevice():
-            with torch.cuda.device(self.device):
-                return self.run(tensors)
-        held = list(tensors)
-        arguments: list[Any] = [x.data_ptr() for x in tensors]
-        arguments += self.constants
-        for like, strides in self.fresh:
-            if strides is None:  # the quickest of all ways to allocate
-                x = torch.empty_like(like, memory_format=torch.contiguous_format)
-            else:
-                x = torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
-            held.append(x)
-            arguments.append(x.data_ptr())
-        for beginning, offset in self.inside:
-            arguments.append(arguments[beginning] + offset)
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
-        for step in self.steps:
-            if isinstance(step, tuple):
-                start, x, y, z, between, take = step
-                start(x, y, z, stream, *between, *take(arguments))
-            else:
-                step(held, arguments)
-        return tuple([None if i is None else held[i] for i in self.results])
+    run: Run
+    """Does it with others of the same signature."""
+    launches_only: bool
 
 
 def record(host: Callable[[], S], tensors: Tensors) -> tuple[S, Recording | None]:
@@ -179,7 +140,9 @@ Address = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Launch:
-    start: tuple[Any, ...]
+    start: Callable[..., None]
+    grid: tuple[int, ...]
+    between: tuple[Any, ...]
     packed: bool
     """Whether it takes its arguments as one tuple."""
     arguments: list[Address | list[Any]]
@@ -193,8 +156,8 @@ class _Operator:
     named: dict[str, Any]
     tensors: list[tuple[int, int]]
     """Which argument is which tensor."""
-    makes: bool
-    """A new tensor, rather than to write into an argument."""
+    makes: int | None
+    """A new tensor; or it writes into an argument."""
 
 
 class _Mode(TorchDispatchMode):
@@ -215,7 +178,7 @@ class Recorder(_Mode):
         self._names: dict[int, int] = {}
         self._memory: dict[int, int | None] = {}
         self._fresh: list[int] = []
-        self._made: list[int] = []
+        self._made: set[int] = set()
         self._steps: list[_Launch | _Operator] = []
         for x in tensors:
             self._hold(x)
@@ -238,38 +201,35 @@ class Recorder(_Mode):
         """By `portable_launch.launch`: a kernel was launched. The starter is how to launch it again."""
         start, between, packed = starter
         arguments = [self._address(a) if isinstance(a, Tensor) else [a] for a in args]
-        self._steps.append(_Launch((start, *(*grid, 1, 1)[:3], between), packed, arguments))
+        self._steps.append(_Launch(start, (*grid, 1, 1)[:3], between, packed, arguments))
 
     def finish(self, results: Sequence[Tensor | None]) -> Recording | None:
         places = [None if x is None else self._place(x) for x in results]
         if self.refused:
             return None
-        launches = [step for step in self._steps if isinstance(step, _Launch)]
-        addresses = list(dict.fromkeys(a for launch in launches for a in launch.arguments if isinstance(a, tuple)))
-        constants = [a[0] for launch in launches for a in launch.arguments if isinstance(a, list)]
-        used = {i for i, _ in addresses} | {i for step in self._steps if isinstance(step, _Operator) for _, i in step.tensors} | set(places)
-        given, fresh = list(range(self._given)), [i for i in self._fresh if i in used]
-        inside = [a for a in addresses if a[1]]
-        begins = [[(i, 0) for i in group] for group in (given, fresh, self._made)]
-        argument = {a: n for n, a in enumerate([*begins[0], *constants, *begins[1], *inside, *begins[2]]) if isinstance(a, tuple)}
-        number = {i: n for n, i in enumerate([*given, *fresh, *self._made])}
-        rest = iter(range(len(given), len(given) + len(constants)))
-        steps: list[Step] = []
+        source = Source(self._held[0].get_device(), self._given)
+        used = self._used(places)
+        for i in self._fresh:
+            if i in used:
+                source.allocate(i, *_template(self._held[i]))
         for step in self._steps:
             if isinstance(step, _Launch):
-                taken = [argument[a] if isinstance(a, tuple) else next(rest) for a in step.arguments]
-                take = operator.itemgetter(*taken) if len(taken) > 1 else operator.itemgetter(slice(taken[0], taken[0] + 1))
-                steps.append((*step.start, _packing(take) if step.packed else take))
+                arguments = [source.address(*a) if isinstance(a, tuple) else source.constant(a[0]) for a in step.arguments]
+                source.launch(step.start, step.grid, step.between, arguments, step.packed)
             else:
-                steps.append(_operating(step, [(n, number[i]) for n, i in step.tensors]))
-        return Recording(
-            self._held[0].get_device(),
-            constants,
-            [_template(self._held[i]) for i in fresh],
-            [(argument[i, 0], offset) for i, offset in inside],
-            steps,
-            [None if i is None else number[i] for i in places],
-        )
+                tensors = dict(step.tensors)
+                arguments = [f"x{tensors[n]}" if n in tensors else source.constant(a) for n, a in enumerate(step.arguments)]
+                source.operator(step.makes, getattr(step.function, "_op", step.function), arguments, step.named)  # an overload calls this
+        return Recording(source.finish(places), all(isinstance(step, _Launch) for step in self._steps))
+
+    def _used(self, results: Sequence[int | None]) -> set[int | None]:
+        """Tensors that anything needs."""
+        used = set(results)
+        for step in self._steps:
+            used.update(
+                [a[0] for a in step.arguments if isinstance(a, tuple)] if isinstance(step, _Launch) else [i for _, i in step.tensors]
+            )
+        return used
 
     def _hold(self, x: Tensor) -> int:
         """One more tensor, and it is known by itself and by its memory, if that is its alone."""
@@ -284,10 +244,11 @@ class Recorder(_Mode):
         tensors = [(n, self._place(a)) for n, a in enumerate(args) if isinstance(a, Tensor)]
         if len(tensors) != sum(isinstance(leaf, Tensor) for leaf in tree_leaves((args, named))):
             self.refused = True  # tensors in lists or by name
-        makes = id(out) not in self._names
+        makes = None
+        if id(out) not in self._names:
+            makes = self._hold(out)
+            self._made.add(makes)
         self._steps.append(_Operator(func, [None if isinstance(a, Tensor) else a for a in args], named, tensors, makes))
-        if makes:
-            self._made.append(self._hold(out))
 
     def _base(self, x: Tensor) -> int:
         """The only tensor that has the memory of x."""
@@ -318,11 +279,11 @@ class Recorder(_Mode):
         geometry = x.size(), x.stride(), x.storage_offset()
         if geometry == (held.size(), held.stride(), held.storage_offset()):
             return base
-        self._steps.append(_Operator(torch.as_strided, [None, *geometry], {}, [(0, base)], True))
         i = len(self._held)
         self._held.append(x)
         self._names[id(x)] = i
-        self._made.append(i)
+        self._made.add(i)
+        self._steps.append(_Operator(torch.as_strided, [None, *geometry], {}, [(0, base)], i))
         return i
 
 
@@ -341,40 +302,40 @@ def _element(dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty((), dtype=dtype, device=device)
 
 
-def _packing(take: Callable[[list[Any]], Any]) -> Callable[[list[Any]], tuple[Any]]:
-    return lambda arguments: (take(arguments),)
+Results = tuple[Tensor, ...]
 
 
-def _operating(called: _Operator, tensors: list[tuple[int, int]]) -> Step:
-    function, named = called.function, called.named
+class Call(Protocol):
+    """One of an operator that can be done again."""
 
-    def step(held: list[Tensor], arguments: list[Any]) -> None:
-        given = called.arguments.copy()
-        for n, i in tensors:
-            given[n] = held[i]
-        out = function(*given, **named)
-        if called.makes:
-            held.append(out)
-            arguments.append(out.data_ptr())
+    def first(self, tensors: Tensors) -> Results: ...
 
-    return step
+    def again(self) -> Callable[[Tensors], Results]:
+        """How to do it with other tensors of the same signature, after the first time."""
+        ...
 
 
-Call = Callable[[Tensors], tuple[Tensor, ...]]
+Outline = Callable[[list[Tensor]], Any]
+"""What an operator did with its tensors."""
 
 
-@dataclass(frozen=True)
-class Outline:
-    """What an operator did with its tensors. The results of each call are numbered after all tensors before."""
+def _outline(calls: list[tuple[Call, list[int]]], given: int, results: int | list[int]) -> Outline:
+    """Each call with its tensors; the results of each are numbered after all tensors before."""
+    steps = [(call.again(), places) for call, places in calls]
+    if len(steps) == 1 and steps[0][1] == list(range(given)) and isinstance(results, int) and results >= given:
+        return _one_result(steps[0][0], results - given)
 
-    calls: list[tuple[Call, list[int]]]
-    """Each with its tensors."""
-    results: int | list[int]
+    def run(tensors: list[Tensor]) -> Any:
+        for again, places in steps:
+            tensors += again([tensors[i] for i in places])
+        return tensors[results] if isinstance(results, int) else tuple([tensors[i] for i in results])
 
-    def run(self, tensors: list[Tensor]) -> Any:
-        for call, places in self.calls:
-            tensors += call([tensors[i] for i in places])
-        return tensors[self.results] if isinstance(self.results, int) else tuple([tensors[i] for i in self.results])
+    return run
+
+
+def _one_result(again: Callable[[Tensors], Results], result: int) -> Outline:
+    """Of the only call, which takes the tensors as they are."""
+    return lambda tensors: again(tensors)[result]
 
 
 class Witness(_Mode):
@@ -386,6 +347,7 @@ class Witness(_Mode):
         self._held: list[Tensor] = []
         self._names: dict[int, int] = {}
         self._calls: list[tuple[Call, list[int]]] = []
+        self._given = len(tensors)
         self._hold(tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -394,16 +356,16 @@ class Witness(_Mode):
 
     def call(self, find: Callable[[tuple[Any, ...]], tuple[Call, Tensors]], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """By a call that can be replayed, which `find` gives with its tensors."""
-        with _disable_current_modes():
+        with without_modes():
             call, tensors = find(args)
-            results = call(tensors)
+            results = call.first(tensors)
         self._calls.append((call, [self._place(x) for x in tensors]))
         self._hold(results)
         return results
 
     def finish(self, results: Any) -> Outline | None:
         ends = self._place(results) if isinstance(results, Tensor) else [self._place(x) for x in results]
-        return None if self._refused or not self._calls else Outline(self._calls, ends)
+        return None if self._refused or not self._calls else _outline(self._calls, self._given, ends)
 
     def _hold(self, tensors: Tensors) -> None:
         for x in tensors:
@@ -434,7 +396,7 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
         key, tensors = found
         outline = outlines.get(key)
         if outline is not None:
-            return outline.run(tensors) if outline else written(*args, **named)
+            return outline(tensors) if outline else written(*args, **named)
         if not distinct(tensors):
             return written(*args, **named)
         emptied = outlines.emptied

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from gdn.core.packing import Packing
 from gdn.mixers.base import MixerConfig, MixerState
 from gdn.nn import RMSNorm, SwiGLU
+from gdn.nn.norm import add_and_norm
 
 
 class Block(nn.Module):
@@ -22,17 +27,50 @@ class Block(nn.Module):
             self.mlp_norm = RMSNorm(width, norm_eps, norm_offset)
             self.mlp = SwiGLU(width, inner)
         self.has_mlp, self.norm_after = inner > 0, norm_after
+        self.compiled = False
+        """Whether torch.compile has its say: all blocks share one function, so that equal ones share what is compiled."""
 
     def forward(
         self, x: Tensor, state: MixerState | None = None, packing: Packing | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        y, state = self._mix(x if self.norm_after else self.mixer_norm(x), state, packing, mask)
-        x = x + (self.mixer_norm(y) if self.norm_after else y)
+        x, added, state = self.terms(x, None, state, packing, mask)
+        return x + added, state
+
+    def terms(
+        self, x: Tensor, added: Tensor | None, state: MixerState | None, packing: Packing | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, MixerState | None]:
+        """What `forward` gives for `x + added`, as two terms, and the state: whoever norms their sum takes it in the same pass."""
+        return (_compiled_terms() if self.compiled else Block._terms)(self, x, added, state, packing, mask)
+
+    def _terms(
+        self, x: Tensor, added: Tensor | None, state: MixerState | None, packing: Packing | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, MixerState | None]:
+        if self.norm_after:
+            return self._norm_after(x if added is None else x + added, state, packing, mask)
+        normed, x = add_and_norm(self.mixer_norm, x, added)
+        y, state = self._mix(normed, state, packing, mask)
         if self.has_mlp:
-            x = x + (self.mlp_norm(self.mlp(x)) if self.norm_after else self.mlp(self.mlp_norm(x)))
-        return x, state
+            normed, x = add_and_norm(self.mlp_norm, x, y)
+            y = self.mlp(normed)
+        return x, y, state
+
+    def _norm_after(
+        self, x: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, MixerState | None]:
+        y, state = self._mix(x, state, packing, mask)
+        y = self.mixer_norm(y)
+        if self.has_mlp:
+            x = x + y
+            y = self.mlp_norm(self.mlp(x))
+        return x, y, state
 
     def _mix(self, x: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None) -> tuple[Tensor, MixerState | None]:
         if state is None or packing is not None:  # the mixer refuses both together
             return self.mixer(x, state=state, packing=packing, mask=mask)
         return self.mixer.read(x, state, mask)
+
+
+@functools.cache
+def _compiled_terms() -> Callable[..., tuple[Tensor, Tensor, MixerState | None]]:
+    """Not before it is wanted: the compiler takes a second to import."""
+    return torch.compile(Block._terms)

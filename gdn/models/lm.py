@@ -21,6 +21,8 @@ from gdn.models.block import Block
 from gdn.models.start import Start
 from gdn.models.state import LMState
 from gdn.nn import RMSNorm
+from gdn.nn.linear import is_hooked
+from gdn.nn.norm import add_and_norm
 from gdn.ops import linear_cross_entropy
 
 
@@ -165,16 +167,21 @@ class LM(nn.Module):
             if packing is not None:
                 raise ArgumentError("packing: documents of a packed batch begin empty, but this model has a first memory (start)")
             state = self.init_state(x.shape[0], device=x.device)
-        layers = []
+        layers, added = [], None
         for i, block in enumerate(self._blocks()):
             layer = None if state is None else state.layers[i]
-            if self.recompute == "block" and state is None and torch.is_grad_enabled():
+            again = self.recompute == "block" and state is None and torch.is_grad_enabled()
+            if again or is_hooked(block):
+                x, added = x if added is None else x + added, None
+            if again:
                 x = checkpoint(_without_state, block, x, packing, mask, use_reentrant=False)
-            else:
+            elif is_hooked(block):
                 x, layer = block(x, layer, packing, mask)
+            else:  # its last addition is left to the norm that follows
+                x, added, layer = block.terms(x, added, layer, packing, mask)
             layers.append(layer)
         after = None if state is None or not wanted else LMState(layers, state.length + tokens.shape[1], self)
-        return self.norm(x), after
+        return add_and_norm(self.norm, x, added)[0], after
 
     def forward(
         self,
@@ -198,6 +205,19 @@ class LM(nn.Module):
         if targets is None:
             return LMOutput(logits=F.linear(x, weight), state=state)
         return LMOutput(loss=linear_cross_entropy(x, weight, targets), state=state)
+
+    def compile_blocks(self) -> None:
+        """Compile in place with torch.compile, one block at a time: equal blocks run what was compiled for the first of them, so that
+        a deep model is traced in the time of one block. `compile()` traces all, as one graph.
+
+        One graph it is here too where layers know each other, since then no two blocks are equal, and with several kinds of mixers, for
+        the compiler keeps eight versions of a function at most: packed or not, sizes fixed or not, training or not make five of one kind.
+        """
+        if len(set(self.config.mixers)) > 1 or any(type(mixer).join is not Mixer.join for mixer in self.mixers()):
+            self.compile()
+            return
+        for block in self._blocks():
+            block.compiled = True
 
     def mixers(self) -> Iterator[Mixer]:
         """The mixer of each block."""

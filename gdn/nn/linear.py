@@ -26,9 +26,12 @@ def is_affine(layer: nn.Module) -> bool:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether somebody listens to calls of the layer, or has put another `forward` in its place, as accelerate does to move weights."""
+    """Whether somebody listens to calls of the layer, has compiled them, or has put another `forward` in its place, as accelerate does to
+    move weights."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(layer) or bool(nn.modules.module._has_any_global_hook())
+    return (
+        bool(hooks) or "forward" in vars(layer) or layer._compiled_call_impl is not None or bool(nn.modules.module._has_any_global_hook())
+    )
 
 
 def projections(x: Tensor, layers: Sequence[nn.Linear], thin: Sequence[nn.Linear]) -> list[Tensor]:

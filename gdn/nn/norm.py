@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gdn.core.checks import accumulate_dtype
 from gdn.nn.linear import is_hooked, is_matrix
-from gdn.ops import gated_rms_norm, gated_rms_norm_linear, rms_norm
+from gdn.ops import add_rms_norm, gated_rms_norm, gated_rms_norm_linear, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -24,8 +24,11 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, 1.0 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(accumulate_dtype(self.weight.dtype)) + self.offset if self.offset else self.weight
-        return rms_norm(x, weight, eps=self.eps)
+        return rms_norm(x, self.factors(), eps=self.eps)
+
+    def factors(self) -> Tensor:
+        """What channels are multiplied by."""
+        return self.weight.to(accumulate_dtype(self.weight.dtype)) + self.offset if self.offset else self.weight
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
@@ -40,6 +43,16 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         return gated_rms_norm(x, gate, self.weight, activation=self.activation, eps=self.eps)
+
+
+def add_and_norm(norm: nn.Module, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of `x + added`, and that sum. One operator if `norm` is an `RMSNorm` that nobody has wrapped and both are of one dtype."""
+    if added is None:
+        return norm(x), x
+    if type(norm) is RMSNorm and not is_hooked(norm) and x.dtype == added.dtype:
+        return add_rms_norm(added, x, norm.factors(), eps=norm.eps)
+    total = x + added
+    return norm(total), total
 
 
 def norm_and_project(norm: nn.Module, x: Tensor, gate: Tensor, layer: nn.Module) -> Tensor:

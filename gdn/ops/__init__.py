@@ -19,6 +19,7 @@ _WHERE = {
     "convolved_qkv": "qkv",
     "l2norm": "norm",
     "rms_norm": "norm",
+    "add_rms_norm": "norm",
     "gated_rms_norm": "norm",
     "swiglu_linear": "projection",
     "gated_rms_norm_linear": "projection",

@@ -52,14 +52,19 @@ def run(op: Op, impl: str, arguments: Mapping[str, Any]) -> Results:
             updated in place.
     """
     with use(**{op.name: impl}):
-        returned = getattr(ops, op.name)(**arguments)
-        outputs = [returned] if isinstance(returned, Tensor) else list(returned)
-        leaves = {name: t for name, t in named_tensors(arguments).items() if t.requires_grad}
-        extra: dict[str, Tensor] = {}
-        if leaves:
-            extra = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), weights(outputs))))
-        elif "state" in arguments:
-            extra = {"state": arguments["state"]}
+        return called(getattr(ops, op.name), arguments)
+
+
+def called(function: Callable[..., Tensor | Sequence[Tensor]], arguments: Mapping[str, Any]) -> Results:
+    """The same of a function, which may be compiled, instead of a row."""
+    returned = function(**arguments)
+    outputs = [returned] if isinstance(returned, Tensor) else list(returned)
+    leaves = {name: t for name, t in named_tensors(arguments).items() if t.requires_grad}
+    extra: dict[str, Tensor] = {}
+    if leaves:
+        extra = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), weights(outputs))))
+    elif "state" in arguments:
+        extra = {"state": arguments["state"]}
     names = (*(f"output {i}" for i in range(len(outputs))), *extra)
     return Results(names, tuple(t.detach().double().cpu() for t in (*outputs, *extra.values())))
 

@@ -362,6 +362,7 @@ EXAMPLES: dict[str, Callable[[torch.device, torch.dtype, torch.dtype], Arguments
     "convolved_qkv": _qkv,
     "l2norm": _simple(x=(50, 64)),
     "rms_norm": _simple(x=(50, 64), weight=(64,)),
+    "add_rms_norm": _simple(x=(50, 64), residual=(50, 64), weight=(64,)),
     "gated_rms_norm": _simple(x=(50, 64), gate=(50, 64), weight=(64,)),
     "swiglu_linear": _simple(x=(50, 64), weight=(48, 32)),
     "gated_rms_norm_linear": _simple(x=(50, 2, 64), gate=(50, 2, 64), norm_weight=(64,), weight=(48, 128)),

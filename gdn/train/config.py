@@ -47,7 +47,7 @@ class TrainerConfig(Config):
     recompute: Literal["none", "block"] = "none"
     """"block" keeps only each block's input for the backward pass and computes the rest again: less memory, a third more arithmetic."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile, equal blocks once (`LM.compile_blocks`)."""
     seed: int = 0
     """Seed of the initial parameters. The order of the data has its own, `data.seed`."""
     device: str = "auto"

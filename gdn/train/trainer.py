@@ -98,7 +98,7 @@ def build(config: TrainerConfig, world: World) -> Run:
     shard(model, list(model.blocks), world)
     optimizer = config.optim.build(model)
     if config.compile:
-        model.compile()
+        model.compile_blocks()
     random_state.seed(config.seed + world.rank)
     return Run(model.train(), optimizer, loader, validation, data.tokenizer, Progress())
 

@@ -40,6 +40,33 @@ def _fake(x: Tensor, bias: Tensor | None, scale: float, keep: bool) -> tuple[Ten
 TOY = Opaque("gdn::toy", _forward, _backward, fake=_fake, results=2, differentiable=("x", "bias"))
 
 
+def _add(x: Tensor, other: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    total = x + other
+    return scale * total * total, total, total.new_full((2,), scale)
+
+
+def _add_backward(args: Arguments, saved: Tensors, grads: Any) -> list[Tensor | None]:
+    assert args == (None, None, 0.5)
+    (total, scale), (d_y, d_total) = saved, grads
+    assert scale.tolist() == [0.5, 0.5]
+    of_y = torch.zeros_like(total) if d_y is None else 2 * scale[0] * total * d_y
+    return [of_y if d_total is None else of_y + d_total]
+
+
+ADD = Opaque(
+    "gdn::toy_add",
+    _add,
+    _add_backward,
+    fake=lambda x, other, scale, keep: (x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(2)),
+    results=2,
+    differentiable=("x",),
+    follows={"other": "x"},
+    without={"x": 0, "other": 0},
+    saved_results=1,
+)
+"""Keeps a result instead of its arguments, which have one gradient."""
+
+
 def inputs(with_bias: bool) -> tuple[Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -93,6 +120,24 @@ def test_nothing_is_kept_where_no_gradient_will_be_asked_for(compiled: bool) -> 
         assert KEPT[-1] is False
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("used", ["both", "first", "second"])
+@pytest.mark.parametrize("needing", [(True, True), (True, False), (False, True)], ids=str)
+def test_arguments_that_are_not_kept_and_have_one_gradient(needing: tuple[bool, bool], used: str, compiled: bool) -> None:
+    torch._dynamo.reset()
+    function = torch.compile(ADD, fullgraph=True, backend="aot_eager") if compiled else ADD
+    x, other = (torch.randn(3, 4, dtype=torch.float64, requires_grad=need) for need in needing)
+    leaves = [t for t in (x, other) if t.requires_grad]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        results = function(x, other, 0.5)
+    assert sorted(t.numel() for t in kept) == [2, 12]
+    assert any(t.data_ptr() == results[1].data_ptr() for t in kept)
+    expected = 0.5 * (x + other) ** 2, x + other
+    gradients = torch.autograd.grad(loss(results, used), leaves)
+    torch.testing.assert_close(gradients, torch.autograd.grad(loss(expected, used), leaves))
+
+
 def test_gradients_agree_with_finite_differences() -> None:
     x, bias = inputs(True)
     assert bias is not None
@@ -102,6 +147,7 @@ def test_gradients_agree_with_finite_differences() -> None:
 def test_the_registered_operators_keep_their_promises() -> None:
     x, bias = inputs(True)
     torch.library.opcheck(torch.ops.gdn.toy.default, (x, bias, 0.5, True))
+    torch.library.opcheck(torch.ops.gdn.toy_add.default, (x, bias, 0.5, True))
 
 
 def test_autocast_does_not_reach_inside() -> None:

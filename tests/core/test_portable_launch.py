@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,8 @@ pytest.importorskip("triton")
 from triton.backends.nvidia.driver import CudaLauncher
 
 from gdn.core import portable_launch
-from gdn.core.portable_launch import _kinds, compile_together, integer_kind, starter
+from gdn.core.foresight import foreseeing, without_data, written
+from gdn.core.portable_launch import Launch, _kinds, compile_ahead, integer_kind, launch, starter
 from gdn.core.portable_rows import token_rows
 
 
@@ -23,7 +25,7 @@ class Kernel:
     """Stands for a kernel whose parameters are constants of the code or not."""
 
     def __init__(self, *constant: bool) -> None:
-        self.params = [SimpleNamespace(is_constexpr=each) for each in constant]
+        self.params = [SimpleNamespace(is_constexpr=each, do_not_specialize=False) for each in constant]
         self.fn = lambda: None
 
 
@@ -37,6 +39,13 @@ def test_kinds_of_integers_have_different_keys() -> None:
     assert integer_kind(16) == integer_kind(0) == integer_kind(64)
     assert len({kinds(n) for n in (1, 16, 17, 2**32 + 1, 2**32)}) == 5
     assert kinds(17, constant=True) != kinds(18, constant=True)
+
+
+def test_an_integer_that_triton_does_not_specialise_on_has_one_kind() -> None:
+    kernel = Kernel(False)
+    kernel.params[0].do_not_specialize = True
+    assert len({tuple(_kinds(kernel, (n,))[0]) for n in (1, 16, 17)}) == 1
+    assert len({tuple(_kinds(kernel, (n,))[0]) for n in (1, 2**32)}) == 2
 
 
 def test_kinds_of_tensors_are_their_dtype_and_whether_they_are_aligned() -> None:
@@ -65,31 +74,102 @@ def test_rows_of_one_token_have_the_stride_of_a_token() -> None:
 
 
 class Compiled(portable_launch.JITFunction):
-    """Stands for a kernel of two parameters that is to be compiled; who compiles it waits for another."""
+    """Stands for a kernel of two parameters that is to be compiled, together with others, and notes what is compiled and launched."""
 
-    def __init__(self, meet: threading.Barrier, compiled: list[Any]) -> None:
+    def __init__(self, meet: threading.Barrier, seen: list[Any], error: Exception | None = None) -> None:
         self.fn = lambda: None
-        self.params = [SimpleNamespace(is_constexpr=False)] * 2
-        self.meet, self.compiled = meet, compiled
+        self.params = [SimpleNamespace(is_constexpr=False, do_not_specialize=each) for each in (False, True)]
+        self.meet, self.seen, self.error = meet, seen, error
 
-    def warmup(self, *args: Any, grid: Any, **options: Any) -> None:
+    def warmup(self, *args: Any, grid: Any, **options: Any) -> Any:
         self.meet.wait(timeout=10)
-        self.compiled.append((self.fn, args[1], options))
+        if self.error is not None:
+            raise self.error
+        self.seen.append(("compiled", self.fn, options))
+        return SimpleNamespace(function=123, packed_metadata=(4, 1, 0), run=self.run, src=self.fn, metadata="metadata")
+
+    def run(self, *handed: Any) -> None:
+        self.seen.append(("launched", self.fn, handed))
 
 
-def test_kernels_compile_at_the_same_time_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def launchers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """No GPU is needed. Kernels whose launchers have been made."""
+    made: list[Any] = []
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 99, raising=False)
+    active = SimpleNamespace(get_current_device=lambda: 0, launcher_cls=lambda src, metadata: made.append(src))
+    monkeypatch.setattr(portable_launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(portable_launch, "_COMPILED", {})
-    found: list[Any] = []
-    meet = threading.Barrier(2)
-    a, b, known = (Compiled(meet, found) for _ in range(3))
-    x, options = torch.zeros(4), {"warps": 4, "stages": 2, "registers": None}
-    portable_launch._COMPILED[known.fn, -1, 4, 2, None, torch.float32, 0] = "code"
-    compile_together(
-        [(a, (x, 3), options), (known, (x, 3), options), (b, (x, 5), options), (a, (x, 4), options), (Kernel(), (x,), options)]
-    )
-    resources = {"num_warps": 4, "num_stages": 2, "maxnreg": None}
-    assert sorted(found, key=lambda each: each[1]) == [(a.fn, 3, resources), (b.fn, 5, resources)]
+    monkeypatch.setattr(portable_launch, "_COMPILING", {})
+    monkeypatch.setattr(portable_launch, "_CORES", threading.Semaphore(3))
+    return made
+
+
+def test_what_is_foreseen_compiles_at_the_same_time_and_once(launchers: list[Any]) -> None:
+    """Three kernels meet while they compile. The first is launched without waiting for the others to be launched."""
+    seen: list[Any] = []
+    meet = threading.Barrier(3)
+    a, b, c = (Compiled(meet, seen) for _ in range(3))
+    x, options = torch.zeros(4), {"warps": 4, "stages": 2, "registers": 168}
+
+    def more() -> Any:
+        yield written(lambda: [launch(kernel, (1,), without_data(x), 3, **options) for kernel in (a, b, c, c)])[1]
+
+    with foreseeing(more):
+        launch(a, (7,), x, 3, **options)
+    assert ("launched", a.fn, (7, 1, 1, 99, 123, (4, 1, 0), None, None, None, x.data_ptr(), 3)) in seen
+    for kernel in (b, c):
+        launch(kernel, (1,), x, 5, **options)
+    compiled = [each for each in seen if each[0] == "compiled"]
+    assert {fn for _, fn, _ in compiled} == {a.fn, b.fn, c.fn} and len(compiled) == 3 and len(seen) == 6
+    assert set(launchers) == {a.fn, b.fn, c.fn} and len(launchers) == 3
+    assert all(each[2] == {"num_warps": 4, "num_stages": 2, "maxnreg": 168} for each in compiled)
+
+
+def test_no_more_compile_at_the_same_time_than_there_are_cores(launchers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable_launch, "_CORES", threading.Semaphore(2))
+    at_once: list[int] = []
+    busy = [0]
+
+    class Busy(Compiled):
+        def warmup(self, *args: Any, grid: Any, **options: Any) -> Any:
+            busy[0] += 1
+            at_once.append(busy[0])
+            time.sleep(0.02)
+            busy[0] -= 1
+            return super().warmup(*args, grid=grid, **options)
+
+    kernels = [Busy(threading.Barrier(1), []) for _ in range(6)]
+    begun = compile_ahead([Launch(kernel, (torch.zeros(4), 3), 4, 1, None, None) for kernel in kernels], -1)
+    for each in begun.values():
+        each.result(timeout=10)
+    assert launchers and len(at_once) == 6 and max(at_once) == 2
+
+
+@pytest.mark.usefixtures("launchers")
+def test_a_kernel_that_does_not_compile_is_tried_again() -> None:
+    seen: list[Any] = []
+    kernel = Compiled(threading.Barrier(1), seen, ValueError("no registers left"))
+    x = torch.zeros(4)
+    compile_ahead([Launch(kernel, (x, 3), 4, 1, None, None)], -1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no registers left"):
+            launch(kernel, (1,), x, 3)
+    kernel.error = None
+    launch(kernel, (1,), x, 3)
+    assert [each[0] for each in seen] == ["compiled", "launched"]
+
+
+def test_written_launches_do_not_run() -> None:
+    def host() -> int:
+        launch(Kernel(False), (2,), "x", warps=8)
+        launch(Kernel(False), (2, 0), "x")
+        return 5
+
+    result, launches = written(host)
+    assert result == 5 and [(each.args, each.warps) for each in launches] == [(("x",), 8)]
 
 
 def launcher(handed: list[Any], scratch: int = 0) -> Any:

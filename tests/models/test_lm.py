@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,14 @@ from torch.nn import functional as F
 from gdn.core.errors import ArgumentError, CheckpointError, ConfigError
 from gdn.core.packing import Packing
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.hgrn2 import HGRN2
+from gdn.models import block
 from gdn.models.lm import LM
 from gdn.models.sampling import Sampling, draw, generate, prefill
 from gdn.models.sizes import size
 from gdn.models.store import load_model, save_model
+from gdn.nn import norm as nn_norm
+from gdn.ops import add_rms_norm
 
 TINY = LM.Config(vocab=17, width=24, layers=3, mlp=32, pattern=(GatedDeltaNet.Config(heads=2, head_dim=8),))
 
@@ -114,22 +120,83 @@ def test_recomputing_blocks_changes_no_gradient() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_compiled_training_step_has_the_loss_of_eager(packed: bool) -> None:
-    """One whole graph, forward and backward, through the default compiler."""
+HOOKED = {"nothing": (), "a block": ("blocks.1",), "norms": ("blocks.0.mlp_norm", "blocks.2.mixer_norm", "norm")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hooked", HOOKED)
+def test_additions_go_with_the_norms_after_them(hooked: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first norm of three blocks and the last one; where somebody listens to a block or a norm, it is called with the sum."""
+    model, x = tiny().to(dtype), tokens()
+    with torch.no_grad():
+        plain, norms = model.embedding(x), []
+        for block in model._blocks():
+            plain = block(plain)[0]
+            norms.append(plain)
+        expected = model.norm(plain)
+    joined: list[torch.Tensor] = []
+    monkeypatch.setattr(nn_norm, "add_rms_norm", lambda *args, **named: (joined.append(args[0]), add_rms_norm(*args, **named))[1])
+    heard: dict[str, torch.Tensor] = {}
+    for name in HOOKED[hooked]:
+        model.get_submodule(name).register_forward_hook(lambda module, given, result, name=name: heard.update({name: (given[0], result)}))
+    assert torch.equal(model.hidden(x)[0], expected)
+    assert len(joined) == {"nothing": 6, "a block": 4, "norms": 3}[hooked]
+    assert set(heard) == set(HOOKED[hooked])
+    if hooked == "a block":
+        assert torch.equal(heard["blocks.1"][0], norms[0]) and torch.equal(heard["blocks.1"][1][0], norms[1])
+    if hooked == "norms":
+        assert torch.equal(heard["norm"][0], norms[2]) and torch.equal(heard["norm"][1], expected)
+
+
+non_leaf = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+"""Torch's compiler looks at that attribute of its inputs, and hides the warning only if it is no error."""
+
+
+@non_leaf
+@pytest.mark.parametrize(("packed", "way"), [(False, "whole"), (True, "whole"), (True, "blocks")])
+def test_compiled_training_step_has_the_loss_of_eager(packed: bool, way: str) -> None:
+    """One whole graph, forward and backward, or one for each block, through the default compiler."""
     x = tokens()
     packing = Packing.from_lengths([30, 20, 50]) if packed else None
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
         model = tiny()
-        step = torch.compile(model, fullgraph=True) if compiled else model
+        step = torch.compile(model, fullgraph=True) if compiled and way == "whole" else model
+        if compiled and way == "blocks":
+            model.compile_blocks()
         loss = step(x, targets=x, packing=packing).loss
         loss.backward()
         results.append((loss.detach(), [p.grad for p in model.parameters()]))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
     for a, b in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
+
+
+@non_leaf
+def test_equal_blocks_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block, which has one term, and another; where they are of several kinds or layers know each other, the whole model."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        """Counts the MLPs in a graph."""
+        graphs.append(sum("swiglu" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    block._compiled_terms.cache_clear()
+    one, other = (GatedDeltaNet.Config(heads=heads, head_dim=8) for heads in (1, 2))
+    hgrn2 = HGRN2.Config(head_dim=16)
+    for pattern, layers, expected in (((one,), 5, [1, 1]), ((one, other), 4, [4]), ((hgrn2,), 3, [3])):
+        torch._dynamo.reset()
+        graphs.clear()
+        model = LM(LM.Config(vocab=13, width=32, layers=layers, mlp=16, pattern=pattern))
+        x = torch.randint(13, (2, 20))
+        expected_loss = model(x, targets=x).loss
+        model.compile_blocks()
+        torch.testing.assert_close(model(x, targets=x).loss, expected_loss)
+        assert graphs == expected
+    block._compiled_terms.cache_clear()
 
 
 def test_state_does_not_grow_and_is_as_declared() -> None:

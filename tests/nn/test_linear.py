@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from gdn.nn import GatedRMSNorm, SwiGLU
+from gdn.nn import GatedRMSNorm, RMSNorm, SwiGLU
 from gdn.nn.linear import is_affine, is_matrix, projections
-from gdn.nn.norm import norm_and_project
+from gdn.nn.norm import add_and_norm, norm_and_project
 
 
 class Adapted(nn.Module):
@@ -141,6 +141,14 @@ def test_projections_of_other_dtypes_are_left_to_the_layers(casts: bool) -> None
         if not casts:
             with pytest.raises(RuntimeError, match="dtype"):
                 projections(torch.randn(5, 6), layers[:2], layers[2:])
+
+
+def test_what_a_block_adds_keeps_its_dtype_from_the_residual_stream() -> None:
+    """Under autocast a matrix gives bfloat16, and the stream stays float32."""
+    norm, x, added = RMSNorm(4), torch.randn(2, 4), torch.randn(2, 4).bfloat16()
+    normed, total = add_and_norm(norm, x, added)
+    assert total.dtype == normed.dtype == torch.float32
+    assert torch.equal(total, x + added) and torch.equal(normed, norm(x + added))
 
 
 def test_functions_of_torch_func_reach_the_input() -> None:

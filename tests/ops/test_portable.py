@@ -19,6 +19,7 @@ import torch
 from gdn import ops
 from gdn.core.dispatch import use
 from gdn.ops import (
+    add_rms_norm,
     causal_conv1d,
     causal_conv1d_step,
     decay_gate,
@@ -163,15 +164,19 @@ def test_convolution_step(slots: list[int] | None, tokens: int, taps: int, as_go
 
 # --- the norms
 
-NORMS = {l2norm: ("x",), rms_norm: ("x", "weight"), gated_rms_norm: ("x", "gate", "weight")}
+NORMS = {l2norm: ("x",), rms_norm: ("x", "weight"), add_rms_norm: ("x", "residual", "weight"), gated_rms_norm: ("x", "gate", "weight")}
 every_norm = pytest.mark.parametrize("norm", NORMS, ids=lambda f: f.__name__)
+
+
+def arguments_of(norm: Callable[..., Any], problem: norms.Problem, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    built = build(problem, dtype, "build_add" if norm is add_rms_norm else "build")
+    return {name: value for name, value in built.items() if name in NORMS[norm]}
 
 
 @every_norm
 @cases(*norms.PROBLEMS)
 def test_norm(norm: Callable[..., Any], problem: norms.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
-    arguments = {name: value for name, value in build(problem, dtype).items() if name in NORMS[norm]}
-    as_good_as_the_reference(norm, "portable", arguments)
+    as_good_as_the_reference(norm, "portable", arguments_of(norm, problem, dtype))
 
 
 @cases(norms.PROBLEMS[0])
@@ -181,20 +186,20 @@ def test_norm_with_a_gate_through_a_sigmoid(problem: norms.Problem, dtype: torch
 
 @every_norm
 def test_norm_of_views_and_of_mixed_types(norm: Callable[..., Any], as_good_as_the_reference: Check) -> None:
-    arguments = {name: value for name, value in build(norms.PROBLEMS[0], torch.float32).items() if name in NORMS[norm]}
-    as_good_as_the_reference(norm, "portable", {**arguments, "x": arguments["x"].bfloat16()})
+    arguments = arguments_of(norm, norms.PROBLEMS[0])
+    narrow = {name: arguments[name].bfloat16() for name in ("x", "residual") if name in arguments}
+    as_good_as_the_reference(norm, "portable", {**arguments, **narrow})
     x = arguments["x"]
     for view in (torch.cat([x, x], dim=2)[:, :, :3], torch.cat([x, x], dim=3)[..., :40], x.transpose(0, 1)):
         assert not view.is_contiguous()
-        other = {name: value.transpose(0, 1) for name, value in arguments.items() if name == "gate" and view.shape != x.shape}
+        other = {name: value.transpose(0, 1) for name, value in arguments.items() if name in ("gate", "residual") and view.shape != x.shape}
         as_good_as_the_reference(norm, "portable", {**arguments, "x": view, **other})
 
 
 @every_norm
 def test_norm_compiles_as_one_graph(norm: Callable[..., Any], as_good_as_the_reference: Check) -> None:
-    arguments = {name: value for name, value in build(norms.PROBLEMS[0], torch.float32).items() if name in NORMS[norm]}
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
-    as_good_as_the_reference(norm, "portable", arguments, run=compiled)
+    as_good_as_the_reference(norm, "portable", arguments_of(norm, norms.PROBLEMS[0]), run=compiled)
 
 
 # --- the gates
@@ -208,7 +213,8 @@ def test_sums_over_several_blocks_and_programs(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(module, name, value)
     assert gate_row.parts_of(50, 3)[2:] == (4, 7, 2)
     as_good_as_the_reference(decay_gate, "portable", build(gates.Problem(name="", T=50, HV=3), torch.float32, "build_decay"))
-    as_good_as_the_reference(gated_rms_norm, "portable", build(norms.Problem(name="", shape=(50, 6)), torch.float32))
+    for norm in (gated_rms_norm, add_rms_norm):
+        as_good_as_the_reference(norm, "portable", arguments_of(norm, norms.Problem(name="", shape=(50, 6))))
 
 
 @cases(*gates.PROBLEMS)

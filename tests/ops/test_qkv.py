@@ -59,7 +59,7 @@ def test_results_that_nobody_uses(unused: int) -> None:
         x = arguments["x"].clone().requires_grad_()
         with use(convolved_qkv=impl):
             results = convolved_qkv(**{**arguments, "x": x})
-        used = [t.square().flatten(2) * torch.arange(1, 1 + t[0, 0].numel()) for i, t in enumerate(results) if i != unused]
+        used = [t.square().flatten(2) * torch.arange(1, 1 + t[0, 0].numel(), device=DEVICE) for i, t in enumerate(results) if i != unused]
         found.append(torch.autograd.grad(torch.cat(used, dim=-1).sum(), x)[0])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +15,21 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gdn import ops
-from gdn.core import checks, opaque, replay
+from gdn.core import checks, foresight, opaque, portable_launch, replay
 from gdn.core.dispatch import use
 from gdn.core.packing import Packing
+from gdn.ops.attention import problems as attentions
+from gdn.ops.delta_channel import problems as channels
 from gdn.ops.delta_fused import GateParameters
 from gdn.ops.delta_fused import problems as cores
 from gdn.ops.delta_rule import problems as rules
 from gdn.ops.delta_step import problems as steps
 from gdn.ops.gates import problems as gates
+from gdn.ops.linear_recurrence import problems as linears
+from gdn.ops.loss import problems as losses
 from gdn.ops.norm import problems as norms
+from gdn.ops.projection import problems as projections
+from gdn.ops.qkv import problems as qkvs
 from gdn.ops.rotary import problems as rotaries
 from gdn.ops.short_conv import problems as convs
 from gdn.ops.state_space import problems as spaces
@@ -51,6 +58,7 @@ def rule(name: str, **sizes: Any) -> tuple[str, Build]:
 CASES: dict[str, list[tuple[str, Build]]] = {
     "l2norm": short(norms, "heads", drop=("gate", "weight")),
     "rms_norm": short(norms, "heads", "one vector", drop=("gate",)),
+    "add_rms_norm": short(norms, "heads", "zero vectors", make="build_add"),
     "gated_rms_norm": short(norms, "heads", "zero vectors"),
     "decay_gate": short(gates, "some", make="build_decay"),
     "write_gate": short(gates, "some", make="build_write"),
@@ -83,7 +91,7 @@ def tensors_of(results: Any) -> list[Tensor]:
 
 
 def run(name: str, build: Build, seed: int, gradient: str) -> list[Tensor]:
-    """Results, gradients of all of them or of the last alone, and what is updated in place."""
+    """Results, gradients of all of them or of the first or last alone, and what is updated in place."""
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
@@ -94,7 +102,7 @@ def run(name: str, build: Build, seed: int, gradient: str) -> list[Tensor]:
     if gradient == "none":
         return results + leaves
     generator = torch.Generator().manual_seed(seed)
-    chosen = results if gradient == "all" else results[-1:]
+    chosen = results if gradient == "all" else results[:1] if gradient == "first" else results[-1:]
     slopes = [torch.randn(x.shape, generator=generator).to(x) for x in chosen]
     found = torch.autograd.grad(chosen, leaves, slopes, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in results] + list(found)
@@ -104,7 +112,7 @@ def gradients_of(name: str) -> tuple[str, ...]:
     """Of none, of all results, and of the last alone where there are several."""
     if name.endswith("_step"):
         return ("none",)
-    return ("none", "all", "last") if name in ("causal_conv1d", "gated_delta_rule", "delta_core") else ("none", "all")
+    return ("none", "all", "last") if name in ("add_rms_norm", "causal_conv1d", "gated_delta_rule", "delta_core") else ("none", "all")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +160,75 @@ def test_segments_and_slabs_are_replayed(
             assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
     portable.plan.cache_clear()
     assert len(replayed_here) >= 2 * 6
+
+
+FORESEEN: dict[str, list[tuple[str, Build]]] = {
+    "swiglu_linear": short(projections, make="build_swiglu")[:1],
+    "gated_rms_norm_linear": short(projections, make="build_norm")[:1],
+    "convolved_qkv": short(qkvs)[:4],
+    "linear_cross_entropy": short(losses)[:3],
+    "windowed_sigmoid_attention": [
+        (
+            name,
+            lambda seed, more=more: attentions.Problem(name="", T=66, window=7, **more).build(
+                slopes=True, dtype=torch.bfloat16, device=DEVICE
+            ),
+        )
+        for name, more in (("plain", {}), ("packed", {"lengths": (60, 6)}))
+    ],
+    **{
+        name: [
+            (
+                "initial",
+                lambda seed, k=kind: linears.Problem(name="", T=66, HV=2, initial=True).build(k, dtype=torch.bfloat16, device=DEVICE),
+            )
+        ]
+        for name, kind in (("linear_attention", "head"), ("gated_linear_attention", "key"), ("value_gated_linear_attention", "value"))
+    },
+    "channel_delta_rule": [
+        (
+            "initial",
+            lambda seed: channels.Problem(rule=rules.Problem(name="", T=66, initial=True)).build(dtype=torch.bfloat16, device=DEVICE),
+        )
+    ],
+}
+"""More operators, which are not replayed."""
+
+
+@pytest.mark.parametrize(
+    ("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in (CASES | FORESEEN).items() for p, b in cases]
+)
+def test_kernels_are_foreseen(name: str, build: Build, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first launch of each forward knows all compiled code that it and its backward will want, if what is usual has a gradient: the
+    results, but not the last state of a sequence."""
+    launch, foreseen, wanted = portable_launch._launch, set[Any](), list[Any]()
+
+    def code(what: portable_launch.Launch) -> tuple[Any, ...]:
+        return what._replace(kernel=compiler(what.kernel.fn)).name(-1)[0]
+
+    def launched(what: portable_launch.Launch, grid: tuple[int, ...], device: int) -> Any:
+        if not backward:
+            foreseen.update(code(each) for some in foresight.taken() for each in some)
+        wanted.append(code(what))
+        return launch(what, grid, device)
+
+    monkeypatch.setattr(checks, "not_positive", lambda *arguments: None)
+    monkeypatch.setattr(portable_launch, "_launch", launched)
+    backward: list[bool] = []
+    gradients = opaque._Call._backward_host
+    monkeypatch.setattr(opaque._Call, "_backward_host", lambda *arguments: (backward.append(True), gradients(*arguments))[1])
+    with use(**{name: "portable", "gated_delta_rule": "portable"}):
+        run(name, build, 1, "none" if name.endswith("_step") else "all" if name == "add_rms_norm" else "first")
+    assert wanted and bool(backward) != name.endswith("_step")
+    assert name.endswith("_step") or foreseen == set(wanted)
+
+
+@functools.cache
+def compiler(kernel: Any) -> Any:
+    """What would compile a kernel, which in the interpreter knows nothing of its parameters."""
+    from triton.runtime.jit import JITFunction
+
+    return JITFunction(kernel)
 
 
 def _not_again(*arguments: Any) -> Any:

@@ -106,6 +106,8 @@ def main() -> None:
     x = arguments_of(Norm(name="", shape=(7, 24)).build(dtype=dtype))
     train(rows[norm].l2norm(x["x"], 1e-6), x)
     train(rows[norm].rms_norm(x["x"], x["weight"], 1e-6), x)
+    y = arguments_of(Norm(name="", shape=(7, 24)).build_add(dtype=dtype))
+    train(rows[norm].add_rms_norm(**y, eps=1e-6), y)
     for silu in (True, False):
         train(rows[norm].gated_rms_norm(**x, eps=1e-6, silu=silu), x)
     x = arguments_of(PROJECTIONS[0].build_swiglu(dtype=dtype))

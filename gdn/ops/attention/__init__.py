@@ -6,13 +6,23 @@ import torch
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op, triton_gpu
+from gdn.core.dispatch import Impl, Needs, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 
 CAUSAL = Op(
     "causal_attention",
     (
+        Impl(
+            "flex",
+            "gdn.ops.attention.flex:causal_attention",
+            Needs(
+                device="cuda",
+                dtypes=(torch.bfloat16, torch.float16, torch.float32),
+                dims={"K": range(16, 257), "V": range(16, 257), "masked": (1,)},
+                compiled=True,
+            ),
+        ),
         Impl("sdpa", "gdn.ops.attention.sdpa:causal_attention"),
         Impl("reference", "gdn.ops.attention.reference:causal_attention"),
     ),
@@ -77,7 +87,8 @@ def causal_attention(
     if window is not None:
         _check_window(window)
     scale = sizes["K"] ** -0.5 if scale is None else scale
-    return CAUSAL.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, window, scale, start, packing)
+    masked = sizes["S"] == sizes["T"] and (packing is not None or (window is not None and window < sizes["S"]))
+    return CAUSAL.pick(q, K=sizes["K"], V=sizes["V"], masked=masked)(q, k, v, window, scale, start, packing)
 
 
 def windowed_sigmoid_attention(

@@ -519,5 +519,11 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
 
 
 _OPAQUE = Opaque(
-    "gdn::windowed_sigmoid_attention_portable", _forward, _backward, fake=_fake, results=1, differentiable=("q", "k", "v", "slopes")
+    "gdn::windowed_sigmoid_attention_portable",
+    _forward,
+    _backward,
+    fake=_fake,
+    results=1,
+    differentiable=("q", "k", "v", "slopes"),
+    foreseen=True,
 )

@@ -11,7 +11,7 @@ before the chunk and S' the one after it:
     O   = scale diag(gamma) Q S + A U                   S' = gamma_last S + K^T diag(D) U
 
 Why this form. The inverse is taken with the gates inside, so nothing grows that the recurrence would not let grow, whatever the length
-of the keys. Only Phi, the correction, is rounded, for inputs of 16 bits to fp16 in units that suit it (`times_phi`); the identity of
+of the keys. Only Phi, the correction, is rounded, for inputs of 16 bits to fp16 in units that suit it (`minus_solved`); the identity of
 R = (I - Phi diag(beta)) Z stays exact, and only the gradient of a beta that is not tiny is a quotient by it. The backward keeps of the
 forward Phi, A and the gates (and, with segments, the states that enter them, and the states where slabs begin); it recomputes the states.
 
@@ -20,10 +20,10 @@ Backward, from dO and dS' (formulas in portable_grad.py for the rest):
     X   = A^T dO + diag(D) K dS'                        dU = X - Phi^T diag(beta) X
     dS  = gamma_last dS' + scale Q^T diag(gamma) dO - K^T diag(gamma beta) dU
 
-Launches, forward: pair (all chunks at once), output (chunk after chunk). Backward: states, backward, then pairs and gradient (all
-chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states of all chunks
-(README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before backward.
-Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
+Launches, forward: pair (all chunks at once; before many of them gates), output (chunk after chunk). Backward: states, backward, then
+pairs and gradient (all chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states
+of all chunks (README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before
+backward. Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from gdn.core.portable_schedule import Schedule
 from gdn.core.portable_workspace import Buffers, Workspace
 from gdn.ops.delta_rule.portable_grad import gradient_kernel, pairs_kernel
 from gdn.ops.delta_rule.portable_prepare import GATES as _GATES
-from gdn.ops.delta_rule.portable_prepare import pair_kernel
+from gdn.ops.delta_rule.portable_prepare import gates_kernel, pair_kernel
 from gdn.ops.delta_rule.portable_scan import (
     backward_kernel,
     backward_summary_kernel,
@@ -83,7 +83,6 @@ class Launch:
 class Kind(NamedTuple):
     """What the launches of a call depend on beside its sizes. All pointers are multiples of 16 bytes."""
 
-    device: int
     dtypes: tuple[torch.dtype, ...]
     """Of q, g and beta."""
     strides: tuple[int, ...]
@@ -117,6 +116,8 @@ class Plan:
     """Chunks of a segment, 0 without segments."""
     width: int
     """Chunks of a slab."""
+    apart: bool
+    """Whether the gates have a kernel of their own."""
     launches: dict[str, Launch]
     made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What `prepared` has made."""
@@ -156,14 +157,17 @@ def plan(
     batch: int, length: int, documents: int, chunks: int, H: int, HV: int, K: int, V: int, packed: bool, wide: bool, processors: int
 ) -> Plan:
     """The launch parameters for a shape on a GPU with this many multiprocessors."""
-    table = launches(_power_of_two(K), V, wide)
+    processors = processors or 132
+    chains = HV * -(-V // 16)
+    choose = functools.partial(launches, K, V, wide, chained=chains > processors)
+    table = choose()
     programs = HV * -(-V // table["output"].block)
     rows, per_row = batch * length if packed else length, -(-length // CHUNK)
-    S = segment_chunks(chunks, documents, programs, packed, processors or 132)
+    S = segment_chunks(chunks, documents, programs, packed, processors)
     runs, stretch = (-(-chunks // S), S) if S else (1, chunks) if packed else (batch, per_row)
-    if (runs if S or not packed else documents) * programs > (processors or 132):
-        table = launches(_power_of_two(K), V, wide, crowded=True)
-    width = stretch if packed and not S else slab_chunks(stretch, runs * H * 2 * -(-K // table["gradient"].block))
+    if (runs if S or not packed else documents) * programs > processors:
+        table = choose(crowded=True)
+    width = stretch if packed and not S else slab_chunks(stretch, runs * H * 2 * -(-K // table["gradient"].block), K > 128)
     return Plan(
         tokens=batch * length,
         length=rows,
@@ -179,16 +183,18 @@ def plan(
         wide=wide,
         S=S,
         width=width,
+        apart=gates_apart(chunks * HV),
         launches=table,
     )
 
 
-def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, Launch]:
-    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32. Measured on an H200 (README.md).
+def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool = False) -> dict[str, Launch]:
+    """Launch parameters of each kernel by key width, value width and whether inputs are fp32. Measured on an H200 (README.md).
 
     Crowded: a multiprocessor has more than one program of 64 columns. Where two would load the same k and q, one of 128 columns loads them once.
+    Chained: it has more than one of 16 columns of the hand-over.
     """
-    BV = _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
+    BK, BV = _power_of_two(K), _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
     half = min(64, BV)
     if wide:
         scan = Launch(block=min(32, BV), warps=4)
@@ -203,7 +209,7 @@ def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, La
         rest = {
             "pair": Launch(block=BK, warps=4, registers=168),
             "output": together or Launch(block=half, warps=4, stages=2),
-            "states": Launch(block=half, warps=4, stages=3),
+            "states": together or Launch(block=half, warps=4, stages=3),
             "summary": Launch(block=half, warps=4, stages=3),
             "backward": together or Launch(block=half, warps=4, stages=3),
             "backward_summary": Launch(block=half, warps=4, stages=3),
@@ -211,20 +217,22 @@ def launches(BK: int, V: int, wide: bool, crowded: bool = False) -> dict[str, La
             "gradient": Launch(block=BK, warps=4, stages=3, inner=half),
         }
     else:
-        wide_scan = Launch(block=BV, warps=8, stages=2)
+        scan, narrow = Launch(block=BV, warps=8, stages=2), Launch(block=half, warps=8, stages=2)
+        whole = V % BV == 0 or V <= 64  # else registers go to bounds, and much of the last block to nothing
         rest = {
             "pair": Launch(block=128, warps=4, registers=168),
-            "output": wide_scan,
-            "states": Launch(block=half, warps=8, stages=2),
-            "summary": Launch(block=half, warps=8, stages=2),
-            "backward": wide_scan,
-            "backward_summary": wide_scan,
-            "pairs": Launch(block=BV, warps=4),
+            "output": scan,
+            "states": scan if whole and K == BK else narrow,
+            "summary": narrow,
+            "backward": scan if whole else Launch(block=half, warps=4, stages=2),
+            "backward_summary": scan,
+            "pairs": Launch(block=BV if whole else half, warps=4),
             "gradient": Launch(block=128, warps=4, stages=3, inner=half),
         }
-    stages = 1 if BK > 128 else 2 if wide else 3
-    handover = Launch(block=16, warps=8 if BK > 64 else 4, stages=stages)  # 16 rows a warp at least (notes/triton_pipelines.md)
-    return {"handover": handover, **rest}
+    warps = 8 if BK > 64 else 4  # 16 rows a warp at least (notes/triton_pipelines.md)
+    if chained and BK == 128 and not wide:
+        return {"handover": Launch(block=32, warps=warps, stages=2), **rest}
+    return {"handover": Launch(block=16, warps=warps, stages=1 if BK > 128 else 2 if wide else 3), **rest}
 
 
 def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
@@ -248,15 +256,23 @@ def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, pro
     return S
 
 
-def slab_chunks(stretch: int, programs: int) -> int:
+def slab_chunks(stretch: int, programs: int, wide_keys: bool) -> int:
     """Chunks of a slab for runs of this many: the fewest, from 8 on, that give the kernels over all chunks of a slab 3300 programs, 25 for
-    each multiprocessor of an H200, but a third of the run at most. `programs` are those of one chunk of every run. Slabs are made even.
+    each multiprocessor of an H200, but a third of the run at most; with keys wider than 128 three times as many, and half of the run.
+    `programs` are those of one chunk of every run. Slabs are made even.
 
     Each slab more costs its four launches some 40 us at that size, for in a launch all programs first wait for their loads (README.md).
     """
-    width = max(8, -(-3300 // max(programs, 1)))
-    slabs = max(1, -(-stretch // width), min(3, stretch // 8))
+    least, most = (9900, 2) if wide_keys else (3300, 3)
+    width = max(8, -(-least // max(programs, 1)))
+    slabs = max(1, -(-stretch // width), min(most, stretch // 8))
     return max(1, -(-stretch // slabs))
+
+
+def gates_apart(tiles: int) -> bool:
+    """Whether so many chunks of value heads are worth a kernel of their own for the gates: one launch more, of 18 us, for 71 of the 712 us
+    of `pair_kernel` with 64 heads, 8 x 4096. Below, the pair kernel finds them while it waits for other things anyway (README.md)."""
+    return tiles >= 12000
 
 
 def _power_of_two(size: int) -> int:
@@ -326,8 +342,12 @@ Prepared = tuple[Schedule, Workspace, tuple[Workspace, ...]]
 
 def _schedule_forward(p: Plan, kind: Kind) -> Prepared:
     schedule, keep = _schedule(p, kind), kind.also
+    if p.apart:
+        heads = min(16, _power_of_two(p.HV))
+        schedule.add(gates_kernel, -(-p.HV // heads) * p.chunks, warps=2, BH=heads)
     use = p.launches["pair"]
-    schedule.add(pair_kernel, p.HV * p.chunks, **use.resources, GROUP=p.HV // p.H, BK=use.block, NORMS=p.S > 0)
+    sizes = {"GROUP": p.HV // p.H, "BK": use.block}
+    schedule.add(pair_kernel, p.HV * p.chunks, **use.resources, **sizes, APART=p.apart, NORMS=p.S > 0)
     if p.S:
         use = p.launches["summary"]
         programs = (-(-p.V // use.block) - (-p.K // use.block)) * p.HV * (p.segments - 1)
@@ -336,7 +356,7 @@ def _schedule_forward(p: Plan, kind: Kind) -> Prepared:
     use = p.launches["output"]
     halting = keep and p.slabs > 1
     schedule.add(output_kernel, _columns(p, use), **use.resources, BV=use.block, MIDWAY=halting, STAGES=use.stages)
-    return schedule, _kept(p, kind.dtypes[0], keep), (Workspace({"added": _handed(p)}),) if p.S else ()
+    return schedule, _kept(p, kind.dtypes[0], keep), (Workspace({"added": _handed(p)}),) if p.S and keep else ()
 
 
 def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
@@ -439,6 +459,7 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
             "crosses": ((p.segments, p.HV), torch.int32),
             "carried": maps,
             "entering": _handed(p),
+            **({} if keep else {"added": _handed(p)}),  # of no use to backward
             "midway": ((p.slabs - 1 if keep else 0, p.runs, p.HV, p.K, p.V), torch.float32),
         }
     )
@@ -455,7 +476,7 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor |
 
 def _kind(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, also: bool) -> Kind:
     strides = (q.stride(1), k.stride(1), v.stride(1))
-    return Kind(q.get_device(), (q.dtype, g.dtype, beta.dtype), strides, scale, initial is not None, also)
+    return Kind((q.dtype, g.dtype, beta.dtype), strides, scale, initial is not None, also)
 
 
 def _fake(
@@ -492,6 +513,7 @@ _OPAQUE = Opaque(
     results=2,
     differentiable=("q", "k", "v", "g", "beta", "initial_state"),
     replay=True,
+    expected=1,
 )
 
 

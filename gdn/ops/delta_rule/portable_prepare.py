@@ -109,6 +109,50 @@ def load_last(gates, tile):
 
 
 @triton.jit
+def store_gates(g, gates, cu_seqlens, chunk_table, T, per_row, HV, BH: tl.constexpr, PACKED: tl.constexpr):
+    """The gates of BH value heads of a chunk, but for beta. Grid [chunks * head blocks].
+
+    Returns where the heads' tokens are [64, BH], whether they are, and where their gates lie."""
+    blocks = (HV + BH - 1) // BH
+    chunk = tl.program_id(0) // blocks
+    start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
+    i = tl.arange(0, C)[:, None]
+    hv = tl.program_id(0) % blocks * BH + tl.arange(0, BH)[None, :]
+    valid = (i < rows) & (hv < HV)
+    at = start * HV + (i * HV + hv)
+    G, gamma, D, G_low = chunk_gates(tl.load(g + at, mask=valid, other=0.0), valid)
+    out = gates + (int64(chunk) * HV * (GATES * C) + hv * (GATES * C) + i)
+    tl.store(out, G, mask=hv < HV)
+    tl.store(out + C, gamma, mask=hv < HV)
+    tl.store(out + 3 * C, D, mask=hv < HV)
+    tl.store(out + 4 * C, G_low, mask=hv < HV)
+    return at, valid, out
+
+
+@triton.jit
+def gates_kernel(
+    g,
+    beta,
+    gates,
+    cu_seqlens,
+    chunk_table,
+    T,
+    per_row,
+    HV,
+    BH: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """The gates of `pair_kernel`, for BH value heads of a chunk. Grid [chunks * head blocks].
+
+    Where a multiprocessor has many programs of the pair kernel one after another, each waits twice for a sum over its warps; here all heads
+    wait once.
+    """
+    at, valid, out = store_gates(g, gates, cu_seqlens, chunk_table, T, per_row, HV, BH, PACKED)
+    hv = tl.program_id(0) % ((HV + BH - 1) // BH) * BH + tl.arange(0, BH)[None, :]
+    tl.store(out + 2 * C, tl.load(beta + at, mask=valid, other=0.0).to(tl.float32), mask=hv < HV)
+
+
+@triton.jit
 def pair_kernel(
     q,
     k,
@@ -131,10 +175,11 @@ def pair_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,
     PACKED: tl.constexpr,
+    APART: tl.constexpr,
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head. Grid [chunks * HV].
+    """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head. Grid [chunks * HV]. APART: `gates_kernel` found the gates.
 
     phi [chunks, HV, 64, 64] is Phi, or for inputs of 16 bits Phi in fp16 in units of a power of two, units [chunks, HV].
 
@@ -155,8 +200,11 @@ def pair_kernel(
     i = tl.arange(0, C)
     tile = int64(chunk) * HV + hv
     at = (start + i) * HV + hv
-    log_decay = tl.load(g + at, mask=i < rows, other=0.0)
-    strength = tl.load(beta + at, mask=i < rows, other=0.0).to(tl.float32)
+    if APART:
+        strength = load_gate(gates, tile, 2)
+    else:
+        log_decay = tl.load(g + at, mask=i < rows, other=0.0)
+        strength = tl.load(beta + at, mask=i < rows, other=0.0).to(tl.float32)
     q += hv // GROUP * K
     k += hv // GROUP * K
     k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
@@ -168,13 +216,16 @@ def pair_kernel(
         q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
         kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
         qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
-    G, gamma, D, G_low = chunk_gates(log_decay, i < rows)  # not before the products: a sum over warps waits for what it adds
-    gate = gates + tile * (GATES * C) + i
-    tl.store(gate, G)
-    tl.store(gate + C, gamma)
-    tl.store(gate + 2 * C, strength)
-    tl.store(gate + 3 * C, D)
-    tl.store(gate + 4 * C, G_low)
+    if APART:
+        G, G_low = load_gate(gates, tile, 0), load_gate(gates, tile, 4)
+    else:
+        G, gamma, D, G_low = chunk_gates(log_decay, i < rows)  # not before the products: a sum over warps waits for what it adds
+        gate = gates + tile * (GATES * C) + i
+        tl.store(gate, G)
+        tl.store(gate + C, gamma)
+        tl.store(gate + 2 * C, strength)
+        tl.store(gate + 3 * C, D)
+        tl.store(gate + 4 * C, G_low)
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     length = tl.sqrt(tl.maximum(square, 1e-30))
     kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]

@@ -161,15 +161,32 @@ def add_dot(acc, x, y, WIDE: tl.constexpr):
 
 
 @triton.jit
-def times_phi(x, phi, units, tile, WIDE: tl.constexpr):
-    """x [BV, 64] Phi, or its transpose. Phi is kept in units of a power of two of the chunk, and each row of x is taken in units of its own:
-    so all numbers fit fp16, whose products are eight times as exact as those of bfloat16. Where keys repeat with beta near 2, this rounding
-    would be most of the error of all results."""
+def minus_solved(acc, x, phi, units, tile, WIDE: tl.constexpr):
+    """acc - x [BV, 64] Phi, or its transpose. Phi is kept in units of a power of two of the chunk, and each row of x is taken in units of its
+    own: so all numbers fit fp16, whose products are eight times as exact as those of bfloat16. Where keys repeat with beta near 2, this
+    rounding would be most of the error of all results."""
     if WIDE:
-        return dot(x, phi, WIDE)
+        return acc - dot(x, phi, WIDE)
     else:
         up, unit = fitting(tl.max(tl.abs(x), 1))
-        return tl.dot((x * up[:, None]).to(tl.float16), phi) * (unit * tl.load(units + tile))[:, None]
+        return acc - tl.dot((x * up[:, None]).to(tl.float16), phi) * (unit * tl.load(units + tile))[:, None]
+
+
+@triton.jit
+def turned_less(rows, x, PRODUCT: tl.constexpr, SUMMED: tl.constexpr):
+    """rows^T - x in fp32. As a product with the identity, which is exact, rows^T lies as the results of products do: the rows go ahead of
+    time from global to shared memory and from there into the product, instead of through registers and back to be transposed. Not for
+    8 warps and less than 128 columns (notes/triton_pipelines.md), so not for wide keys with these. SUMMED onto -x, where that takes less
+    registers."""
+    if PRODUCT:
+        i = tl.arange(0, C)
+        one = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(rows.dtype)
+        if SUMMED:
+            return tl.dot(tl.trans(rows), one, -x)
+        else:
+            return tl.dot(tl.trans(rows), one) - x
+    else:
+        return tl.trans(rows).to(tl.float32) - x
 
 
 @triton.jit
@@ -233,30 +250,39 @@ def output_kernel(
         else:
             if INITIAL:
                 state = load_state(initial + slot * (K * V), first, K, V, BK, BV)
-        for chunk in tl.range(low, high, num_stages=STAGES):
-            inside = (chunk - c0) * C
-            start = token + inside
-            rows = length - inside
-            tile = int64(chunk) * HV + hv
+        run = begin if SEGMENTS else c0
+        parts = (high - 1 - run) // width if MIDWAY else 0
+        for part in range((low - run) // width if MIDWAY else 0, parts + 1):  # stores in the loop over chunks would take its registers
+            part_low = low
+            part_high = high
             if MIDWAY:
-                run = begin if SEGMENTS else c0
-                runs = (chunks + S - 1) // S if SEGMENTS else documents
-                part = (chunk - run) // width
-                if (chunk > low) & (part * width == chunk - run):
+                part_low = tl.maximum(low, run + part * width)
+                part_high = tl.minimum(high, run + (part + 1) * width)
+                if part_low > low:
+                    runs = (chunks + S - 1) // S if SEGMENTS else documents
                     store_state(midway + (int64((part - 1) * runs + index) * HV + hv) * (K * V), state, first, K, V, BK, BV)
-            v_rows = load_rows_again(v + hv * V, start, rows, v_stride, first, V, BV)
-            k_rows = load_rows_again(k + h * K, start, rows, k_stride, 0, K, BK)
-            narrow = state.to(k_rows.dtype)
-            recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
-            beta = load_gate(gates, tile, 2)[None, :]
-            x = (tl.trans(v_rows).to(tl.float32) - recalled) * beta
-            u = x - beta * times_phi(x, tl.trans(load_square(phi, tile)), units, tile, WIDE)
-            q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
-            out = dot(narrow, tl.trans(q_rows), WIDE) * (load_gate(gates, tile, 1) * scale)[None, :]
-            out = add_dot(out, u.to(k_rows.dtype), tl.trans(load_square(scores, tile)), WIDE)
-            store_rows(o + hv * V, out, start, rows, HV * V, first, V, BV)
-            u *= load_gate(gates, tile, 3)[None, :]
-            state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
+            for chunk in tl.range(part_low, part_high, num_stages=STAGES):
+                inside = (chunk - c0) * C
+                start = token + inside
+                rows = length - inside
+                tile = int64(chunk) * HV + hv
+                v_rows = load_rows_again(v + hv * V, start, rows, v_stride, first, V, BV)
+                k_rows = load_rows_again(k + h * K, start, rows, k_stride, 0, K, BK)
+                narrow = state.to(k_rows.dtype)
+                recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
+                beta = load_gate(gates, tile, 2)[None, :]
+                z = turned_less(v_rows, recalled, not WIDE and (BV >= 128 or BK <= 128), BK <= 128)
+                u = minus_solved(z, z * beta, tl.trans(load_square(phi, tile)), units, tile, WIDE) * beta
+                q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
+                out_scale = scale
+                if BK > 128:  # rounded once more, as halves to be another number: kept, it takes registers that are needed in between
+                    narrow = (state * 0.5).to(k_rows.dtype)
+                    out_scale = scale * 2.0
+                out = dot(narrow, tl.trans(q_rows), WIDE) * (load_gate(gates, tile, 1) * out_scale)[None, :]
+                out = add_dot(out, u.to(k_rows.dtype), tl.trans(load_square(scores, tile)), WIDE)
+                u *= load_gate(gates, tile, 3)[None, :]
+                state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
+                store_rows(o + hv * V, out, start, rows, HV * V, first, V, BV)
         if (low < high and high == c1) or (c0 == c1 and low == c0):  # chunks beyond the end may bring an empty last document up again
             store_state(final + slot * (K * V), state, first, K, V, BK, BV)
 
@@ -327,9 +353,9 @@ def states_kernel(
             narrow = state.to(k_rows.dtype)
             store_tile(states, narrow, slot, first, V, K, BV, BK)
             recalled = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
-            z = tl.trans(v_rows).to(tl.float32) - recalled
+            z = turned_less(v_rows, recalled, not WIDE and (BV >= 128 or BK < 128), False)  # else two programs would not fit
             beta = load_gate(gates, tile, 2)[None, :]
-            error = z - times_phi(z * beta, tl.trans(load_square(phi, tile)), units, tile, WIDE)
+            error = minus_solved(z, z * beta, tl.trans(load_square(phi, tile)), units, tile, WIDE)
             store_tile(errors, error, slot, first, V, C, BV, C)
             u = error * beta * load_gate(gates, tile, 3)[None, :]
             state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
@@ -411,8 +437,8 @@ def summary_kernel(
             k_rows = load_rows_again(k + h * K, token + inside, length - inside, k_stride, 0, K, BK)
             recalled = dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 1)[None, :]
             beta = load_gate(gates, tile, 2)[None, :]
-            x = (tl.where(identity, 0.0, tl.trans(v_rows).to(tl.float32)) - recalled) * beta
-            u = x - beta * times_phi(x, tl.trans(load_square(phi, tile)), units, tile, WIDE)
+            z = tl.where(identity, -recalled, turned_less(v_rows, recalled, not WIDE and BK <= 128, True))
+            u = minus_solved(z, z * beta, tl.trans(load_square(phi, tile)), units, tile, WIDE) * beta
             u *= load_gate(gates, tile, 3)[None, :]
             state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
         if identity:
@@ -589,12 +615,13 @@ def backward_kernel(
             do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
             x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
-            x -= times_phi(x * beta, load_square(phi, tile), units, tile, WIDE)
+            x = minus_solved(x, x * beta, load_square(phi, tile), units, tile, WIDE)
             store_rows(dv + hv * V, x * divisor(beta), start, rows, HV * V, first, V, BV)
             gamma = load_gate(gates, tile, 1)[None, :]
             q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
+            x *= gamma * -beta
             state = add_dot(state * load_last(gates, tile), (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype), q_rows, WIDE)
-            state = add_dot(state, (x * (gamma * -beta)).to(k_rows.dtype), k_rows, WIDE)
+            state = add_dot(state, x.to(k_rows.dtype), k_rows, WIDE)
         if INITIAL:
             if (low < high and low == c0) or c0 == c1:
                 store_state(d_initial + slot * (K * V), state, first, K, V, BK, BV)
@@ -671,7 +698,7 @@ def backward_summary_kernel(
             do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
             x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
-            x -= times_phi(x * beta, load_square(phi, tile), units, tile, WIDE)
+            x = minus_solved(x, x * beta, load_square(phi, tile), units, tile, WIDE)
             gamma = load_gate(gates, tile, 1)[None, :]
             q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
             x *= gamma * -beta

@@ -14,15 +14,14 @@ import triton.language as tl
 
 from gdn.core.portable_math import exp, int64
 from gdn.ops.delta_rule.portable_prepare import (
-    GATES,
     SMALLEST_LOG_DECAY,
     C,
-    chunk_gates,
     chunk_rows,
     load_gate,
     load_last,
     load_rows,
     load_rows_again,
+    store_gates,
 )
 from gdn.ops.delta_rule.portable_scan import add_dot, document_bounds, dot, program_place, run_bounds
 from gdn.ops.linear_recurrence.portable_states import load_block, store_block, store_tokens
@@ -41,18 +40,7 @@ def gates_kernel(
     PACKED: tl.constexpr,
 ):
     """gates [chunks, HV, 5, 64] fp32 from g, as `pair_kernel` of the gated delta rule writes them, but for beta. Grid [chunks * head blocks]."""
-    blocks = (HV + BH - 1) // BH
-    chunk = tl.program_id(0) // blocks
-    start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
-    i = tl.arange(0, C)[:, None]
-    hv = tl.program_id(0) % blocks * BH + tl.arange(0, BH)[None, :]
-    valid = (i < rows) & (hv < HV)
-    G, gamma, D, G_low = chunk_gates(tl.load(g + start * HV + (i * HV + hv), mask=valid, other=0.0), valid)
-    out = gates + (int64(chunk) * HV * (GATES * C) + hv * (GATES * C) + i)
-    tl.store(out, G, mask=hv < HV)
-    tl.store(out + C, gamma, mask=hv < HV)
-    tl.store(out + 3 * C, D, mask=hv < HV)
-    tl.store(out + 4 * C, G_low, mask=hv < HV)
+    store_gates(g, gates, cu_seqlens, chunk_table, T, per_row, HV, BH, PACKED)
 
 
 @triton.jit

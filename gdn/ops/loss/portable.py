@@ -171,4 +171,6 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-_LOSS = Opaque("gdn::linear_cross_entropy_portable", _forward, _backward, fake=_fake, results=1, differentiable=("x", "weight"))
+_LOSS = Opaque(
+    "gdn::linear_cross_entropy_portable", _forward, _backward, fake=_fake, results=1, differentiable=("x", "weight"), foreseen=True
+)

@@ -31,6 +31,16 @@ RMS_NORM = Op(
 )
 """Rows take `(x, weight, eps)`."""
 
+ADD_RMS_NORM = Op(
+    "add_rms_norm",
+    (
+        Impl("portable", "gdn.ops.norm.portable:add_rms_norm", triton_gpu(D=range(1, 16385))),
+        Impl("torch", "gdn.ops.norm.plain:add_rms_norm"),
+        Impl("reference", "gdn.ops.norm.reference:add_rms_norm"),
+    ),
+)
+"""Rows take `(x, residual, weight, eps)`."""
+
 GATED_RMS_NORM = Op(
     "gated_rms_norm",
     (
@@ -93,6 +103,39 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     """
     _check(x, eps, weight=weight)
     return RMS_NORM.pick(x, D=x.shape[-1])(x, weight, eps)
+
+
+@replayed
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    r"""Add to the residual stream, and norm the sum for who reads it next:
+
+        total = x + residual        y = rms_norm(total, weight)
+
+    Args:
+        x: `[..., D]`, any floating dtype.
+        residual: the shape and dtype of x.
+        weight: `[D]`, any floating dtype.
+        eps: above 0.
+
+    Returns:
+        y and total, the shape and dtype of x: total is rounded to that dtype before the norm, which is computed in float32 (float64 with
+        float64 inputs). Differentiable with respect to x, residual and weight. The backward pass needs total and one number a vector, and
+        keeps neither x nor residual.
+
+    Raises:
+        ArgumentError: a shape, dtype or device does not fit, or eps is not above 0.
+
+    Example:
+        >>> import torch
+        >>> add_rms_norm(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 4.0]), torch.tensor([5.0, 10.0]), eps=1e-12)
+        (tensor([ 1., 14.]), tensor([1., 7.]))
+    """
+    _check(x, eps, weight=weight)
+    checks.same_dtype(("x", x), ("residual", residual))
+    checks.same_device(("x", x), ("residual", residual))
+    if residual.shape != x.shape:
+        raise ArgumentError(f"residual: expected {list(x.shape)} like x, got {list(residual.shape)}")
+    return ADD_RMS_NORM.pick(x, D=x.shape[-1])(x, residual, weight, eps)
 
 
 @replayed

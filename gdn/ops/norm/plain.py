@@ -26,6 +26,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMS_NORM(x, weight, eps)[0]
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `gdn.ops.add_rms_norm`."""
+    y, total = _ADD_RMS_NORM(x, residual, weight, eps)
+    return y, total
+
+
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool = True) -> Tensor:
     """See `gdn.ops.gated_rms_norm`."""
     return _GATED_RMS_NORM(x, gate, weight, eps, silu)[0]
@@ -63,7 +69,28 @@ def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> lis
     x, weight, _ = args
     (inverse,), (dy,) = saved, grads
     assert dy is not None
-    return list(_through_weighted_norm(dy.to(inverse.dtype), x, weight, inverse))
+    dx, dweight = _through_weighted_norm(dy.to(inverse.dtype), x, weight, inverse)
+    return [dx.to(x.dtype), dweight]
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    total = _result(x + residual, x)
+    y, inverse = _rms_norm(total, weight, eps, keep)
+    return y, total, inverse
+
+
+def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), _fake_inverse(x)
+
+
+def _add_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor]:
+    _, _, weight, _ = args
+    (total, inverse), (dy, dtotal) = saved, grads
+    if dy is None:
+        assert dtotal is not None
+        return [dtotal.clone(), torch.zeros_like(weight)]
+    dx, dweight = _through_weighted_norm(dy.to(inverse.dtype), total, weight, inverse)
+    return [(dx if dtotal is None else dx.add_(dtotal)).to(total.dtype), dweight]
 
 
 def gated_forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -84,7 +111,7 @@ def gated_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Te
     slope, open_ = (x.to(inverse.dtype) * inverse).mul_(weight).mul_(dy), _activated(wide_gate, silu)
     dgate = torch.ops.aten.silu_backward(slope, wide_gate) if silu else torch.ops.aten.sigmoid_backward(slope, open_)
     dx, dweight = _through_weighted_norm(open_.mul_(dy), x, weight, inverse)
-    return [dx, dgate.to(gate.dtype), dweight]
+    return [dx.to(x.dtype), dgate.to(gate.dtype), dweight]
 
 
 def _activated(gate: Tensor, silu: bool) -> Tensor:
@@ -111,15 +138,26 @@ def _through_norm(dy: Tensor, unit: Tensor, inverse: Tensor, divisor: int) -> Te
 
 
 def _through_weighted_norm(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight from that of `x * inverse * weight`."""
+    """The gradients of x, not rounded yet, and weight from that of `x * inverse * weight`."""
     unit = x.to(inverse.dtype) * inverse
     dweight = (unit * dy).flatten(0, -2).sum(0) if x.ndim > 1 else unit * dy
     dx = _through_norm(dy * weight, unit, inverse, x.shape[-1])
-    return dx.to(x.dtype), dweight.to(weight.dtype)
+    return dx, dweight.to(weight.dtype)
 
 
 _L2NORM = Opaque("gdn::l2norm", _l2norm, _l2norm_backward, fake=_l2norm_fake, results=1, differentiable=("x",))
 _RMS_NORM = Opaque("gdn::rms_norm", _rms_norm, _rms_norm_backward, fake=_rms_norm_fake, results=1, differentiable=("x", "weight"))
+_ADD_RMS_NORM = Opaque(
+    "gdn::add_rms_norm",
+    _add_rms_norm,
+    _add_rms_norm_backward,
+    fake=_add_rms_norm_fake,
+    results=2,
+    differentiable=("x", "weight"),
+    follows={"residual": "x"},
+    without={"x": 0, "residual": 0},
+    saved_results=1,
+)
 _GATED_RMS_NORM = Opaque(
     "gdn::gated_rms_norm",
     gated_forward,

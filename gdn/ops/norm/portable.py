@@ -1,6 +1,6 @@
 """The norms in Triton, any GPU from sm_80 on: one pass forward, one backward.
 
-All three are y = x r [weight] [silu(gate) or sigmoid(gate)] with r = 1 / sqrt(sum of x^2 / divisor + eps), so they share one kernel each
+All are y = x r [weight] [silu(gate) or sigmoid(gate)] with r = 1 / sqrt(sum of x^2 / divisor + eps), so they share one kernel each
 way, in which absent arguments cost nothing. The backward keeps r. The gradient of the weight is summed by each of at most `PARTS` programs over
 its rows, then over the programs: no atomics, one order.
 """
@@ -37,14 +37,20 @@ def vectors(r, group, outer, inner, c):
 
 @triton.jit
 def norm_kernel(
-    x, gate, weight, y, inverse, eps, count, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
+    x, residual, total, gate, weight, y, inverse, eps, count, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
     DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """BR vectors. Grid [row blocks]."""
+    """BR vectors; with a residual `[count, D]` those of `total = x + residual`, which is written. Grid [row blocks]."""
     r = int64(tl.program_id(0)) * BR + tl.arange(0, BR)
     c = tl.arange(0, BD)
     valid = (r < count)[:, None] & (c < D)[None, :]
     value = tl.load(x + vectors(r, x_group, x_outer, x_inner, c), mask=valid, other=0.0).to(tl.float32)
+    at = r[:, None] * D + c[None, :]
+    if residual is not None:
+        value += tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=valid)
+        value = rounded.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / DIVISOR + eps)
     if inverse is not None:
         tl.store(inverse + r, scale, mask=r < count)
@@ -54,15 +60,16 @@ def norm_kernel(
     if gate is not None:
         z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0).to(tl.float32)
         out *= z * sigmoid(z) if SILU else sigmoid(z)
-    tl.store(y + r[:, None] * D + c[None, :], out.to(y.dtype.element_ty), mask=valid)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def norm_backward_kernel(
-    x, gate, weight, inverse, dy, dx, dgate, partial, y, count, each, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
+    x, gate, weight, inverse, dy, dtotal, dx, dgate, partial, y, count, each, x_group, x_outer, x_inner, gate_group, gate_outer, gate_inner,
     DIVISOR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """`each` blocks of BR vectors one after another; y, if wanted, is the result of the forward pass again. Grid [parts]."""
+    """`each` blocks of BR vectors one after another; `dtotal`, if given, is added to the gradient of x, and y, if wanted, is the result of the
+    forward pass again. Grid [parts]."""
     part = int64(tl.program_id(0))
     c = tl.arange(0, BD)
     if weight is not None:
@@ -87,7 +94,10 @@ def norm_backward_kernel(
             total += slope * unit
             slope *= w
         along = tl.sum(slope * unit, 1) / DIVISOR
-        tl.store(dx + at, ((slope - unit * along[:, None]) * scale[:, None]).to(dx.dtype.element_ty), mask=valid)
+        slope = (slope - unit * along[:, None]) * scale[:, None]
+        if dtotal is not None:
+            slope += tl.load(dtotal + at, mask=valid, other=0.0).to(tl.float32)
+        tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=valid)
     if weight is not None:
         tl.store(partial + part * D + c, tl.sum(total, 0), mask=c < D)
 
@@ -102,15 +112,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMS_NORM(x, weight, eps)[0]
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `gdn.ops.add_rms_norm`."""
+    y, total = _ADD_RMS_NORM(x, residual, weight, eps)
+    return y, total
+
+
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool = True) -> Tensor:
     """See `gdn.ops.gated_rms_norm`."""
     return _GATED_RMS_NORM(x, gate, weight, eps, silu)[0]
 
 
 def run(
-    x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, divisor: int, keep: bool, silu: bool = True
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    divisor: int,
+    keep: bool,
+    silu: bool = True,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y, and for the backward pass the inverse of each vector's length or root mean square."""
+    """y, and for the backward pass the inverse of each vector's length or root mean square. With a residual y is of x + residual, which is
+    written to `total`, dense."""
     y, inverse = fresh(x), _empty_inverse(x, keep)
     D = x.shape[-1]
     count = x.numel() // D
@@ -119,8 +144,8 @@ def run(
     gate, *gate_layout = (None, 1, 1, 1) if gate is None else rows(gate)
     weight = None if weight is None else weight.contiguous()
     launch(
-        norm_kernel, (-(-count // BR),), x, gate, weight, y, inverse if keep else None, eps, count, *layout, *gate_layout, divisor, D, BD, BR,
-        silu, warps=warps,
+        norm_kernel, (-(-count // BR),), x, None if residual is None else residual.contiguous(), total, gate, weight, y,
+        inverse if keep else None, eps, count, *layout, *gate_layout, divisor, D, BD, BR, silu, warps=warps,
     )  # fmt: skip
     return y, inverse
 
@@ -134,8 +159,10 @@ def run_backward(
     divisor: int,
     silu: bool = True,
     y: Tensor | None = None,
+    dtotal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, gate and weight. y, dense, gets the result of the forward pass again, with a gate and a weight."""
+    """Gradients of x, gate and weight. y, dense, gets the result of the forward pass again, with a gate and a weight. `dtotal` is added to the
+    gradient of x."""
     dx = fresh(x)
     dgate = None if gate is None else fresh(gate)
     D, count = x.shape[-1], inverse.numel()
@@ -147,8 +174,8 @@ def run_backward(
     x, *layout = rows(x)
     gate, *gate_layout = (None, 1, 1, 1) if gate is None else rows(gate)
     launch(
-        norm_backward_kernel, (parts,), x, gate, None if weight is None else weight.contiguous(), inverse, dy.contiguous(), dx, dgate,
-        partial, y, count, each, *layout, *gate_layout, divisor, D, BD, BR, silu, warps=warps,
+        norm_backward_kernel, (parts,), x, gate, None if weight is None else weight.contiguous(), inverse, dy.contiguous(),
+        None if dtotal is None else dtotal.contiguous(), dx, dgate, partial, y, count, each, *layout, *gate_layout, divisor, D, BD, BR, silu, warps=warps,
     )  # fmt: skip
     return dx, dgate, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
 
@@ -191,6 +218,26 @@ def _rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> lis
     return [dx, dweight]
 
 
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    total = fresh(x)
+    y, inverse = run(x, None, weight, eps, x.shape[-1], keep, residual=residual, total=total)
+    return y, total, inverse
+
+
+def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), _empty_inverse(x, keep)
+
+
+def _add_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) -> list[Tensor | None]:
+    _, _, weight, _ = args
+    (total, inverse), (dy, dtotal) = saved, grads
+    if dy is None:
+        assert dtotal is not None
+        return [dtotal.clone(), torch.zeros_like(weight)]
+    dx, _, dweight = run_backward(total, None, weight, inverse, dy, total.shape[-1], dtotal=dtotal)
+    return [dx, dweight]
+
+
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
     return run(x, gate, weight, eps, x.shape[-1], keep, silu)
 
@@ -208,6 +255,18 @@ def _gated_rms_norm_backward(args: tuple[Any, ...], saved: Saved, grads: Grads) 
 _L2NORM = Opaque("gdn::l2norm_portable", _l2norm, _l2norm_backward, fake=_l2norm_fake, results=1, differentiable=("x",), replay=True)
 _RMS_NORM = Opaque(
     "gdn::rms_norm_portable", _rms_norm, _rms_norm_backward, fake=_rms_norm_fake, results=1, differentiable=("x", "weight"), replay=True
+)
+_ADD_RMS_NORM = Opaque(
+    "gdn::add_rms_norm_portable",
+    _add_rms_norm,
+    _add_rms_norm_backward,
+    fake=_add_rms_norm_fake,
+    results=2,
+    differentiable=("x", "weight"),
+    follows={"residual": "x"},
+    without={"x": 0, "residual": 0},
+    saved_results=1,
+    replay=True,
 )
 _GATED_RMS_NORM = Opaque(
     "gdn::gated_rms_norm_portable",

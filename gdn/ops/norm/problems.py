@@ -27,6 +27,14 @@ class Problem:
             x.view(-1, self.shape[-1])[::3] = 0
         return {"x": (self.size * x).to(device, dtype), "gate": gate.to(device, dtype), "weight": weight.to(device, dtype)}
 
+    def build_add(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Arguments of `add_rms_norm`, likewise."""
+        built = self.build(seed=seed)
+        residual = self.size * built["gate"]
+        if self.zero_rows:
+            residual.view(-1, self.shape[-1])[::3] = 0
+        return {name: t.to(device, dtype) for name, t in (("x", built["x"]), ("residual", residual), ("weight", built["weight"]))}
+
 
 PROBLEMS = (
     Problem(name="heads", shape=(2, 17, 3, 40)),

@@ -19,6 +19,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `gdn.ops.add_rms_norm`."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool = True) -> Tensor:
     """See `gdn.ops.gated_rms_norm`."""
     gate = gate.to(accumulate_dtype(x.dtype))

@@ -14,27 +14,31 @@ from gdn.core.portable_rows import fresh
 from gdn.ops.norm import portable as norm
 from gdn.ops.projection import recompute
 
-ROWS, COLUMNS = 4, 512
-"""Of a program's tile."""
+COLUMNS = 1024
+"""Of a row, a program's: a vector of 16 bytes for each thread and tensor in 16 bits."""
 
 
 @triton.jit
-def swiglu_kernel(x, y, count, N, BR: tl.constexpr, BN: tl.constexpr):
-    """x [count, 2 N], y [count, N]. Grid [row blocks, column blocks]."""
-    r = int64(tl.program_id(0)) * BR + tl.arange(0, BR)[:, None]
-    c = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
-    valid = (r < count) & (c < N)
+def places(N, BN: tl.constexpr):
+    """The row of a program, its columns and which of them exist. Programs that run together are neighbours in memory."""
+    blocks = tl.cdiv(N, BN)
+    c = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    return int64(tl.program_id(0) // blocks), c, c < N
+
+
+@triton.jit
+def swiglu_kernel(x, y, N, BN: tl.constexpr):
+    """x [count, 2 N], y [count, N]. Grid [count * column blocks]."""
+    r, c, valid = places(N, BN)
     gate = tl.load(x + r * 2 * N + c, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(x + r * 2 * N + N + c, mask=valid, other=0.0).to(tl.float32)
     tl.store(y + r * N + c, (gate * sigmoid(gate) * up).to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def swiglu_backward_kernel(x, slope, dx, count, N, BR: tl.constexpr, BN: tl.constexpr):
+def swiglu_backward_kernel(x, slope, dx, N, BN: tl.constexpr):
     """The gradient of x, and the product over its gradient `slope [count, N]`. Grid as forward."""
-    r = int64(tl.program_id(0)) * BR + tl.arange(0, BR)[:, None]
-    c = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
-    valid = (r < count) & (c < N)
+    r, c, valid = places(N, BN)
     gate = tl.load(x + r * 2 * N + c, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(x + r * 2 * N + N + c, mask=valid, other=0.0).to(tl.float32)
     dy = tl.load(slope + r * N + c, mask=valid, other=0.0).to(tl.float32)
@@ -59,23 +63,20 @@ def gated_rms_norm_linear(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: 
 def _product(x: Tensor) -> Tensor:
     N = x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
-    grid, count = _grid(y)
-    launch(swiglu_kernel, grid, x.contiguous(), y, count, N, ROWS, COLUMNS)
+    launch(swiglu_kernel, _grid(y), x.contiguous(), y, N, COLUMNS)
     return y
 
 
 def _product_backward(x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     dx = fresh(x)
-    grid, count = _grid(slope)
-    launch(swiglu_backward_kernel, grid, x.contiguous(), slope, dx, count, slope.shape[-1], ROWS, COLUMNS)
+    launch(swiglu_backward_kernel, _grid(slope), x.contiguous(), slope, dx, slope.shape[-1], COLUMNS)
     return dx, slope
 
 
-def _grid(y: Tensor) -> tuple[tuple[int, int], int]:
-    """Programs for y `[..., N]`, and its rows."""
+def _grid(y: Tensor) -> tuple[int]:
+    """Programs for y `[..., N]`."""
     N = y.shape[-1]
-    count = y.numel() // max(N, 1)
-    return (-(-count // ROWS), -(-N // COLUMNS)), count
+    return (y.numel() // max(N, 1) * -(-N // COLUMNS),)
 
 
 def _norm(x: Tensor, gate: Tensor, norm_weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -89,5 +90,5 @@ def _norm_backward(
     return norm.run_backward(x, gate, norm_weight, inverse, slope, x.shape[-1], silu, y), y
 
 
-_SWIGLU = recompute.swiglu_linear("gdn::swiglu_linear_portable", _product, _product_backward)
-_GATED_RMS_NORM = recompute.gated_rms_norm_linear("gdn::gated_rms_norm_linear_portable", _norm, _norm_backward)
+_SWIGLU = recompute.swiglu_linear("gdn::swiglu_linear_portable", _product, _product_backward, foreseen=True)
+_GATED_RMS_NORM = recompute.gated_rms_norm_linear("gdn::gated_rms_norm_linear_portable", _norm, _norm_backward, foreseen=True)

@@ -53,13 +53,11 @@ def channels(block, H: tl.constexpr, K: tl.constexpr, VD: tl.constexpr, BH: tl.c
 
 
 @triton.jit
-def choose(part, q, k, v):
+def choose(part, q, k):
     if part == 0:
         pointer = q
-    elif part == 1:
-        pointer = k
     else:
-        pointer = v
+        pointer = k
     return pointer
 
 
@@ -70,15 +68,29 @@ def forward_kernel(
     L: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """L tokens. Grid [rows * pieces * NB blocks of channels]."""
-    D: tl.constexpr = 2 * H * K + VD
     program = tl.program_id(0)
     part, i, inside = channels(program % NB, H, K, VD, BH, BK)
-    d = part * (H * K) + i
     row = int64(program // NB // pieces)
     begin = program // NB % pieces * L
-    width = tl.where(part == 2, VD, H * K)
     x += row * x_row
-    y = choose(part, q, k, v) + row * T * width
+    d = part * (H * K) + i
+    if part == 2:
+        walk(
+            x, weight, v + row * T * VD + i, documents, positions, row, begin, T, x_token, d, inside, eps, 2 * H * K + VD, VD, W, L, U, False
+        )  # fmt: skip
+    else:
+        walk(
+            x, weight, choose(part, q, k) + row * T * (H * K) + i, documents, positions, row, begin, T, x_token, d, inside, eps,
+            2 * H * K + VD, H * K, W, L, U, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def walk(
+    x, weight, y, documents, positions, row, begin, T, x_token, d, inside, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, L: tl.constexpr, U: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The tokens from `begin` on of channels d of a row x; y, where their results are, is WIDTH wide. UNIT: as vectors of length one."""
     filters = taps(weight, d, inside, W)
     n, p = place(documents, positions, row, begin, T)
     window = past_inputs(x + int64(begin) * x_token, None, n, p, x_token, 0, d, inside, D, W)
@@ -94,8 +106,9 @@ def forward_kernel(
                 window = restart(window, None, n, p, x, 0, d, inside, D, W)
             z = filtered(now, window, filters, 0.0, W)
             z *= sigmoid(z)
-            scale = tl.where(part == 2, 1.0, 1.0 / tl.sqrt(tl.sum(z * z, 1) + eps))
-            tl.store(y + int64(t) * width + i, (z * scale[:, None]).to(y.dtype.element_ty), mask=inside & (t < T))
+            if UNIT:
+                z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
+            tl.store(y + int64(t) * WIDTH, z.to(y.dtype.element_ty), mask=inside & (t < T))
             window = push(now, window)
 
 
@@ -105,10 +118,7 @@ def backward_kernel(
     H: tl.constexpr, K: tl.constexpr, VD: tl.constexpr, W: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, NB: tl.constexpr,
     L: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """dx of L tokens, and what they add to the gradient of the filter: partial [rows * pieces, W, D]. Grid as forward.
-
-    From the gradient of a unit vector u = y r, that of y is r (du - u <u, du>).
-    """
+    """dx of L tokens, and what they add to the gradient of the filter: partial [rows * pieces, W, D]. Grid as forward."""
     D: tl.constexpr = 2 * H * K + VD
     program = tl.program_id(0)
     part, i, inside = channels(program % NB, H, K, VD, BH, BK)
@@ -116,52 +126,98 @@ def backward_kernel(
     piece = program // NB
     row = int64(piece // pieces)
     begin = piece % pieces * L
-    end = tl.minimum(begin + L, T)
-    width = tl.where(part == 2, VD, H * K)
     x += row * x_row
-    dy = choose(part, dq, dk, dv) + row * T * width
     dx += row * T * D + d
+    partial += int64(piece) * W * D + d
+    if part == 2:
+        walk_back(
+            x, weight, dv + row * T * VD + i, dx, partial, documents, positions, row, begin, T, x_token, d, inside, eps, D, VD, W, L, U, False
+        )  # fmt: skip
+    else:
+        walk_back(
+            x, weight, choose(part, dq, dk) + row * T * (H * K) + i, dx, partial, documents, positions, row, begin, T, x_token, d, inside, eps,
+            D, H * K, W, L, U, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def walk_back(
+    x, weight, dy, dx, partial, documents, positions, row, begin, T, x_token, d, inside, eps,
+    D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, L: tl.constexpr, U: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The tokens from `begin` on of channels d of a row x; dy, the gradient of their results, is WIDTH wide.
+
+    L is a multiple of U: the loop ends with the piece or, past the end of the row, among tokens whose gradient is zero. The W - 1 tokens after
+    it reach back into the piece, but belong to the next one's filter.
+    """
+    end = tl.minimum(begin + L, T)
     filters = taps(weight, d, inside, W)
     n, p = place(documents, positions, row, begin, T)
     window = past_inputs(x + int64(begin) * x_token, None, n, p, x_token, 0, d, inside, D, W)
-    nothing = tl.zeros((BH, BK), tl.float32)
     waiting = ()
-    sums = (nothing,)
+    sums = (tl.zeros(d.shape, tl.float32),)
     for _ in tl.static_range(1, W):
-        waiting = waiting + (nothing,)
-        sums = sums + (nothing,)
-    for start in range(begin, end + W - 1, U):
+        waiting = waiting + (tl.zeros(d.shape, tl.float32),)
+        sums = sums + (tl.zeros(d.shape, tl.float32),)
+    for start in range(begin, end, U):
+        source, above, target = x + int64(start) * x_token + d, dy + int64(start) * WIDTH, dx + int64(start) * D
         inputs = ()
         slopes = ()
         for u in tl.static_range(U):
             there = inside & (start + u < T)
-            inputs = inputs + (tl.load(x + int64(start + u) * x_token + d, mask=there, other=0.0),)
-            slopes = slopes + (tl.load(dy + int64(start + u) * width + i, mask=there, other=0.0),)
+            inputs = inputs + (tl.load(source + u * x_token, mask=there, other=0.0),)
+            slopes = slopes + (tl.load(above + u * WIDTH, mask=there, other=0.0),)
         for u in tl.static_range(U):
             t = start + u
             now = inputs[u].to(tl.float32)
-            p = t
             if documents is not None:
                 n, p = place(documents, positions, row, t, T)
                 window = restart(window, None, n, p, x, 0, d, inside, D, W)
-            z = filtered(now, window, filters, 0.0, W)
-            s = sigmoid(z)
-            y = z * s
-            slope = slopes[u].to(tl.float32)
-            square = 1.0 / (tl.sum(y * y, 1) + eps)
-            along = tl.where(part == 2, 0.0, tl.sum(slope * y, 1) * square)
-            scale = tl.where(part == 2, 1.0, tl.sqrt(square))
-            dz = (slope - y * along[:, None]) * scale[:, None] * (s + y * (1.0 - s))
-            sums = sum_taps(sums, tl.where(t < end, dz, 0.0), now, window, W)
-            reached = reach(dz, filters, waiting, p, W)
+            dz = through(slopes[u].to(tl.float32), filtered(now, window, filters, 0.0, W), eps, UNIT)
+            sums = sum_taps(sums, dz, now, window, W)
+            reached = reach(dz, filters, waiting, None if documents is None else p, W)
             done = t - (W - 1)
-            tl.store(dx + int64(done) * D, reached[W - 1].to(dx.dtype.element_ty), mask=inside & (done >= begin) & (done < end))
-            waiting = ()
-            for j in tl.static_range(W - 1):
-                waiting = waiting + (reached[j],)
+            tl.store(target + (u - (W - 1)) * D, reached[W - 1].to(dx.dtype.element_ty), mask=inside & (done >= begin) & (done < end))
+            waiting = pop(reached)
             window = push(now, window)
+    after = begin + (end - begin + U - 1) // U * U
+    for u in tl.static_range(W - 1):
+        t = after + u
+        there = inside & (t < T)
+        now = tl.load(x + int64(t) * x_token + d, mask=there, other=0.0).to(tl.float32)
+        slope = tl.load(dy + int64(t) * WIDTH, mask=there, other=0.0).to(tl.float32)
+        if documents is not None:
+            n, p = place(documents, positions, row, t, T)
+            window = restart(window, None, n, p, x, 0, d, inside, D, W)
+        dz = through(slope, filtered(now, window, filters, 0.0, W), eps, UNIT)
+        reached = reach(dz, filters, waiting, None if documents is None else p, W)
+        done = t - (W - 1)
+        tl.store(dx + int64(done) * D, reached[W - 1].to(dx.dtype.element_ty), mask=inside & (done >= begin) & (done < end))
+        waiting = pop(reached)
+        window = push(now, window)
     for j in tl.static_range(W):
-        tl.store(partial + (int64(piece) * W + (W - 1 - j)) * D + d, sums[j], mask=inside)
+        tl.store(partial + (W - 1 - j) * D, sums[j], mask=inside)
+
+
+@triton.jit
+def through(slope, z, eps, UNIT: tl.constexpr):
+    """The gradient of z from that of y = silu(z), or of the vector of length one u = y r: of y it is r (du - u <u, du>)."""
+    s = sigmoid(z)
+    y = z * s
+    if UNIT:
+        scale = tl.rsqrt(tl.sum(y * y, 1) + eps)
+        along = tl.sum(slope * y, 1) * scale * scale
+        slope = (slope - y * along[:, None]) * scale[:, None]
+    return slope * (s + y * (1.0 - s))
+
+
+@triton.jit
+def pop(reached):
+    """Those that wait for more."""
+    waiting = ()
+    for j in tl.static_range(len(reached) - 1):
+        waiting = waiting + (reached[j],)
+    return waiting
 
 
 def convolved_qkv(x: Tensor, weight: Tensor, heads: int, head_dim: int, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,4 +283,4 @@ def _sizes(
     return rows * pieces * blocks, rows * pieces, (length, pieces), constants, warps
 
 
-_QKV = Opaque("gdn::convolved_qkv_portable", _forward, _backward, fake=_fake, results=3, differentiable=("x", "weight"))
+_QKV = Opaque("gdn::convolved_qkv_portable", _forward, _backward, fake=_fake, results=3, differentiable=("x", "weight"), foreseen=True)

@@ -63,7 +63,14 @@ class Recurrence:
         self.name, self.decays, self.plan, self.kept, self.fill, self.find = name, decays, plan, kept, forward, backward
         differentiable = ("q", "k", "v", "g", "beta", "initial_state")
         self._operator = Opaque(
-            f"gdn::{name}_portable", self._forward, self._backward, fake=self._fake, results=2, differentiable=differentiable
+            f"gdn::{name}_portable",
+            self._forward,
+            self._backward,
+            fake=self._fake,
+            results=2,
+            differentiable=differentiable,
+            foreseen=True,
+            expected=1,
         )
 
     def __call__(

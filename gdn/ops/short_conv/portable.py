@@ -23,6 +23,7 @@ from gdn.core.portable_math import int64
 
 AT_ONCE = 4
 """Tokens whose loads are issued together, ahead of their arithmetic."""
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 MANY_WARPS = 8192
 """Pieces are halved until there are so many warps, two to three waves of a large GPU."""
 
@@ -97,7 +98,9 @@ def filtered(now, window, filters, bias, W: tl.constexpr):
 
 @triton.jit
 def sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
+    """The kernels' time is that of their instructions: here five, with a division and an exponential to any base thirteen."""
+    root = tl.rsqrt(1.0 + tl.exp2(z * _MINUS_LOG2_E))
+    return root * root
 
 
 @triton.jit
@@ -180,10 +183,17 @@ def through_silu(dy, z, SILU: tl.constexpr):
 
 @triton.jit
 def reach(dz, filters, waiting, p, W: tl.constexpr):
-    """The gradients of the inputs that a token at place p reaches, youngest first, from those that wait for more: the last is complete."""
+    """The gradients of the inputs that a token at place p reaches, youngest first, from those that wait for more: the last is complete.
+
+    Without p all are reached: before the beginning of a row nobody writes them.
+    """
     reached = ()
     for j in tl.static_range(W):
-        gradient = dz * filters[j] if j == 0 else tl.where(p >= j, dz * filters[j], 0.0) + waiting[j - 1]
+        gradient = dz * filters[j]
+        if j > 0:
+            if p is not None:
+                gradient = tl.where(p >= j, gradient, 0.0)
+            gradient += waiting[j - 1]
         reached = reached + (gradient,)
     return reached
 
@@ -235,14 +245,13 @@ def backward_kernel(
         for u in tl.static_range(U):
             t = start + u
             now = inputs[u].to(tl.float32)
-            p = t
             if documents is not None:
                 n, p = place(documents, positions, row, t, T)
                 window = restart(window, state, n, p, x, (W - 1) * D, d, inside, D, W)
             dz = through_silu(slopes[u].to(tl.float32), filtered(now, window, filters, shift, W), SILU)
             mine = tl.where(t < end, dz, 0.0)
             sums = sum_taps(sums, mine, now, window, W) + (sums[W] + mine,)
-            reached = reach(dz, filters, waiting, p, W)
+            reached = reach(dz, filters, waiting, None if documents is None else p, W)
             done = t - (W - 1)
             tl.store(dx + int64(done) * D, reached[W - 1].to(dx.dtype.element_ty), mask=inside & (done >= begin) & (done < end))
             waiting = ()
@@ -450,6 +459,7 @@ _CONV = Opaque(
     results=2,
     differentiable=("x", "weight", "bias", "initial_state"),
     replay=True,
+    expected=1,
 )
 
 

@@ -1,0 +1,94 @@
+"""Straight-line Python for a replay: what a loop over steps would look up in lists is a name. Half of the time of such a loop.
+
+    source = Source(device=0, given=1)
+    source.allocate(1, like, None)
+    source.launch(start, (8, 1, 1), between, [source.address(0), source.constant(2.5), source.address(1)], packed=False)
+    run = source.finish([1, None])                  # run([x]) -> (a new tensor, None)
+
+Numbers of the calls are not in the text but in the globals of the function, so one text, compiled once, serves all shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[[Sequence[Tensor]], tuple[Tensor | None, ...]]
+
+_INDENT = "\n    "
+
+
+class Source:
+    """The text of one function, a line for each step. Tensors are numbered, those given first.
+
+    Args:
+        device: index of the GPU on which everything happens.
+        given: number of tensors of a call.
+    """
+
+    def __init__(self, device: int, given: int) -> None:
+        self._values: dict[str, Any] = {
+            "C": torch._C,
+            "on": torch.cuda.device,
+            "device": device,
+            "empty_like": torch.empty_like,
+            "empty_strided": torch.empty_strided,
+            "dense": torch.contiguous_format,
+        }
+        self._lines = [f"{''.join(f'x{i}, ' for i in range(given))}= tensors"]
+        self._addresses: set[int] = set()
+        self._streams = False
+
+    def constant(self, value: Any) -> str:
+        name = f"c{len(self._values)}"
+        self._values[name] = value
+        return name
+
+    def address(self, tensor: int, offset: int = 0) -> str:
+        """Of a tensor, or so many bytes after it."""
+        if tensor not in self._addresses:
+            self._addresses.add(tensor)
+            self._lines.append(f"a{tensor} = x{tensor}.data_ptr()")
+        return f"a{tensor} + {self.constant(offset)}" if offset else f"a{tensor}"
+
+    def allocate(self, tensor: int, like: Tensor, strides: tuple[int, ...] | None) -> None:
+        """One of the shape and dtype of `like`, dense unless it has strides."""
+        if strides is None:  # the quickest of all ways to allocate
+            self._lines.append(f"x{tensor} = empty_like({self.constant(like)}, memory_format=dense)")
+        else:
+            kind = self.constant(like.shape), self.constant(strides), self.constant(like.dtype), self.constant(like.device)
+            self._lines.append(f"x{tensor} = empty_strided({kind[0]}, {kind[1]}, dtype={kind[2]}, device={kind[3]})")
+
+    def launch(
+        self, start: Callable[..., None], grid: Sequence[int], between: Sequence[Any], arguments: Sequence[str], packed: bool
+    ) -> None:
+        """`start(*grid, stream, *between, *arguments)`, or with the arguments as one tuple."""
+        if not self._streams:
+            self._streams = True
+            self._lines.append("stream = C._cuda_getCurrentRawStream(device)")
+        handed = f"({''.join(f'{a}, ' for a in arguments)})" if packed else ", ".join(arguments)
+        before = ", ".join([*map(self.constant, grid), "stream", *map(self.constant, between)])
+        self._lines.append(f"{self.constant(start)}({before}, {handed})")
+
+    def operator(self, makes: int | None, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> None:
+        """A call of torch. Arguments that are text are tensors by name (`tensor`); it makes a tensor or none."""
+        given = [*arguments, *[f"{name}={self.constant(value)}" for name, value in named.items()]]
+        self._lines.append(f"{'' if makes is None else f'x{makes} = '}{self.constant(function)}({', '.join(given)})")
+
+    def finish(self, results: Sequence[int | None]) -> Run:
+        """The function, which returns these tensors."""
+        returned = "".join("None, " if i is None else f"x{i}, " for i in results)
+        elsewhere = "if C._cuda_getDevice() != device:\n        with on(device):\n            return run(tensors)"
+        lines = _INDENT.join([elsewhere, *self._lines, f"return ({returned})"])
+        exec(_compiled(f"def run(tensors):{_INDENT}{lines}\n"), self._values)
+        return self._values["run"]
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(text: str) -> CodeType:
+    return compile(text, "<replay>", "exec")
