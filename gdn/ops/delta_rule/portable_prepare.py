@@ -254,7 +254,7 @@ def pair_kernel(
         solved = tl.dot(narrow, wrong.to(tl.float16), rough.to(tl.float32))
     solved = solved * length[:, None] * length[None, :]
     if not WIDE:
-        up, unit = fitting(tl.max(tl.max(tl.abs(solved), 1), 0))
+        up, unit = fitting(tl.maximum(tl.max(tl.max(tl.abs(solved), 1), 0), 2.0**-20))
         tl.store(units + tile, unit)
         solved *= up
     tl.store(phi + at, solved.to(phi.dtype.element_ty))
@@ -263,8 +263,8 @@ def pair_kernel(
 @triton.jit
 def fitting(largest):
     """Powers of two, one the inverse of the other, of which the first takes numbers as large as this to 2^14 .. 2^15, where fp16 ends at 2^16.
-    What is no number or infinite comes out so."""
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
+    What is no number or infinite comes out so. Below 2^-78 all are taken alike, and Phi below 2^-20: so products of two units are normal."""
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 49)
     return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
 
 

@@ -164,12 +164,14 @@ def add_dot(acc, x, y, WIDE: tl.constexpr):
 def minus_solved(acc, x, phi, units, tile, WIDE: tl.constexpr):
     """acc - x [BV, 64] Phi, or its transpose. Phi is kept in units of a power of two of the chunk, and each row of x is taken in units of its
     own: so all numbers fit fp16, whose products are eight times as exact as those of bfloat16. Where keys repeat with beta near 2, this
-    rounding would be most of the error of all results."""
+    rounding would be most of the error of all results. The product is summed into the registers of acc, which a thread is short of."""
     if WIDE:
         return acc - dot(x, phi, WIDE)
     else:
-        up, unit = fitting(tl.max(tl.abs(x), 1))
-        return acc - tl.dot((x * up[:, None]).to(tl.float16), phi) * (unit * tl.load(units + tile))[:, None]
+        up, unit = fitting(tl.max(tl.maximum(tl.abs(x), tl.abs(acc)), 1))
+        size = tl.load(units + tile)
+        inverse = ((254 << 23) - size.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        return tl.dot((x * -up[:, None]).to(tl.float16), phi, acc * (up * inverse)[:, None]) * (unit * size)[:, None]
 
 
 @triton.jit
