@@ -127,7 +127,7 @@ def examine_op(op: Op, device: torch.device, dtype: torch.dtype, truth: compare.
     truth = truth or _truth(op.name)
     allowed = compare.allowed(compare.distance(compare.run(op, "reference", make(device, dtype, torch.float32)), truth), dtype)
     dims = {"K": 64, "V": 64, "D": 64, "W": 4}
-    verdicts = op.explain(device.type, dtype, index=device.index or 0, **dims)
+    verdicts = op.explain(device.type, dtype, index=device.index or 0, compiled=False, **dims)
     first = next(v.name for v in verdicts if v.reason is None)
     findings = []
     for verdict in verdicts:
