@@ -8,6 +8,7 @@ The other side is `portable_launch`; this one needs no Triton.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
 R = TypeVar("R")
+logger = logging.getLogger("gdn.foresight")
 Launches = Iterable[list[Any]]
 """Some, then others that take longer to be found."""
 
@@ -68,12 +70,15 @@ def taken() -> Launches:
 
 
 def begin(launches: Launches, device: int) -> None:
-    """Compile for these launches, without waiting for it."""
-    for some in launches:
-        if some:
-            from gdn.core.portable_launch import compile_ahead
+    """Compile for these launches, without waiting for it. No call fails because they cannot be found out."""
+    try:
+        for some in launches:
+            if some:
+                from gdn.core.portable_launch import compile_ahead
 
-            compile_ahead(some, device)
+                compile_ahead(some, device)
+    except Exception:
+        logger.warning("kernels cannot be foreseen; each is compiled when it is launched", exc_info=True)
 
 
 def without_data(value: Any) -> Any:
