@@ -38,7 +38,7 @@ def written(host: Callable[..., R], *args: Any) -> tuple[R, list[Any]]:
     """What `host` returns from arguments `without_data`, and its launches, which are not done. No mode of torch sees anything of it."""
     before, THREAD.launches = THREAD.launches, []
     try:
-        with without_modes(), torch.no_grad(), torch._C._DisableAutocast():
+        with torch._C.DisableTorchFunction(), without_modes(), torch.no_grad(), torch._C._DisableAutocast():
             return host(*without_data(args)), THREAD.launches
     finally:
         THREAD.launches = before
