@@ -8,6 +8,7 @@ The other side is `portable_launch`; this one needs no Triton.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _pop_mode_temporarily
 
 R = TypeVar("R")
+logger = logging.getLogger("gdn.foresight")
 Launches = Iterable[list[Any]]
 """Some, then others that take longer to be found."""
 
@@ -36,7 +38,7 @@ def written(host: Callable[..., R], *args: Any) -> tuple[R, list[Any]]:
     """What `host` returns from arguments `without_data`, and its launches, which are not done. No mode of torch sees anything of it."""
     before, THREAD.launches = THREAD.launches, []
     try:
-        with without_modes(), torch.no_grad(), torch._C._DisableAutocast():
+        with torch._C.DisableTorchFunction(), without_modes(), torch.no_grad(), torch._C._DisableAutocast():
             return host(*without_data(args)), THREAD.launches
     finally:
         THREAD.launches = before
@@ -68,12 +70,15 @@ def taken() -> Launches:
 
 
 def begin(launches: Launches, device: int) -> None:
-    """Compile for these launches, without waiting for it."""
-    for some in launches:
-        if some:
-            from gdn.core.portable_launch import compile_ahead
+    """Compile for these launches, without waiting for it. No call fails because they cannot be found out."""
+    try:
+        for some in launches:
+            if some:
+                from gdn.core.portable_launch import compile_ahead
 
-            compile_ahead(some, device)
+                compile_ahead(some, device)
+    except Exception:
+        logger.warning("kernels cannot be foreseen; each is compiled when it is launched", exc_info=True)
 
 
 def without_data(value: Any) -> Any:

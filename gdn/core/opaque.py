@@ -24,7 +24,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gdn.core.foresight import Launches, begin, foreseeing, written
 from gdn.core.replay import FIRST_DEVICE, Recording, Table, distinct, record, signature, witness
@@ -392,14 +391,27 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The decorator takes as long as a launch. Gradients are enabled only if there may be a second derivative, which it refuses.
-        return (_refusing_twice if torch.is_grad_enabled() else _gradients)(ctx, *grads)
+        stored = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return (None, *ctx.call.backward(stored, grads))
+        with torch.no_grad():
+            gradients = ctx.call.backward(stored, grads)
+        return (None, *_Once.apply(ctx.call.owner.name, len(gradients), *gradients, *stored, *grads))
 
 
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (None, *ctx.call.backward(ctx.saved_tensors, grads))
+class _Once(torch.autograd.Function):
+    """The first tensors as they are, out of all of them: who asks for a second derivative comes by here. Torch's `once_differentiable` lets
+    its part of one be left out in silence if only the arguments need a gradient, or if it is asked for by `torch.autograd.grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tuple(None if x is None else x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(f"{ctx.name} is once_differentiable: its gradient has none")
 
 
-_refusing_twice = once_differentiable(_gradients)
 _apply = cast("Any", super(torch.autograd.Function, _Function)).apply
 """Without looking for transforms of functorch: a call with a signature has none."""

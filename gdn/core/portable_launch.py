@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gdn.core.foresight import THREAD, taken
+from gdn.core.foresight import THREAD, begin, taken
 from gdn.core.replay import recorder
 
 
@@ -102,28 +103,34 @@ def _launch(what: Launch, grid: tuple[int, ...], device: int) -> Any:
 
 
 def compile_ahead(launches: Iterable[Launch], device: int) -> dict[tuple[Any, ...], Future[Any]]:
-    """Begin to compile what launches to come will need, as many at a time as there are cores: Triton lets other threads run meanwhile."""
+    """Begin to compile what launches to come will need, as many at a time as there are cores: Triton lets other threads run meanwhile.
+
+    Returns what has begun, which is not all where no thread can be started: those left are compiled by the threads that launch them.
+    """
     named = {what.name(device)[0]: what for what in launches if isinstance(what.kernel, JITFunction)}
     with _LOCK:
         new = [name for name in named if name not in _COMPILING]
         if new:
             driver.active.get_current_device()  # builds a module in C when it is first asked, in each thread that asks
             threads = ThreadPoolExecutor(len(new), "gdn compiles")
-            for name in new:
-                _COMPILING[name] = threads.submit(_compile, named[name], device)
+            with suppress(RuntimeError):  # too many threads, or the main one has ended and others still run
+                for name in new:
+                    _COMPILING[name] = threads.submit(_compile, named[name], device)
             threads.shutdown(wait=False)
-        return {name: _COMPILING[name] for name in named}
+        return {name: _COMPILING[name] for name in named if name in _COMPILING}
 
 
 def _wait(what: Launch, name: tuple[Any, ...], device: int) -> Any:
     """The compiled code, when it is ready."""
     begun = compile_ahead([what], device)
-    for more in taken():
-        compile_ahead(more, device)
+    begin(taken(), device)
+    if name not in begun:
+        return _compile(what, device)
     try:
         return begun[name].result()
     except BaseException:
-        _COMPILING.pop(name, None)  # the next launch tries again
+        with _LOCK:
+            _COMPILING.pop(name, None)  # the next launch tries again
         raise
 
 

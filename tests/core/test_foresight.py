@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn.core import foresight, opaque
@@ -59,6 +60,22 @@ def test_modes_see_nothing_and_come_back() -> None:
         x.neg()
     assert result[1].is_meta and [each[0] for each in launches] == ["a"]
     assert outer.seen == inner.seen == ["aten.neg.default"]
+
+
+def test_modes_of_functions_see_nothing() -> None:
+    seen: list[Any] = []
+
+    class Looking(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.zeros(4, 6)
+    with Looking():
+        written(lambda x: x + 1, x)
+        assert not seen
+        x.neg()
+    assert seen == [Tensor.neg]
 
 
 def test_tensors_without_data_have_the_same_geometry() -> None:

@@ -177,6 +177,18 @@ def test_a_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("asked", ["backward", "grad"])
+def test_no_part_of_a_second_derivative_is_left_out_in_silence(asked: str) -> None:
+    """A penalty on a gradient whose slope is a number: only the argument needs a gradient."""
+    x, _ = inputs(False)
+    y, _ = TOY(x, None, 0.5)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(TOY(x, None, 0.5)[0].sum(), x)[0])
+    loss = y.sum() + gradient.square().sum()
+    with pytest.raises(RuntimeError, match="gdn::toy is once_differentiable"):
+        loss.backward() if asked == "backward" else torch.autograd.grad(loss, x)
+
+
 def test_forward_must_end_with_keep() -> None:
     def forward(x: Tensor, scale: float) -> tuple[Tensor]:
         return (x * scale,)

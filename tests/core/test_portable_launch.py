@@ -162,6 +162,39 @@ def test_a_kernel_that_does_not_compile_is_tried_again() -> None:
     assert [each[0] for each in seen] == ["compiled", "launched"]
 
 
+@pytest.mark.usefixtures("launchers")
+def test_a_launch_does_not_fail_because_of_what_cannot_be_foreseen(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Any] = []
+    kernel, x = Compiled(threading.Barrier(1), seen), torch.zeros(4)
+
+    def more() -> Any:
+        yield written(lambda x: x.tolist(), x)[1]
+
+    with foreseeing(more):
+        launch(kernel, (1,), x, 3)
+    assert [each[0] for each in seen] == ["compiled", "launched"]
+    assert "cannot be foreseen" in caplog.text and "meta" in caplog.text
+
+
+@pytest.mark.usefixtures("launchers")
+def test_a_kernel_compiles_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a thread that goes on when the main one has ended."""
+    seen: list[Any] = []
+    a, b = (Compiled(threading.Barrier(1), seen) for _ in range(2))
+    x = torch.zeros(4)
+
+    def refused(*arguments: Any) -> Any:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(portable_launch.ThreadPoolExecutor, "submit", refused)
+    with foreseeing(lambda: [written(lambda: launch(b, (1,), without_data(x), 3))[1]]):
+        launch(a, (1,), x, 3)
+    assert [each[:2] for each in seen] == [("compiled", a.fn), ("launched", a.fn)]
+    launch(a, (1,), x, 3)
+    launch(b, (1,), x, 3)
+    assert [each[:2] for each in seen[2:]] == [("launched", a.fn), ("compiled", b.fn), ("launched", b.fn)]
+
+
 def test_written_launches_do_not_run() -> None:
     def host() -> int:
         launch(Kernel(False), (2,), "x", warps=8)
