@@ -48,7 +48,7 @@ class Call:
     dtype: torch.dtype
     dims: tuple[tuple[str, int], ...] = ()
     compiled: bool = False
-    """In a graph of torch.compile."""
+    """In a graph of torch.compile, not one that is exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class Op:
         """The function of the first row that can serve a call with this main input and these dimensions."""
         at = tensor.device
         sizes = tuple([(name, operator.index(size)) for name, size in dims.items()])
-        compiled = torch.compiler.is_compiling()
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()  # who runs an exported graph may not compile it
         return self._functions[_choose(self.name, self.forced, at.type, at.index or 0, tensor.dtype, sizes, compiled)]
 
     def explain(

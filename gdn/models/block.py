@@ -39,30 +39,34 @@ class Block(nn.Module):
     def terms(
         self, x: Tensor, added: Tensor | None, state: MixerState | None, packing: Packing | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, MixerState | None]:
-        """What `forward` gives for `x + added`, as two terms, and the state: whoever norms their sum takes it in the same pass."""
-        return (_compiled_terms() if self.compiled else Block._terms)(self, x, added, state, packing, mask)
+        """What `forward` gives for `x + added`, as two terms, and the state: whoever norms their sum takes it in the same pass.
+
+        This block's own such pass comes before what is compiled, which so sees no difference between the first block and others.
+        """
+        if self.norm_after:
+            normed = x = x if added is None else x + added
+        else:
+            normed, x = add_and_norm(self.mixer_norm, x, added)
+        alone = self.compiled and not torch.compiler.is_compiling()
+        return (_compiled_terms() if alone else Block._terms)(self, normed, x, state, packing, mask)
 
     def _terms(
-        self, x: Tensor, added: Tensor | None, state: MixerState | None, packing: Packing | None, mask: Tensor | None
+        self, normed: Tensor, x: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, MixerState | None]:
-        if self.norm_after:
-            return self._norm_after(x if added is None else x + added, state, packing, mask)
-        normed, x = add_and_norm(self.mixer_norm, x, added)
         y, state = self._mix(normed, state, packing, mask)
+        if self.norm_after:
+            return *self._norm_after(x, y), state
         if self.has_mlp:
             normed, x = add_and_norm(self.mlp_norm, x, y)
             y = self.mlp(normed)
         return x, y, state
 
-    def _norm_after(
-        self, x: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, MixerState | None]:
-        y, state = self._mix(x, state, packing, mask)
+    def _norm_after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         y = self.mixer_norm(y)
         if self.has_mlp:
             x = x + y
             y = self.mlp_norm(self.mlp(x))
-        return x, y, state
+        return x, y
 
     def _mix(self, x: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None) -> tuple[Tensor, MixerState | None]:
         if state is None or packing is not None:  # the mixer refuses both together

@@ -212,8 +212,12 @@ class LM(nn.Module):
 
         One graph it is here too where layers know each other, since then no two blocks are equal, and with several kinds of mixers, for
         the compiler keeps eight versions of a function at most: packed or not, sizes fixed or not, training or not make five of one kind.
+        And where somebody listens to a part of a block, or has put another `forward` in its place: the compiler takes two blocks for equal
+        without looking at that. As with `compile()`, whoever begins to listen to a part later is not heard.
         """
-        if len(set(self.config.mixers)) > 1 or any(type(mixer).join is not Mixer.join for mixer in self.mixers()):
+        known = any(type(mixer).join is not Mixer.join for mixer in self.mixers())
+        heard = any(is_hooked(part) for block in self._blocks() for child in block.children() for part in child.modules())
+        if len(set(self.config.mixers)) > 1 or known or heard:
             self.compile()
             return
         for block in self._blocks():

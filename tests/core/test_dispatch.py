@@ -182,6 +182,20 @@ def test_the_choice_is_part_of_one_compiled_graph(op: Op) -> None:
     assert torch.equal(compiled(torch.zeros(3, 64).half()), torch.full((3, 64), 2.0).half())
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_row_for_compiled_graphs_serves_neither_eager_calls_nor_exported_graphs(strict: bool, op: Op) -> None:
+    op.register(Impl("compiled", f"{__name__}:outside", Needs(compiled=True)), before="absent")
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(op, x)
+
+    module, x = Module(), torch.zeros(64)
+    assert module(x)[0] == 1
+    assert torch.export.export(module, (x,), strict=strict).module()(x)[0] == 1
+    assert torch.compile(module, fullgraph=True, backend="eager")(x)[0] == 3
+
+
 def test_the_choice_is_marked_as_torch_marks_constants() -> None:
     marked = torch.compiler.assume_constant_result(lambda: None)
     assert vars(dispatch._choose) == vars(marked) != {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -173,30 +174,76 @@ def test_compiled_training_step_has_the_loss_of_eager(packed: bool, way: str) ->
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
 
 
-@non_leaf
-def test_equal_blocks_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first block, which has one term, and another; where they are of several kinds or layers know each other, the whole model."""
-    graphs: list[int] = []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of MLPs in each graph that the compiler makes."""
+    made: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        """Counts the MLPs in a graph."""
-        graphs.append(sum("swiglu" in str(node.target) for node in graph.graph.nodes))
+        made.append(sum("swiglu" in str(node.target) for node in graph.graph.nodes))
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
     block._compiled_terms.cache_clear()
+    torch._dynamo.reset()
+    yield made
+    block._compiled_terms.cache_clear()
+
+
+@non_leaf
+def test_equal_blocks_are_compiled_once(graphs: list[int]) -> None:
+    """The first block, which has one term, as the others; where they are of several kinds or layers know each other, the whole model."""
     one, other = (GatedDeltaNet.Config(heads=heads, head_dim=8) for heads in (1, 2))
     hgrn2 = HGRN2.Config(head_dim=16)
-    for pattern, layers, expected in (((one,), 5, [1, 1]), ((one, other), 4, [4]), ((hgrn2,), 3, [3])):
+    after = (one.tag(),)
+    for pattern, layers, norm_after, expected in (
+        ((one,), 5, (), [1]),
+        ((one,), 5, after, [1]),
+        ((one, other), 4, (), [4]),
+        ((hgrn2,), 3, (), [3]),
+    ):
         torch._dynamo.reset()
         graphs.clear()
-        model = LM(LM.Config(vocab=13, width=32, layers=layers, mlp=16, pattern=pattern))
+        model = LM(LM.Config(vocab=13, width=32, layers=layers, mlp=16, pattern=pattern, norm_after=norm_after))
         x = torch.randint(13, (2, 20))
         expected_loss = model(x, targets=x).loss
         model.compile_blocks()
         torch.testing.assert_close(model(x, targets=x).loss, expected_loss)
         assert graphs == expected
-    block._compiled_terms.cache_clear()
+
+
+@non_leaf
+def test_a_run_of_packed_batches_stays_compiled(graphs: list[int]) -> None:
+    """Other documents, one document, and both without gradients: the compiler gives up past eight versions, here with an error."""
+    model, plain = tiny(), tiny()
+    model.compile_blocks()
+    for lengths in ([30, 20, 50], [40, 60], [100], [33, 67], [10, 10, 20, 60]):
+        x, packing = tokens(1, sum(lengths)), Packing.from_lengths(lengths)
+        torch.testing.assert_close(model(x, targets=x, packing=packing).loss, plain(x, targets=x, packing=packing).loss)
+        with torch.no_grad():
+            model(x, targets=x, packing=packing)
+    assert 0 < len(graphs) <= 8
+
+
+@non_leaf
+@pytest.mark.parametrize("part", ["mlp", "mixer_norm", "mixer.o_proj"])
+def test_blocks_compiled_alike_are_not_where_somebody_listens_to_a_part(part: str, graphs: list[int]) -> None:
+    """The compiler does not look for hooks of a later block when it takes what was compiled for the first."""
+    model, x = tiny(), tokens()
+    model.blocks[1].get_submodule(part).register_forward_hook(lambda module, given, result: 3 * result)
+    expected = model(x, targets=x).loss
+    model.compile_blocks()
+    torch.testing.assert_close(model(x, targets=x).loss, expected)
+    assert graphs == [3]
+
+
+@non_leaf
+def test_compiled_blocks_in_a_compiled_model_are_one_graph(graphs: list[int]) -> None:
+    model, x = tiny(), tokens()
+    expected = model(x, targets=x).loss
+    model.compile_blocks()
+    torch.testing.assert_close(torch.compile(model)(x, targets=x).loss, expected)
+    assert graphs == [3]
 
 
 def test_state_does_not_grow_and_is_as_declared() -> None:

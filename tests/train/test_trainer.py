@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 
 from gdn.core.errors import CheckpointError, ConfigError, NonFiniteError
 from gdn.data import Loader, load_tokenizer
+from gdn.models import block
 from gdn.models.store import load_model
 from gdn.train import AdamW, Checkpoints, Schedule, Trainer, checkpoint, metrics, stop, trainer
 from gdn.train.config import first_difference
@@ -273,6 +275,26 @@ def test_a_time_limit_ends_the_run_with_the_learning_rate_of_the_end(tiny: Tiny,
 
 def test_recomputing_blocks_changes_no_number(tiny: Tiny) -> None:
     assert rows(run(tiny("kept"))) == rows(run(tiny("again", recompute="block")))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler looks at it
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compiling_blocks_changes_no_number_and_never_gives_up(recompute: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past eight versions of a block the compiler would go on without compiling: here an error."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    block._compiled_terms.cache_clear()
+    torch._dynamo.reset()
+    model = tiny().model.with_(layers=3)
+    compiled = run(tiny("compiled", model=model, compile=True, recompute=recompute))
+    block._compiled_terms.cache_clear()
+    assert rows(compiled) == rows(run(tiny("eager", model=model)))
+    assert graphs
 
 
 def test_bf16_runs_and_resumes(tiny: Tiny) -> None:
