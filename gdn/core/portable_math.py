@@ -48,6 +48,9 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)). A division takes eight instructions, the square of this root two, and neither is wrong by more than 3e-7."""
-    root = tl.rsqrt(1.0 + exp(-x))
-    return root * root
+    """1 / (1 + exp(-x)). A division takes eight instructions, this five: the square of a root, wrong by up to 2.6e-7, and one step of Newton's
+    method, after which what is left is the error of exp. Exactly 0 at minus infinity."""
+    below = 1.0 + exp(-x)
+    root = tl.rsqrt(below)
+    near = root * root
+    return tl.fma(near, tl.fma(-tl.minimum(below, 3e38), near, 1.0), near)

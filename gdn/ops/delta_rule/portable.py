@@ -11,7 +11,7 @@ before the chunk and S' the one after it:
     O   = scale diag(gamma) Q S + A U                   S' = gamma_last S + K^T diag(D) U
 
 Why this form. The inverse is taken with the gates inside, so nothing grows that the recurrence would not let grow, whatever the length
-of the keys. Only Phi, the correction, is rounded, for inputs of 16 bits to fp16 in units that suit it (`minus_solved`); the identity of
+of the keys. Only Phi, the correction, is rounded, for most inputs of 16 bits to fp16 in units that suit it (`minus_solved`); the identity of
 R = (I - Phi diag(beta)) Z stays exact, and only the gradient of a beta that is not tiny is a quotient by it. The backward keeps of the
 forward Phi, A and the gates (and, with segments, the states that enter them, and the states where slabs begin); it recomputes the states.
 
@@ -451,7 +451,7 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
     maps = ((p.segments, p.HV, p.K, p.K), torch.float32) if p.wide else ((p.segments, p.HV, 2, p.K, p.K), torch.bfloat16)
     return Workspace(
         {
-            "phi": ((p.chunks, p.HV, CHUNK, CHUNK), torch.float32 if p.wide else torch.float16),
+            "phi": ((p.chunks, p.HV, CHUNK, CHUNK), dtype if p.wide or p.K > 128 else torch.float16),
             "units": ((p.chunks, p.HV), torch.float32),
             "scores": ((p.chunks, p.HV, CHUNK, CHUNK), dtype),
             "gates": ((p.chunks, p.HV, GATES, CHUNK), torch.float32),

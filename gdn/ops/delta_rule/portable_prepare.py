@@ -181,7 +181,7 @@ def pair_kernel(
 ):
     """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head. Grid [chunks * HV]. APART: `gates_kernel` found the gates.
 
-    phi [chunks, HV, 64, 64] is Phi, or for inputs of 16 bits Phi in fp16 in units of a power of two, units [chunks, HV].
+    phi [chunks, HV, 64, 64] is Phi, in fp16 in units of a power of two, units [chunks, HV] (which are made for all inputs of 16 bits).
 
     gates [chunks, HV, 5, 64] fp32, rows: G, gamma, beta, D, the low part of G. Beyond the last token of a document g, beta and gamma are 0,
     so that whatever stands there is neither written nor read.
@@ -256,7 +256,8 @@ def pair_kernel(
     if not WIDE:
         up, unit = fitting(tl.maximum(tl.max(tl.max(tl.abs(solved), 1), 0), 2.0**-20))
         tl.store(units + tile, unit)
-        solved *= up
+        if phi.dtype.element_ty == tl.float16:
+            solved *= up
     tl.store(phi + at, solved.to(phi.dtype.element_ty))
 
 

@@ -162,11 +162,14 @@ def add_dot(acc, x, y, WIDE: tl.constexpr):
 
 @triton.jit
 def minus_solved(acc, x, phi, units, tile, WIDE: tl.constexpr):
-    """acc - x [BV, 64] Phi, or its transpose. Phi is kept in units of a power of two of the chunk, and each row of x is taken in units of its
-    own: so all numbers fit fp16, whose products are eight times as exact as those of bfloat16. Where keys repeat with beta near 2, this
-    rounding would be most of the error of all results. The product is summed into the registers of acc, which a thread is short of."""
+    """acc - x [BV, 64] Phi, or its transpose. Phi in fp16 is kept in units of a power of two of the chunk, and each row of x is taken in
+    units of its own: so all numbers fit fp16, whose products are eight times as exact as those of bfloat16. Where keys repeat with beta near
+    2, this rounding would be most of the error of all results. The product is summed into the registers of acc, which a thread is short of;
+    with keys wider than 128 so short that units made `states_kernel` take 1269 us for 709: there Phi of bfloat16 inputs is bfloat16."""
     if WIDE:
         return acc - dot(x, phi, WIDE)
+    elif phi.dtype == tl.bfloat16:
+        return tl.dot((-x).to(tl.bfloat16), phi, acc)
     else:
         up, unit = fitting(tl.max(tl.maximum(tl.abs(x), tl.abs(acc)), 1))
         size = tl.load(units + tile)
