@@ -27,8 +27,8 @@ PROBLEMS = pytest.mark.parametrize("problem", [*WINDOWED, *FULL, *LONG], ids=lam
 
 
 def is_served(problem: Problem) -> bool:
-    """Whether the row is for it: as many keys as queries, with a mask; and whether a relative error says something: through a window of one the
-    gradients of queries and keys are zero, or rounding."""
+    """Whether the row is for it: as many keys as queries, with a mask; and whether a relative error says something: through a window of one
+    the gradients of queries and keys are zero, or rounding."""
     masked = problem.lengths is not None or (problem.window is not None and problem.window < problem.T)
     return masked and not problem.past and problem.window != 1
 
