@@ -250,6 +250,20 @@ def test_triton_has_the_gradient_of_a_beta_that_is_nothing(K: int, dtype: torch.
     assert not found["v"][:, small == 0].any()
 
 
+def test_triton_has_the_gradient_of_beta_where_fp16_has_few_digits() -> None:
+    """What comes back is so small that a gradient times beta has lost digits in fp16; beta is in float32, and so is its gradient."""
+    pytest.importorskip("triton")
+    found = []
+    for impl, dtype in (("reference", torch.float64), ("reference", torch.float16), ("portable", torch.float16)):
+        arguments = Problem(name="", T=70, HV=2, V=24).build(dtype=dtype, device=DEVICE if impl == "portable" else "cpu")
+        arguments["beta"].data.fill_(0.005)
+        outputs = call(impl, arguments)
+        small = [w * 2.0**-11 for w in compare.weights(outputs)]
+        found.append(torch.autograd.grad(outputs, arguments["beta"], small)[0].double().cpu())
+    truth, rounding, actual = found
+    assert compare.error(actual, truth) <= compare.allowed(compare.error(rounding, truth), torch.float16)
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("parts", "name", "dtype"), CASES, ids=str)
 def test_triton_agrees_with_the_recurrence(parts: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,6 +528,18 @@ def test_no_tokens_hand_the_state_through(impl: str) -> None:
     assert list(o.shape) == [2, 0, 1, 16]
     close(state, arguments["initial_state"])
     close(torch.autograd.grad(state.sum(), arguments["initial_state"])[0], torch.ones_like(state))
+
+
+@pytest.mark.parametrize("K", [16, 136])
+def test_no_tokens_hand_the_state_through_triton(K: int) -> None:
+    """Forward keeps for a backward what that needs: here nothing at all."""
+    pytest.importorskip("triton")
+    arguments = Problem(name="", T=0, B=2, HV=2, K=K, V=24, initial=True).build(dtype=torch.bfloat16, device=DEVICE)
+    outputs = call("portable", arguments)
+    assert torch.equal(outputs[1], arguments["initial_state"])
+    *rest, d_initial = torch.autograd.grad([x.sum() for x in outputs], leaves(arguments))
+    assert torch.equal(d_initial, torch.ones_like(d_initial))
+    assert [x.numel() for x in rest] == [0] * 5
 
 
 def test_strong_gates_make_no_denormal_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -460,7 +460,7 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
             "carried": maps,
             "entering": _handed(p),
             **({} if keep else {"added": _handed(p)}),  # of no use to backward
-            "midway": ((p.slabs - 1 if keep else 0, p.runs, p.HV, p.K, p.V), torch.float32),
+            "midway": ((max(p.slabs - 1, 0) if keep else 0, p.runs, p.HV, p.K, p.V), torch.float32),
         }
     )
 

@@ -63,7 +63,8 @@ def pairs_kernel(
         dM_ij = -exp(G_i - G_j) beta_i beta_j dU_i.R_j (i > j)         gradient of k_i.k_j, pairs [slots, HV, 64, 64]
         dbeta = R.dU, which is the diagonal of the product in dM, and for bf16 not the last word (`gradient_kernel`)
 
-    dv holds beta dU, but dU where beta is tiny, and becomes beta dU there too: without dU nothing would be left of dbeta where beta is 0.
+    dv holds beta dU, but dU where beta is tiny and for fp16, and becomes beta dU there too: without dU nothing would be left of dbeta where
+    beta is 0.
     """
     hv = tl.program_id(0) % HV
     slot = tl.program_id(0) // HV
@@ -87,7 +88,7 @@ def pairs_kernel(
     if not WIDE:
         db = diagonal(m)
     beta = load_gate(gates, tile, 2)
-    known = divisor(beta)
+    known = divisor(beta, dv.dtype.element_ty)
     tl.store(dbeta + (start + i) * HV + hv, db / known, mask=i < rows)
     decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE) * beta[None, :]
     at = slot * (C * C) + (i[:, None] * C + i[None, :])
@@ -227,8 +228,9 @@ def gradient_kernel(
             dG -= written
             if dq.dtype.element_ty == tl.bfloat16:
                 share = dbeta + (int64(block // 2) * tokens * HV + (start + i) * HV + hv)
-                known = (divisor(beta) == beta) & (tl.load(units + tile + i * 0) < SMALL_UNIT)
-                tl.store(share, tl.where(known, written / divisor(beta), 0.0), mask=inside & (known | (block > 1)))
+                by = divisor(beta, dv.dtype.element_ty)
+                known = (by == beta) & (tl.load(units + tile + i * 0) < SMALL_UNIT)
+                tl.store(share, tl.where(known, written / by, 0.0), mask=inside & (known | (block > 1)))
             overlap = tl.zeros((BV,), tl.float32)
             for first in tl.range(0, V, BV, num_stages=1):
                 state = load_block(states, slot, first, first_key, V, K, BV, BK).to(tl.float32)

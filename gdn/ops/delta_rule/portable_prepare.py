@@ -96,9 +96,13 @@ def load_gate(gates, tile, WHICH: tl.constexpr):
 
 
 @triton.jit
-def divisor(beta):
-    """beta, or 1 where it is tiny: what may be divided by."""
-    return tl.where(tl.abs(beta) < 0.00390625, 1.0, beta)
+def divisor(beta, dtype: tl.constexpr):
+    """beta, or 1 where it is tiny: what may be divided by after a product with it was rounded to dtype. 1 in fp16, where what is below 2^-14
+    loses digits: a gradient sooner if it is multiplied by beta."""
+    if dtype == tl.float16:
+        return tl.full(beta.shape, 1.0, tl.float32)
+    else:
+        return tl.where(tl.abs(beta) < 0.00390625, 1.0, beta)
 
 
 @triton.jit
