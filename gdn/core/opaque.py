@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gdn.core.foresight import Launches, begin, foreseeing, written
 from gdn.core.replay import FIRST_DEVICE, Recording, Table, distinct, record, signature, witness
@@ -35,6 +36,7 @@ Tensors = tuple[Tensor, ...]
 class _Kernels(ABC):
     """What calls in eager mode have in common, with a gradient or without."""
 
+    name: str
     results: int
 
     def __init__(self, replay: bool) -> None:
@@ -60,7 +62,12 @@ class _Kernels(ABC):
         """The call with these arguments, known or new, and its tensors."""
         found = signature(args) if self._replay else None
         if found is None:
-            return _Call(self, args, replay=False), [a for a in args if isinstance(a, Tensor)]
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(a).tangent is not None for a in tensors):
+                raise RuntimeError(
+                    f"{self.name} has no forward-mode derivative, and an argument has a tangent; use the reference row, or reverse mode"
+                )
+            return _Call(self, args, replay=False), tensors
         key, tensors = found
         call = self._calls.get(key)
         if call is None:

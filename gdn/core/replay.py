@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
@@ -81,7 +82,7 @@ def signature(values: Iterable[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | N
 
     Objects take part whose type has a method `replay_parts` that lists their tensors and values.
     """
-    if _modes() or _transforms():
+    if _modes() or _transforms() or forward_ad._current_level >= 0:
         return None
     key: list[Any] = [_grad()]
     tensors: list[Tensor] = []

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 
+from gdn.core import replay
 from gdn.core.opaque import Arguments, InPlace, Opaque, Tensors
 
 KEPT: list[bool] = []
@@ -232,3 +234,19 @@ def test_an_operator_in_place_writes_into_its_argument(compiled: bool) -> None:
 
 
 COUNT = InPlace("gdn::toy_count", _count, mutates=("state",), fake=lambda state, step: torch.empty_like(state))
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own decompositions, loaded with the first tangent
+def test_a_tangent_is_refused(needs_gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward-mode derivatives have no formula; without a look at the argument the tangent would be lost where no gradient is needed."""
+    monkeypatch.setattr(replay, "FIRST_DEVICE", -1)
+    assert replay.signature((torch.ones(3),)) is not None
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.ones(3, requires_grad=needs_gradient), torch.ones(3))
+        with pytest.raises(RuntimeError, match="gdn::toy has no forward-mode derivative"):
+            TOY(x, None, 1.0)
+        assert TOY(torch.ones(3), None, 1.0)[0].tolist() == [1.0, 1.0, 1.0]
+        assert replay.signature((torch.ones(3),)) is None
