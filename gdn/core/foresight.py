@@ -77,7 +77,7 @@ def begin(launches: Launches, device: int) -> None:
                 from gdn.core.portable_launch import compile_ahead
 
                 compile_ahead(some, device)
-    except Exception:
+    except Exception:  # of any kind: what is wrong with a call is for the call to say, and this only saves it time
         logger.warning("kernels cannot be foreseen; each is compiled when it is launched", exc_info=True)
 
 
