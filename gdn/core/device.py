@@ -29,6 +29,22 @@ def multiprocessors(index: int = 0) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+HOPPER, AMPERE, SMALL = 227, 163, 99
+"""KiB of shared memory that a program may have: of an H100 or H200; of an A100; of GPUs for desks, from sm_86 to sm_121 (CUDA
+C++ Programming Guide, "Compute Capabilities")."""
+
+
+@functools.cache
+def room(index: int = 0) -> int:
+    """Shared memory that the rules for launch parameters may count on: `HOPPER`, where they were measured, also without a GPU; else at
+    most `AMPERE`, for products on other GPUs take operands through registers (`portable_launch.through_registers`); or `SMALL`."""
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return HOPPER
+    properties = torch.cuda.get_device_properties(index)
+    size = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block) // 1024
+    return SMALL if size < AMPERE else HOPPER if size >= HOPPER and capability(index) // 10 == 9 else AMPERE
+
+
 @functools.cache
 def memory_bytes(index: int = 0) -> int:
     """Memory of a CUDA device, 0 without one."""

@@ -34,6 +34,8 @@ from gdn.core.replay import forget
 logger = logging.getLogger("gdn.dispatch")
 
 ENTRY_POINTS = "gdn.implementations"
+OLDEST = 80
+"""Compute capability of the oldest GPUs that the portable Triton rows are for: those with products of bfloat16."""
 """Entry-point group: each entry is a function without arguments that calls `Op.register`."""
 
 _OPS: dict[str, Op] = {}
@@ -73,14 +75,14 @@ class Needs:
 
         With `interpreted` the CPU will do for a row that needs a GPU of any kind: Triton's interpreter runs its kernels.
         """
-        if self.device and call.device != self.device and not (interpreted and call.device == "cpu" and not self.arch):
+        if self.device and call.device != self.device and not (interpreted and call.device == "cpu" and self.arch <= OLDEST):
             return f"needs a {self.device} tensor, got {call.device}"
         if self.compiled and not call.compiled:
             return "needs torch.compile"
         for package in self.packages:
             if not hardware.has_package(package):
                 return f'needs the package "{package}"'
-        if self.arch and hardware.capability(call.index) < self.arch:
+        if call.device == "cuda" and 0 < hardware.capability(call.index) < self.arch:  # 0: `explain` was asked where there is no GPU
             return f"needs compute capability {self.arch / 10:.1f}, got {hardware.capability(call.index) / 10:.1f}"
         if self.dtypes and call.dtype not in self.dtypes:
             return f"needs {' or '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, got {call.dtype}"
@@ -91,8 +93,8 @@ class Needs:
 
 
 def triton_gpu(**dims: Container[int]) -> Needs:
-    """What the portable Triton rows need: a GPU, Triton and a data type of at most 32 bits."""
-    return Needs(device="cuda", dtypes=(torch.bfloat16, torch.float16, torch.float32), dims=dims, packages=("triton",))
+    """What the portable Triton rows need: a GPU, not too old, Triton and a data type of at most 32 bits."""
+    return Needs(device="cuda", arch=OLDEST, dtypes=(torch.bfloat16, torch.float16, torch.float32), dims=dims, packages=("triton",))
 
 
 @dataclass(frozen=True)

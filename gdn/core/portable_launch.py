@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from gdn.core import device as hardware
 from gdn.core.foresight import THREAD, begin, taken
 from gdn.core.replay import recorder
 
@@ -47,6 +48,9 @@ _COMPILING: dict[tuple[Any, ...], Future[Any]] = {}
 _LOCK = threading.Lock()
 _CORES = threading.Semaphore(os.cpu_count() or 1)
 """Ten compilations at the same time on two cores take a third more of them than two after two, and the first is done last."""
+_TENSOR_MEMORY = "DISABLE_MMA_V5"
+_without_tensor_memory = 0
+"""Threads that compile without it."""
 _CONSTANT, _PLAIN, _SPECIAL = range(3)
 _PARAMETERS: dict[Any, tuple[int, ...]] = {}
 _LARGEST_INT32 = 2**31 - 1
@@ -136,10 +140,33 @@ def _wait(what: Launch, name: tuple[Any, ...], device: int) -> Any:
 
 def _compile(what: Launch, device: int) -> Any:
     """The code. It is not loaded yet: that might be in the middle of the capture of a graph."""
-    with _CORES, torch.cuda.device(device):  # a thread begins at the first device
+    with _CORES, torch.cuda.device(device), through_registers(device):  # a thread begins at the first device
         compiled = what.kernel.warmup(*what.args, grid=(1,), num_warps=what.warps, num_stages=what.stages, maxnreg=what.registers)
         driver.active.launcher_cls(compiled.src, compiled.metadata)  # Triton 3.6 has it compiled from C, and will find it on disk
     return compiled
+
+
+@contextmanager
+def through_registers(device: int) -> Iterator[None]:
+    """In here Triton compiles products for `mma.sync` on a B200 and its like, as for all GPUs but Hopper's, unless the user's environment says.
+
+    For tensor memory Triton 3.6 and 3.7 end in an error of their own at the delta rule's pair, gradient and output kernels, or plan more columns
+    than there are (notes/triton_pipelines.md). Triton asks the environment, which threads share: the first that compiles says so, and the last takes it back.
+    """
+    global _without_tensor_memory
+    if hardware.capability(device) // 10 not in (10, 11) or (_TENSOR_MEMORY in os.environ and not _without_tensor_memory):
+        yield
+        return
+    with _LOCK:
+        _without_tensor_memory += 1
+        os.environ[_TENSOR_MEMORY] = "1"
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _without_tensor_memory -= 1
+            if not _without_tensor_memory:
+                del os.environ[_TENSOR_MEMORY]
 
 
 def starter(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from gdn.core import device as hardware
 from gdn.core.device import named_device
 from gdn.core.errors import ArgumentError
 
@@ -30,3 +33,34 @@ def test_other_names_are_refused(name: str) -> None:
         named_device(name)
     with pytest.raises(ArgumentError, match='Did you mean "cuda"'):
         named_device("cudda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "kib", "room"),
+    [
+        ((9, 0), 227, hardware.HOPPER),
+        ((8, 0), 163, hardware.AMPERE),
+        ((8, 9), 99, hardware.SMALL),
+        ((12, 0), 99, hardware.SMALL),
+        ((10, 0), 227, hardware.AMPERE),
+        ((9, 0), 64, hardware.SMALL),
+    ],
+)
+def test_room_of_a_program(capability: tuple[int, int], kib: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RTX 4090 and a 5090 are small; a B200 has as much as an H200, but other tensor cores; an AMD GPU calls itself 9.0."""
+    properties = SimpleNamespace(shared_memory_per_block=48 * 1024, shared_memory_per_block_optin=kib * 1024)
+    for name, value in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("get_device_capability", capability),
+        ("get_device_properties", properties),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *index, value=value: value)
+    for function in (hardware.room, hardware.capability):
+        monkeypatch.setattr(hardware, function.__name__, function.__wrapped__)
+    assert hardware.room(0) == room
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what holds without a GPU")
+def test_room_without_a_gpu_is_what_the_rules_were_measured_with() -> None:
+    assert hardware.room(0) == hardware.HOPPER

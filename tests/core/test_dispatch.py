@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import sys
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gdn.core import dispatch
-from gdn.core.dispatch import Impl, Needs, Op, ops, use
+from gdn.core.dispatch import Impl, Needs, Op, ops, triton_gpu, use
 from gdn.core.errors import ImplementationError
 
 
@@ -74,10 +75,16 @@ def test_reasons(op: Op) -> None:
 
 
 def test_the_reason_of_old_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.hardware, "capability", lambda index: {0: 80, 1: 90}[index])
+    monkeypatch.setattr(dispatch.hardware, "capability", lambda index: {0: 80, 1: 90, 2: 75, 3: 0}[index])
     needs, cuda = Needs(device="cuda", arch=90), {"device": "cuda", "dtype": torch.float32}
     assert needs.why_not(dispatch.Call(index=0, **cuda)) == "needs compute capability 9.0, got 8.0"
     assert needs.why_not(dispatch.Call(index=1, **cuda)) is None
+    triton = dataclasses.replace(triton_gpu(), packages=())
+    found = [triton.why_not(dispatch.Call(index=i, **cuda)) for i in range(4)]
+    assert found == [None, None, "needs compute capability 8.0, got 7.5", None], "without a GPU here, any GPU is spoken of"
+    on_cpu = dispatch.Call(device="cpu", dtype=torch.float32, index=3)
+    assert triton.why_not(on_cpu, interpreted=True) is None
+    assert needs.why_not(on_cpu, interpreted=True) == "needs a cuda tensor, got cpu"
 
 
 def test_a_module_is_imported_when_its_row_is_chosen(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:

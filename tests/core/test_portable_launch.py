@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -229,3 +230,26 @@ def test_a_kernel_with_scratch_memory_or_another_launcher_is_started_by_it() -> 
     for run in (launcher([], scratch=16), lambda *args: None):
         compiled = SimpleNamespace(function=123, packed_metadata=(4, 1, 0), run=run)
         assert starter(compiled) == (run, (123, (4, 1, 0), None, None, None), False)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [(80, None), (90, None), (100, "1"), (103, "1"), (120, None)])
+def test_tensor_memory_is_not_for_our_kernels(capability: int, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton reads the variable while it compiles: it is there as long as any thread does, and gone afterwards."""
+    monkeypatch.delenv("DISABLE_MMA_V5", raising=False)
+    monkeypatch.setattr(portable_launch.hardware, "capability", lambda index: capability)
+    with portable_launch.through_registers(0):
+        first = portable_launch.through_registers(0)
+        first.__enter__()
+        assert os.environ.get("DISABLE_MMA_V5") == expected
+    assert os.environ.get("DISABLE_MMA_V5") == expected, "one compiles still"
+    first.__exit__(None, None, None)
+    assert "DISABLE_MMA_V5" not in os.environ
+
+
+@pytest.mark.parametrize("said", ["0", "1"])
+def test_what_the_user_says_about_tensor_memory_holds(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISABLE_MMA_V5", said)
+    monkeypatch.setattr(portable_launch.hardware, "capability", lambda index: 100)
+    with portable_launch.through_registers(0):
+        assert os.environ["DISABLE_MMA_V5"] == said
+    assert os.environ["DISABLE_MMA_V5"] == said

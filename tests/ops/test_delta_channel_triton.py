@@ -11,6 +11,7 @@ from on_gpu import gpu
 from tensor_cores import sums_are_cut
 from torch import Tensor
 
+from gdn.core import device as hardware
 from gdn.core.dispatch import Impl, use
 from gdn.core.packing import Packing
 from gdn.ops import channel_delta_rule
@@ -115,6 +116,16 @@ def test_agrees_with_the_recurrence(case: Problem, dtype: torch.dtype) -> None:
     assert wrong == []
 
 
+def test_agrees_where_programs_have_less_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the launches for other GPUs than Hopper's."""
+    portable = pytest.importorskip("gdn.ops.delta_channel.portable")
+    monkeypatch.setattr(portable.hardware, "room", lambda index: hardware.SMALL)
+    case = problem(T=70, H=1, HV=1, K=136, V=72, initial=True)
+    actual = compare.run(OP, "portable", case.build(dtype=torch.bfloat16, device=DEVICE))
+    truth = compare.run(OP, "reference", case.build())
+    assert compare.complaints(actual, textbook(case, torch.bfloat16), truth, torch.bfloat16) == []
+
+
 @pytest.mark.parametrize("case", CANCELS, ids=lambda x: x.name)
 def test_float32_stands_sums_that_tensor_cores_cut(case: Problem) -> None:
     """The errors of cut sums all have the sign of the sum, and where keys repeat the sums cancel and the errors do not."""
@@ -170,7 +181,7 @@ def test_launches_keep_what_compilers_get_right(K: int, V: int, wide: bool) -> N
     """Eight warps on 64 rows, and rows below 128 bytes, were wrong on Hopper (notes/triton_pipelines.md). No interpreter sees that."""
     row = pytest.importorskip("gdn.ops.delta_channel.portable")
     plan = row._whole(1, 64, 1, 1, 1, K, V, False, wide)
-    for name, launch in row.launches(plan.BK, V, wide).items():
+    for name, launch in row.launches(plan.BK, V, wide, hardware.HOPPER).items():
         assert launch.warps * 16 <= (max(64, launch.block) if name in ("scan", "backward") else 64)
         assert wide or name == "solve" or min(launch.block, plan.BK) >= 64
 

@@ -17,6 +17,7 @@ from on_gpu import gpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gdn.core import device as hardware
 from gdn.core.dispatch import Impl, use
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import CHUNK, Packing
@@ -104,12 +105,12 @@ OP._functions["narrow textbook"] = functools.partial(textbook_chunks, narrow=Tru
 
 
 @functools.cache
-def plain_torch(name: str, dtype: torch.dtype, impl: str = "textbook", seed: int = 0) -> compare.Results:
+def plain_torch(problem: Problem, dtype: torch.dtype, impl: str = "textbook", seed: int = 0) -> compare.Results:
     """The textbook chunks at a dtype, through the contract."""
     before = OP.impls
     OP.impls = (*before, Impl(impl, ""))
     try:
-        return compare.run(OP, impl, PROBLEMS[name].build(dtype=dtype, seed=seed))
+        return compare.run(OP, impl, problem.build(dtype=dtype, seed=seed))
     finally:
         OP.impls = before
 
@@ -123,7 +124,7 @@ def test_agrees_with_the_recurrence(impl: str, name: str, dtype: torch.dtype) ->
     truth, actual = reference(name, torch.float64), compare.run(OP, impl, PROBLEMS[name].build(dtype=dtype))
     wrong = compare.complaints(actual, rounding, truth, dtype, scale=compare.SCALED if dtype == torch.float64 else 1.0)
     if wrong and impl == "chunked":
-        wrong = compare.complaints(actual, plain_torch(name, dtype), truth, dtype)
+        wrong = compare.complaints(actual, plain_torch(PROBLEMS[name], dtype), truth, dtype)
     assert wrong == []
 
 
@@ -280,9 +281,24 @@ def test_triton_agrees_with_the_recurrence(parts: str, name: str, dtype: torch.d
     draws = range(SEEDS if name == NEVER_CONTRACTS else 1)
     actual = [compare.run(OP, "portable", PROBLEMS[name].build(dtype=dtype, device=DEVICE, seed=seed)) for seed in draws]
     portable.plan.cache_clear()
-    rounding = [plain_torch(name, dtype, "narrow textbook", seed) for seed in draws]
+    rounding = [plain_torch(PROBLEMS[name], dtype, "narrow textbook", seed) for seed in draws]
     truth = [reference(name, torch.float64, seed) for seed in draws]
     assert compare.complaints(*(compare.pool(each) for each in (actual, rounding, truth)), dtype) == []
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("K", "room"), [(72, hardware.SMALL), (136, hardware.AMPERE), (136, hardware.SMALL)])
+def test_triton_agrees_where_programs_have_less_shared_memory(K: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the launches for other GPUs than Hopper's, in segments, so that all kernels run."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    monkeypatch.setattr(portable.hardware, "room", lambda index: room)
+    monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: 1)
+    portable.plan.cache_clear()
+    problem = Problem(name="", T=130, H=1, HV=1, K=K, V=72, initial=True)
+    actual = compare.run(OP, "portable", problem.build(dtype=torch.bfloat16, device=DEVICE))
+    portable.plan.cache_clear()
+    rounding, truth = plain_torch(problem, torch.bfloat16, "narrow textbook"), compare.run(OP, "reference", problem.build())
+    assert compare.complaints(actual, rounding, truth, torch.bfloat16) == []
 
 
 def test_triton_remembers_what_a_call_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,14 @@ def test_head_widths(K: int, V: int, as_good_as_the_reference: Check) -> None:
         as_good_as_the_reference(windowed_sigmoid_attention, "portable", problem.build(slopes=True, dtype=dtype, device=DEVICE))
 
 
+@pytest.mark.parametrize("K", [72, 136])
+def test_programs_with_less_shared_memory(K: int, monkeypatch: pytest.MonkeyPatch, as_good_as_the_reference: Check) -> None:
+    """With the launches for GPUs for desks."""
+    monkeypatch.setattr(portable.hardware, "room", lambda index: portable.hardware.SMALL)
+    problem = Problem(name="", T=70, H=4, G=2, K=K, V=40, window=50)
+    as_good_as_the_reference(windowed_sigmoid_attention, "portable", problem.build(slopes=True, dtype=torch.bfloat16, device=DEVICE))
+
+
 def test_reads_slices_of_wider_rows(as_good_as_the_reference: Check) -> None:
     arguments = Problem(name="", B=2, T=40, H=2, G=2, window=9).build(slopes=True, dtype=torch.float32, device=DEVICE)
     rows = torch.cat([arguments[name] for name in ("q", "k", "v")], dim=2)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from gdn.core import device as hardware
 from gdn.core.opaque import Arguments, Opaque, Tensors
 from gdn.core.packing import Packing
 from gdn.core.portable_launch import launch
@@ -40,8 +41,8 @@ class Launch:
     """Depth of the software pipeline of its loop."""
 
 
-def launches(width: int, wide: bool) -> dict[str, Launch]:
-    """Launch parameters of each kernel by the padded width of the wider of keys and values, and whether inputs are float32."""
+def launches(width: int, wide: bool, room: int) -> dict[str, Launch]:
+    """Launch parameters of each kernel by the padded width of the wider of keys and values, whether inputs are float32, and `hardware.room`."""
     if wide:
         size = 64 if width <= 64 else 32 if width <= 128 else 16
         same = Launch(queries=size, keys=min(size, 32), warps=4, stages=2 if width <= 128 else 1)
@@ -56,7 +57,13 @@ def launches(width: int, wide: bool) -> dict[str, Launch]:
         return {
             "forward": Launch(queries=128, keys=64, warps=8, stages=3),
             "keys": Launch(queries=32, keys=128, warps=8, stages=3),
-            "queries": Launch(queries=128, keys=64, warps=8, stages=3),
+            "queries": Launch(queries=128, keys=64, warps=8, stages=3 if room >= hardware.AMPERE else 2),
+        }
+    if room < hardware.AMPERE:
+        return {
+            "forward": Launch(queries=64, keys=32, warps=4, stages=2),
+            "keys": Launch(queries=32, keys=32, warps=8, stages=2),
+            "queries": Launch(queries=32, keys=32, warps=8, stages=2),
         }
     return {
         "forward": Launch(queries=128, keys=32, warps=8, stages=2),
@@ -426,7 +433,7 @@ class _Call:
         return self.q.dtype == torch.float32
 
     def launch_of(self, name: str) -> Launch:
-        return launches(max(self.widths), self.is_wide)[name]
+        return launches(max(self.widths), self.is_wide, hardware.room(self.q.device.index or 0))[name]
 
     def sizes(self, blocks: int) -> tuple[Any, ...]:
         """T, S, blocks, window, scale, strides, H, GROUP, then the widths."""

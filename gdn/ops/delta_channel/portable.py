@@ -27,6 +27,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from gdn.core import device as hardware
 from gdn.core.opaque import Tensors
 from gdn.core.packing import CHUNK, Packing
 from gdn.core.portable_rows import fresh
@@ -51,8 +52,8 @@ class Decayed:
 
 
 @functools.lru_cache
-def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
-    """Launch parameters of each kernel by padded key width, value width and whether inputs are fp32.
+def launches(BK: int, V: int, wide: bool, room: int) -> dict[str, Launch]:
+    """Launch parameters of each kernel by padded key width, value width, whether inputs are fp32, and `hardware.room`.
 
     Products of 64 tokens take 4 warps, and tiles in 16 bits have rows of at least 128 bytes (notes/triton_pipelines.md). A product without tensor
     cores, as one backwards in fp32 is, spills more than twice as much with 32 columns as with 16.
@@ -60,7 +61,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
     block = 32 if wide else 64
     scan = (
         Launch(block=128, warps=8)
-        if BK > 128 and V > 64 and not wide
+        if BK > 128 and V > 64 and not wide and room >= hardware.HOPPER
         else Launch(block=block, warps=4, stages=1 if wide or BK > 128 else 2)
     )
     return {
@@ -75,7 +76,7 @@ def launches(BK: int, V: int, wide: bool) -> dict[str, Launch]:
 
 def _forward(call: Call, o: Tensor, final: Tensor, kept: tuple[Tensor, Tensor]) -> None:
     (phi, scores), p, v, beta, initial, bounds = kept, call.p, call.v, call.beta, call.initial, call.bounds
-    use = _launches(p)
+    use = _launches(call)
     pairs = torch.empty(phi.shape, dtype=torch.float32, device=v.device)
     x = _decay(call, exponent_sums(p, v), scores, pairs)
     use["solve"](solve_kernel, call.key, p.HV * p.chunks, pairs, beta, phi, *bounds[:2], p.length, p.per_row, p.HV, p.packed, p.wide)
@@ -89,7 +90,7 @@ def _forward(call: Call, o: Tensor, final: Tensor, kept: tuple[Tensor, Tensor]) 
 
 def _backward(call: Call, kept: Tensors, do: Tensor, d_final: Tensor | None, d_initial: Tensor | None) -> Gradients:
     (phi, scores), p, q, k, v, g, initial, bounds = kept, call.p, call.q, call.k, call.v, call.g, call.initial, call.bounds
-    beta, use = cast(Tensor, call.beta), _launches(p)
+    beta, use = cast(Tensor, call.beta), _launches(call)
     sums = exponent_sums(p, v)
     x = _decay(call, sums, None, None)
     scan, back = use["scan"], use["backward"]
@@ -131,7 +132,7 @@ def _backward(call: Call, kept: Tensors, do: Tensor, d_final: Tensor | None, d_i
 def _decay(call: Call, sums: Tensor, scores: Tensor | None, pairs: Tensor | None) -> Decayed:
     """The decayed rows; fill `scores` with A and `pairs` with M in float32 and the squared lengths of keys on its diagonal."""
     p, q, k, g = call.p, call.q, call.k, call.g
-    use, group = _launches(p)["channels"], p.HV // k.shape[2]
+    use, group = _launches(call)["channels"], p.HV // k.shape[2]
     read, met, written = (torch.empty(g.shape, dtype=k.dtype, device=k.device) for _ in range(3))
     last = torch.empty((p.chunks, p.HV, p.K), dtype=torch.float32, device=k.device)
     for x, reached, onward, products, factor in ((q, read, written, scores, call.scale), (k, met, None, pairs, 1.0)):
@@ -155,8 +156,8 @@ def _whole(batch: int, length: int, documents: int, chunks: int, HV: int, K: int
     return dataclasses.replace(plan(batch, length, documents, chunks, HV, HV, K, V, packed, wide, 1), S=0)
 
 
-def _launches(p: Plan) -> dict[str, Launch]:
-    return launches(p.BK, p.V, p.wide)
+def _launches(call: Call) -> dict[str, Launch]:
+    return launches(call.p.BK, call.p.V, call.p.wide, hardware.room(call.v.device.index or 0))
 
 
 def _kept(p: Plan, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -154,12 +154,23 @@ class Plan:
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    batch: int, length: int, documents: int, chunks: int, H: int, HV: int, K: int, V: int, packed: bool, wide: bool, processors: int
+    batch: int,
+    length: int,
+    documents: int,
+    chunks: int,
+    H: int,
+    HV: int,
+    K: int,
+    V: int,
+    packed: bool,
+    wide: bool,
+    processors: int,
+    room: int,
 ) -> Plan:
-    """The launch parameters for a shape on a GPU with this many multiprocessors."""
+    """The launch parameters for a shape on a GPU with this many multiprocessors and this much `hardware.room`."""
     processors = processors or 132
     chains = HV * -(-V // 16)
-    choose = functools.partial(launches, K, V, wide, chained=chains > processors)
+    choose = functools.partial(launches, K, V, wide, chained=chains > processors, room=room)
     table = choose()
     programs = HV * -(-V // table["output"].block)
     rows, per_row = batch * length if packed else length, -(-length // CHUNK)
@@ -188,11 +199,11 @@ def plan(
     )
 
 
-def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool = False) -> dict[str, Launch]:
+def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool = False, room: int = hardware.HOPPER) -> dict[str, Launch]:
     """Launch parameters of each kernel by key width, value width and whether inputs are fp32. Measured on an H200 (README.md).
 
     Crowded: a multiprocessor has more than one program of 64 columns. Where two would load the same k and q, one of 128 columns loads them once.
-    Chained: it has more than one of 16 columns of the hand-over.
+    Chained: it has more than one of 16 columns of the hand-over. With less room than Hopper's: what fits, not measured on any GPU.
     """
     BK, BV = _power_of_two(K), _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
     half = min(64, BV)
@@ -205,7 +216,7 @@ def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool
             **dict.fromkeys(("output", "states", "summary", "backward", "backward_summary"), scan),
         }
     elif BK <= 128:
-        together = Launch(block=BV, warps=8, stages=3) if crowded and BV == 128 else None
+        together = Launch(block=BV, warps=8, stages=3) if crowded and BV == 128 and room >= hardware.AMPERE else None
         rest = {
             "pair": Launch(block=BK, warps=4, registers=168),
             "output": together or Launch(block=half, warps=4, stages=2),
@@ -231,8 +242,21 @@ def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool
         }
     warps = 8 if BK > 64 else 4  # 16 rows a warp at least (notes/triton_pipelines.md)
     if chained and BK == 128 and not wide:
-        return {"handover": Launch(block=32, warps=warps, stages=2), **rest}
-    return {"handover": Launch(block=16, warps=warps, stages=1 if BK > 128 else 2 if wide else 3), **rest}
+        handover = Launch(block=32, warps=warps, stages=2)
+    else:
+        handover = Launch(block=16, warps=warps, stages=1 if BK > 128 else 2 if wide else 3)
+    return {"handover": handover, **rest} if wide or room >= hardware.HOPPER else {"handover": handover, **rest, **_smaller(BK, half, room)}
+
+
+def _smaller(BK: int, half: int, room: int) -> dict[str, Launch]:
+    """In place of the launches for inputs of 16 bits that need more shared memory than `room` (README.md)."""
+    if BK > 128:
+        scan = Launch(block=half, warps=8, stages=2 if room >= hardware.AMPERE else 1)
+        return {"states": Launch(block=half, warps=8, stages=2), **dict.fromkeys(("output", "backward", "backward_summary"), scan)}
+    if room >= hardware.AMPERE:
+        return {}
+    scan = Launch(block=half, warps=4, stages=2)
+    return {"handover": Launch(block=16, warps=8 if BK > 64 else 4, stages=2), "backward": scan, "backward_summary": scan}
 
 
 def segment_chunks(chunks: int, documents: int, programs: int, packed: bool, processors: int) -> int:
@@ -468,10 +492,11 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
 def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None) -> Plan:
     B, T, H, K = q.shape
     wide = q.dtype == torch.float32
-    processors = hardware.multiprocessors(q.device.index or 0)
+    index = q.device.index or 0
+    gpu = hardware.multiprocessors(index), hardware.room(index)
     if cu_seqlens is None or chunk_table is None:
-        return plan(B, T, B, B * -(-T // CHUNK), H, v.shape[2], K, v.shape[3], False, wide, processors)
-    return plan(B, T, cu_seqlens.shape[0] - 1, chunk_table.shape[0], H, v.shape[2], K, v.shape[3], True, wide, processors)
+        return plan(B, T, B, B * -(-T // CHUNK), H, v.shape[2], K, v.shape[3], False, wide, *gpu)
+    return plan(B, T, cu_seqlens.shape[0] - 1, chunk_table.shape[0], H, v.shape[2], K, v.shape[3], True, wide, *gpu)
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, also: bool) -> Kind:

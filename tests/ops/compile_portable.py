@@ -1,0 +1,128 @@
+"""Run in a process of its own by test_targets.py: compile kernels of rows with large tiles for some GPU, until shared memory is given out.
+
+Arguments: compute capability, `hardware.room`, and calls of `CALLS`. Prints JSON, a line for each kernel: call, name, KiB of shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+
+from gdn.core import device as hardware
+from gdn.core.foresight import THREAD
+from gdn.core.portable_launch import Launch, integer_kind, through_registers
+from gdn.ops.attention.portable import windowed_sigmoid_attention
+from gdn.ops.delta_channel.portable import channel_delta_rule
+from gdn.ops.delta_rule.portable import gated_delta_rule
+from gdn.ops.linear_recurrence.portable import linear_attention
+from gdn.ops.linear_recurrence.portable_value_gated import value_gated_linear_attention
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+Call = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
+
+
+def recurrence(row: Callable[..., Any], K: int, V: int, *, T: int = 2048) -> Call:
+    """A row over one sequence with two heads, one of queries and keys where decays belong to heads."""
+    decays = {linear_attention: (), gated_delta_rule: (), channel_delta_rule: (K,), value_gated_linear_attention: (V,)}[row]
+    heads, rule = 2 if decays else 1, row in (gated_delta_rule, channel_delta_rule)
+    turned = row is value_gated_linear_attention
+    tensors = {
+        "q": torch.empty(1, T, heads, K, dtype=torch.bfloat16),
+        "k": torch.empty(1, T, heads, K, dtype=torch.bfloat16),
+        "v": torch.empty(1, T, 2, V, dtype=torch.bfloat16),
+        "g": torch.empty(1, T, 2, *decays),
+        **({"beta": torch.empty(1, T, 2)} if rule else {}),
+        "initial_state": torch.empty(1, 2, *((V, K) if turned else (K, V))),
+    }
+    return row, tensors, {"scale": 0.5, "packing": None}
+
+
+def attention(D: int) -> Call:
+    tensors = {name: torch.empty(1, 256, heads, D, dtype=torch.bfloat16) for name, heads in (("q", 2), ("k", 1), ("v", 1))}
+    return windowed_sigmoid_attention, {**tensors, "slopes": torch.empty(2)}, {"window": 100, "scale": 0.5, "start": None, "packing": None}
+
+
+CALLS: dict[str, Callable[[], Call]] = {
+    "rule 128": lambda: recurrence(gated_delta_rule, 128, 128),
+    "crowded rule 128": lambda: recurrence(gated_delta_rule, 128, 256, T=128),
+    "rule 200": lambda: recurrence(gated_delta_rule, 200, 400),
+    "rule 256": lambda: recurrence(gated_delta_rule, 256, 512),
+    "channel rule 128": lambda: recurrence(channel_delta_rule, 128, 128, T=128),
+    "channel rule 256": lambda: recurrence(channel_delta_rule, 256, 512, T=128),
+    "linear 256": lambda: recurrence(linear_attention, 256, 512),
+    "value gated 256": lambda: recurrence(value_gated_linear_attention, 256, 256),
+    "sigmoid 128": lambda: attention(128),
+    "sigmoid 256": lambda: attention(256),
+}
+
+
+def launches(row: Callable[..., Any], tensors: dict[str, Tensor], rest: dict[str, Any]) -> list[Launch]:
+    """What forward and backward would launch."""
+    THREAD.launches = found = []
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    results = row(**leaves, **rest)
+    results = [results] if isinstance(results, Tensor) else [x for x in results if x.numel()]
+    torch.autograd.grad(results, list(leaves.values()), [torch.zeros_like(x) for x in results])
+    THREAD.launches = None
+    return found
+
+
+def source(what: Launch) -> ASTSource:
+    """What Triton would compile: tensors are aligned, and integers it knows as `portable_launch` says."""
+    signature, constants, known = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(what.kernel.params, what.args, strict=True)):
+        kind = integer_kind(value) if isinstance(value, int) and not parameter.do_not_specialize else 0
+        if parameter.is_constexpr or value is None or kind == 1:
+            signature[parameter.name], constants[i,] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name], known[i,] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if kind == 16:
+                known[i,] = [["tt.divisibility", 16]]
+    return ASTSource(fn=what.kernel, signature=signature, constexprs=constants, attrs=known)
+
+
+def shared_bytes(what: Launch, capability: int) -> int:
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    code = source(what)
+    options = backend.parse_options({"num_warps": what.warps, "num_stages": what.stages, "maxnreg": what.registers})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = code.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    metadata: dict[str, Any] = {"target": target, **options.__dict__}
+    backend.add_stages(stages, options, code.language)
+    for name in ("ttir", "ttgir", "llir"):
+        module = stages[name](module, metadata)
+    return metadata["shared"]
+
+
+def main(capability: int, room: int, *calls: str) -> None:
+    hardware.capability = lambda index=0: capability
+    hardware.room = lambda index=0: room
+    hardware.multiprocessors = lambda index=0: 1 if crowded else 132
+    for call in calls:
+        crowded = call.startswith("crowded")
+        seen = set()
+        for what in launches(*CALLS[call]()):
+            name = what.kernel.fn.__name__
+            if (name, str(source(what).hash()), what.warps) not in seen:
+                seen.add((name, str(source(what).hash()), what.warps))
+                with through_registers(0):
+                    print(json.dumps([call, name, shared_bytes(what, capability) / 1024]), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,41 @@
+"""The Triton rows' kernels, compiled for GPUs that are not here: each compiles, and its program fits the shared memory there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gdn.core import device as hardware
+
+DESK = (
+    ["rule 128", "crowded rule 128", "rule 200", "rule 256"],
+    ["channel rule 128", "channel rule 256", "linear 256", "value gated 256", "sigmoid 128", "sigmoid 256"],
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "room", "calls"),
+    [
+        pytest.param(80, hardware.SMALL, DESK[0], id="desk, the rule"),
+        pytest.param(80, hardware.SMALL, DESK[1], id="desk, others"),
+        pytest.param(80, hardware.AMPERE, ["crowded rule 128", "rule 256", "channel rule 256"], id="A100"),
+        pytest.param(100, hardware.AMPERE, ["rule 128"], id="B200"),
+    ],
+)
+def test_kernels_compile_and_fit(capability: int, room: int, calls: list[str]) -> None:
+    """GPUs for desks, sm_86 to sm_121, have the products of sm_80, and no more shared memory than `SMALL`."""
+    script = Path(__file__).with_name("compile_portable.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), str(room), *calls], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {call for call, _, _ in found} == set(calls)
+    assert [x for x in found if x[2] > room] == []
