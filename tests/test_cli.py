@@ -88,6 +88,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("eval no-such-folder", 1, "no-such-folder: no such folder"),
         ("doctor --device tpu", 1, 'device: expected "auto", "cpu", "cuda"'),
         ("bench opss", 1, 'Did you mean "ops"'),
+        ("check no-such-folder --device tpu", 1, 'device: expected "auto", "cpu", "cuda"'),
     ],
 )
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], arguments: str, status: int, expected: str) -> None:
@@ -231,3 +232,26 @@ def test_a_file_that_cannot_be_opened_is_named(capsys: pytest.CaptureFixture[str
     ByteTokenizer().save(tmp_path)
     absent = tmp_path / "absent.txt"
     assert says(capsys, "drift", tmp_path, "--source", absent, status=1) == f"gdn drift: {absent}: No such file or directory\n"
+
+
+def test_text_that_is_none_is_named(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bytes.txt"
+    file.write_bytes(b"ab\xff")
+    assert "source: expected UTF-8; " in says(capsys, "drift", run, "--source", file, status=1)
+    file.write_bytes(b"")
+    assert f"source: expected text, got none in {file}" in says(capsys, "drift", run, "--source", file, status=1)
+    assert "prompt: expected UTF-8; " in says(capsys, "generate", run, "--prompt=ab\udcff", status=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("convert", "[-h] SRC DST --to"),
+        ("generate", "] RUN"),
+        ("tokens", "[-h] OUT"),
+        ("info", "[-h] NAME"),
+        ("experiment", "] [NAME ...]"),
+    ],
+)
+def test_usage_tells_arguments_apart(capsys: pytest.CaptureFixture[str], command: str, expected: str) -> None:
+    assert expected in says(capsys, command, "--help").splitlines()[0]
