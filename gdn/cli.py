@@ -533,10 +533,11 @@ def check(
 
 
 def _bench(arguments: list[str]) -> int:
-    """Time the operators beside their peers: gdn bench ops [options]."""
-    targets = {"ops": "gdn.testing.bench:bench_ops"}
+    """Time the gated delta rule on the CPU beside transformers', correctness first: gdn bench ops [options]."""
+    targets = {"ops": "The gated delta rule on the CPU beside transformers'."}
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: gdn bench {{{','.join(targets)}}} [options]")
+        print(f"usage: gdn bench {{{','.join(targets)}}} [options]        (gdn bench NAME --help for its options)\n")
+        print("\n".join(f"  {name:<12}{about}" for name, about in targets.items()))
         return 0
     if arguments[0] not in targets:
         raise ConfigError(f'no benchmark "{arguments[0]}".{nearest(arguments[0], targets)}')

@@ -255,3 +255,7 @@ def test_text_that_is_none_is_named(capsys: pytest.CaptureFixture[str], run: Pat
 )
 def test_usage_tells_arguments_apart(capsys: pytest.CaptureFixture[str], command: str, expected: str) -> None:
     assert expected in says(capsys, command, "--help").splitlines()[0]
+
+
+def test_bench_says_what_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.search(r"^  ops +[A-Z].*\.$", says(capsys, "bench", "--help"), re.M)
