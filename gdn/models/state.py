@@ -71,11 +71,14 @@ class LMState:
         """Return to a snapshot, in place."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.copy_(theirs)
-        self.length = other.length
+        self.length, self.pending = other.length, other.pending
 
     def select(self, sequences: Tensor) -> LMState:
         """The state of some sequences `[n]` of the batch, in that order."""
-        return self._with([layer.select(sequences) for layer in self.layers])
+        selected = self._with([layer.select(sequences) for layer in self.layers])
+        if self.pending is not None:
+            selected.pending = self.pending.index_select(0, sequences.to(self.pending.device))
+        return selected
 
     def record(self, window: int = 64) -> LMState:
         """From now on keep what takes the last `window` tokens back. Memory: a copy of the state and the inputs of those tokens' layers."""
@@ -111,7 +114,9 @@ class LMState:
             device = torch.device(target)
         except (RuntimeError, TypeError):
             raise ArgumentError(f"target: expected a device, fp32, bf16, fp16, int8 or fp8, got {target!r}") from None
-        return self._with([layer._map(lambda t: t.to(device)) for layer in self.layers])
+        moved = self._with([layer._map(lambda t: t.to(device)) for layer in self.layers])
+        moved.pending = None if self.pending is None else self.pending.to(device)
+        return moved
 
     def save(self, path: str | Path) -> None:
         """Write the state with the fingerprint of its model: one safetensors file, whole or not at all."""
@@ -144,7 +149,8 @@ class LMState:
 
         Args:
             path: the file.
-            model: the model that goes on from here: the same configuration, weights and dtype.
+            model: the model that goes on from here: the same configuration, weights and dtype. Of a prompt it has still to read `pending`,
+                which `gdn.models.sampling.resume` does.
             device: where to; that of the model by default.
         """
         tensors, metadata = read_file(Path(path), FORMAT)

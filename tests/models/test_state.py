@@ -14,7 +14,7 @@ from gdn.data.tokenizer import ByteTokenizer
 from gdn.mixers.attention import Attention
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
-from gdn.models.sampling import Sampling, generate, resume
+from gdn.models.sampling import Sampling, generate, prefill, resume
 from gdn.models.state import LMState, fingerprint
 from gdn.models.store import save_model
 
@@ -115,6 +115,22 @@ def test_a_file_gives_the_state_back_and_only_to_its_model(tmp_path: Path, confi
     trained(x, targets=x).loss.backward()
     optimizer.step()
     assert fingerprint(trained) != fingerprint(model) == fingerprint(build(config))
+
+
+def test_tokens_that_are_still_to_be_read_go_along() -> None:
+    model, x, question = build(), tokens(2, 12), tokens(2, 15)[:, 12:]
+    whole = model(torch.cat([x, question], dim=1)).logits[:, -1]
+
+    def answers(state: LMState, question: torch.Tensor) -> torch.Tensor:
+        return prefill(model, *resume(model, question, state))
+
+    _, state = resume(model, x)
+    snapshot, order = state.clone(), torch.tensor([1, 0, 1])
+    torch.testing.assert_close(answers(state.select(order), question[order]), whole[order])
+    torch.testing.assert_close(answers(state, question), whole)
+    state.copy_(snapshot)
+    torch.testing.assert_close(answers(state, question), whole)
+    assert snapshot.to("meta").pending.is_meta
 
 
 def test_wrong_files_and_targets_are_named(tmp_path: Path) -> None:
