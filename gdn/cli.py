@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -346,7 +347,7 @@ def tokenizer(
     text = open_source(source, tokenizer=ByteTokenizer(), text_field=text_field, fraction=validation_fraction)
     made = train_bpe(up_to(text.documents(View(side="train")), megabytes * 1e6), vocab, out)
     print(f"{file}: {made.vocab_size:,} tokens")
-    print(f"gdn train --data.tokenizer {out} --model.vocab {made.vocab_size} --data.source {source}")
+    print(shlex.join(["gdn", "train", "--data.tokenizer", str(out), "--model.vocab", str(made.vocab_size), "--data.source", source]))
     return 0
 
 

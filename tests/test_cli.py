@@ -202,7 +202,8 @@ def test_a_tokenizer_is_learned_used_and_tokenises_a_corpus_once(capsys: pytest.
 def test_a_tokenizer_learns_nothing_from_text_that_is_held_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(f"{chr(0x3041 + i) * 6}\n")
-    says(capsys, "tokenizer", tmp_path / "bpe", "--source", tmp_path / "*.txt", "--vocab", 2000, "--validation-fraction", 0.5)
+    printed = says(capsys, "tokenizer", tmp_path / "bpe", "--source", tmp_path / "*.txt", "--vocab", 2000, "--validation-fraction", 0.5)
+    assert printed.endswith(f"--data.source '{tmp_path}/*.txt'\n")  # as a shell takes it
     source = open_source(str(tmp_path / "*.txt"), tokenizer=ByteTokenizer(), fraction=0.5)
     for side, learned in (("train", True), ("validation", False)):
         documents = list(source.documents(View(side=side)))
