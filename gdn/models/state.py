@@ -68,9 +68,10 @@ class LMState:
     fork = clone
 
     def copy_(self, other: LMState) -> None:
-        """Return to a snapshot, in place."""
+        """Return to a snapshot, in place. The tokens that can be taken back are then those that the snapshot kept."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.copy_(theirs)
+            mine.past = None if theirs.past is None else theirs.past.map(Tensor.clone)
         self.length, self.pending = other.length, other.pending
 
     def select(self, sequences: Tensor) -> LMState:
@@ -96,10 +97,12 @@ class LMState:
         return self
 
     def rollback(self, tokens: int) -> LMState:
-        """Take the last tokens back, in place, exactly: as if they had never been read. Needs `record` before them."""
+        """Take the last tokens back, in place, exactly: as if they had never been read. Needs `record` before them. What was still to be
+        read after them is no part of the text any more."""
         for mixer, layer in zip(self._model().mixers(), self.layers, strict=True):
             mixer.rollback(layer, tokens)
         self.length -= tokens
+        self.pending = None if tokens else self.pending
         return self
 
     def to(self, target: torch.device | str | Precision) -> LMState:
