@@ -29,7 +29,7 @@ check: .stamps/test  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: .stamps/test  ## time the operators beside their peers
+bench: .stamps/test  ## time the gated delta rule beside transformers'
 	$(BIN)/gdn bench ops
 
 clean:  ## forget the environment and the demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import tyro
 
 from gdn.core.errors import ArgumentError, ConfigError, GdnError, nearest
 
-RunPath = Annotated[Path, tyro.conf.Positional]
+RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+OutPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,7 +131,7 @@ def generate(
     if tokens < 0:
         raise ArgumentError(f"tokens: expected 0 or more, got {tokens}")
     model, tokenizer = _open(run, device)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _utf8("prompt", sys.stdin.read if prompt == "-" else lambda: prompt)
     ids = list(tokenizer.encode(text))
     if not ids and load_state is None:
         ids = [tokenizer.end_id]
@@ -167,8 +169,7 @@ def evaluate(
 
     Args:
         run: A training directory or a folder with model.safetensors.
-        source: Text to evaluate on; default: the validation part of what the model was trained on, or, for a folder with a model alone, of
-            the Python source on this machine.
+        source: Text to evaluate on; default: validation text of the run, or, for a folder with a model alone, Python source from here.
         length: Longest context in tokens; 0 is four times the training length.
         max_tokens: Stop after this many tokens.
         device: "auto", "cpu" or "cuda".
@@ -278,13 +279,25 @@ def drift(
         begin = torch.tensor([[tokenizer.end_id]], device=model.embedding.weight.device)
         ids = [int(token) for token in itertools.islice(tokens_of(model.eval(), begin, Sampling()), tokens)]
     else:
-        ids = list(tokenizer.encode(Path(source).read_text()))[:tokens]
+        ids = list(tokenizer.encode(_utf8("source", lambda: Path(source).read_text("utf-8"))))[:tokens]
+        if not ids:
+            raise ArgumentError(f"source: expected text, got none in {source}")
     rows = measured(model.eval(), torch.tensor([ids], device=model.embedding.weight.device))
     print(f"{'precision':<10}{'tokens':>8}{'memory error':>14}{'KL, nats':>12}{'same token':>12}{'bytes':>12}")
     for row in sorted(rows, key=lambda r: (r.precision, r.tokens)):
         values = f"{row.memory_error:>14.2e}{row.divergence:>12.2e}{row.agreement:>12.1%}{row.bytes_per_sequence:>12,}"
         print(f"{row.precision:<10}{row.tokens:>8}{values}")
     return 0
+
+
+def _utf8(name: str, read: Callable[[], str]) -> str:
+    """What an argument gives to read. Bytes that are no UTF-8 come as an error, or, from a terminal, as half characters."""
+    try:
+        text = read()
+        text.encode("utf-8")
+    except UnicodeError as error:
+        raise ArgumentError(f"{name}: expected UTF-8; {error}") from None
+    return text
 
 
 def _open(run: Path, device: str) -> tuple[Any, Any]:
@@ -298,7 +311,7 @@ def _open(run: Path, device: str) -> tuple[Any, Any]:
 
 
 def tokenizer(
-    out: RunPath,
+    out: OutPath,
     *,
     source: str = "python",
     vocab: int = 8192,
@@ -334,12 +347,12 @@ def tokenizer(
     text = open_source(source, tokenizer=ByteTokenizer(), text_field=text_field, fraction=validation_fraction)
     made = train_bpe(up_to(text.documents(View(side="train")), megabytes * 1e6), vocab, out)
     print(f"{file}: {made.vocab_size:,} tokens")
-    print(f"gdn train --data.tokenizer {out} --model.vocab {made.vocab_size} --data.source {source}")
+    print(shlex.join(["gdn", "train", "--data.tokenizer", str(out), "--model.vocab", str(made.vocab_size), "--data.source", source]))
     return 0
 
 
 def tokens(
-    out: RunPath,
+    out: OutPath,
     *,
     source: str = "python",
     tokenizer: str = "bytes",
@@ -362,7 +375,7 @@ def tokens(
 
 
 def info(
-    name: Annotated[str, tyro.conf.Positional],
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")],
     *,
     length: int = 4096,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -440,8 +453,8 @@ def _config_of(name: str) -> Any:
 
 
 def convert(
-    source: RunPath,
-    target: RunPath,
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
     *,
     to: str,
     check: bool = False,
@@ -509,12 +522,10 @@ def check(
         seed: Seed of the tokens.
         device: "auto", "cpu" or "cuda".
     """
-    import torch
-
-    from gdn.core.device import default_device
+    from gdn.core.device import named_device
     from gdn.testing.model_checks import load_any, report
 
-    loaded = load_any(model, default_device() if device == "auto" else torch.device(device))
+    loaded = load_any(model, named_device(device))
     if accelerate:
         import gdn
 
@@ -523,10 +534,11 @@ def check(
 
 
 def _bench(arguments: list[str]) -> int:
-    """Time the operators beside their peers: gdn bench ops [options]."""
-    targets = {"ops": "gdn.testing.bench:bench_ops"}
+    """Time the gated delta rule on the CPU beside transformers', correctness first: gdn bench ops [options]."""
+    targets = {"ops": "The gated delta rule on the CPU beside transformers'."}
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: gdn bench {{{','.join(targets)}}} [options]")
+        print(f"usage: gdn bench {{{','.join(targets)}}} [options]        (gdn bench NAME --help for its options)\n")
+        print("\n".join(f"  {name:<12}{about}" for name, about in targets.items()))
         return 0
     if arguments[0] not in targets:
         raise ConfigError(f'no benchmark "{arguments[0]}".{nearest(arguments[0], targets)}')
@@ -536,7 +548,7 @@ def _bench(arguments: list[str]) -> int:
 
 
 def experiment(
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = (),
     *,
     toy: bool = False,
     only: str = "",

@@ -88,6 +88,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("eval no-such-folder", 1, "no-such-folder: no such folder"),
         ("doctor --device tpu", 1, 'device: expected "auto", "cpu", "cuda"'),
         ("bench opss", 1, 'Did you mean "ops"'),
+        ("check no-such-folder --device tpu", 1, 'device: expected "auto", "cpu", "cuda"'),
     ],
 )
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], arguments: str, status: int, expected: str) -> None:
@@ -201,7 +202,8 @@ def test_a_tokenizer_is_learned_used_and_tokenises_a_corpus_once(capsys: pytest.
 def test_a_tokenizer_learns_nothing_from_text_that_is_held_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(f"{chr(0x3041 + i) * 6}\n")
-    says(capsys, "tokenizer", tmp_path / "bpe", "--source", tmp_path / "*.txt", "--vocab", 2000, "--validation-fraction", 0.5)
+    printed = says(capsys, "tokenizer", tmp_path / "bpe", "--source", tmp_path / "*.txt", "--vocab", 2000, "--validation-fraction", 0.5)
+    assert printed.endswith(f"--data.source '{tmp_path}/*.txt'\n")  # as a shell takes it
     source = open_source(str(tmp_path / "*.txt"), tokenizer=ByteTokenizer(), fraction=0.5)
     for side, learned in (("train", True), ("validation", False)):
         documents = list(source.documents(View(side=side)))
@@ -231,3 +233,30 @@ def test_a_file_that_cannot_be_opened_is_named(capsys: pytest.CaptureFixture[str
     ByteTokenizer().save(tmp_path)
     absent = tmp_path / "absent.txt"
     assert says(capsys, "drift", tmp_path, "--source", absent, status=1) == f"gdn drift: {absent}: No such file or directory\n"
+
+
+def test_text_that_is_none_is_named(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bytes.txt"
+    file.write_bytes(b"ab\xff")
+    assert "source: expected UTF-8; " in says(capsys, "drift", run, "--source", file, status=1)
+    file.write_bytes(b"")
+    assert f"source: expected text, got none in {file}" in says(capsys, "drift", run, "--source", file, status=1)
+    assert "prompt: expected UTF-8; " in says(capsys, "generate", run, "--prompt=ab\udcff", status=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("convert", "[-h] SRC DST --to"),
+        ("generate", "] RUN"),
+        ("tokens", "[-h] OUT"),
+        ("info", "[-h] NAME"),
+        ("experiment", "] [NAME ...]"),
+    ],
+)
+def test_usage_tells_arguments_apart(capsys: pytest.CaptureFixture[str], command: str, expected: str) -> None:
+    assert expected in says(capsys, command, "--help").splitlines()[0]
+
+
+def test_bench_says_what_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.search(r"^  ops +[A-Z].*\.$", says(capsys, "bench", "--help"), re.M)

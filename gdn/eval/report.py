@@ -47,7 +47,7 @@ def print_mixers(*, width: int, length: int, itemsize: int) -> None:
     found, reasons = mixer_costs(width, length, itemsize=itemsize)
     table = Table(title=f"mixers as they are by default, at width {width:,} and {length:,} tokens of context", title_justify="left")
     table.add_column("mixer", no_wrap=True)
-    for column in ("parameters", "forward FLOPs per token", "state per sequence"):
+    for column in ("parameters", "forward\nFLOPs\nper token", "state per\nsequence"):  # leaves 80 columns room for whole names of fields
         table.add_column(column, justify="right")
     table.add_column("", overflow="fold")
     for c in found:

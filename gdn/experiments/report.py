@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Table:
 
     @classmethod
     def of(cls, experiment: Experiment, rows: Sequence[Row]) -> Table:
-        tests = list(dict.fromkeys(name for row in rows for name in row["scores"]))
+        tests = sorted(dict.fromkeys(name for row in rows for name in row["scores"]), key=numbers)
         varied = bool(experiment.x_name)
         columns = ["model", *([experiment.x_name] if varied else []), *tests, "seeds", "steps", "parameters"]
         if experiment.published:
@@ -54,21 +55,25 @@ class Table:
         return cls(columns, lines, notes, len(rows), experiment.x_name)
 
     def rich(self, width: int) -> list[rich.table.Table]:
-        """For a terminal. Where all columns do not fit side by side: a table for each thing that is varied, no ranges, and then without the
-        columns that say least."""
+        """For a terminal. Where all columns do not fit side by side: a table for each thing that is varied, no ranges, then without the
+        columns that say least, and in the end some columns in one table and some in the next."""
         columns, rows = list(self.columns), self.rows
         if natural(columns, rows) <= width:
             return [shown(columns, rows)]
         xs = [row[1] for row in rows] if self.x_name else []
         rows = drop(columns, rows, self.x_name) if xs else rows
         if natural(columns, rows) > width:
-            rows = [[cell.split(" (")[0] for cell in row] for row in rows]
+            rows = [[row[0], *(cell.split(" (")[0] for cell in row[1:])] for row in rows]
         for name in LEAST:
             if natural(columns, rows) > width and name in columns:
                 rows = drop(columns, rows, name)
-        if not xs:
-            return [shown(columns, rows)]
-        return [shown(columns, [row for row, at in zip(rows, xs) if at == x], f"{self.x_name}: {x}") for x in dict.fromkeys(xs)]
+        groups = {f"{self.x_name}: {x}": [row for row, at in zip(rows, xs) if at == x] for x in dict.fromkeys(xs)} or {None: rows}
+        parts = fitting(columns, rows, width)
+        return [
+            shown([columns[i] for i in part], [[row[i] for i in part] for row in group], title)
+            for title, group in groups.items()
+            for part in parts
+        ]
 
     def markdown(self, *, of: int) -> str:
         """For a file. `of`: how many runs there are when all are finished."""
@@ -90,6 +95,18 @@ def shown(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | No
 def natural(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     """Characters that a table takes on a terminal if nothing is cut."""
     return 1 + sum(3 + max(map(len, [*column.split(), *(row[i] for row in rows)])) for i, column in enumerate(columns))
+
+
+def fitting(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """The columns of each of as few tables as have them all, none wider than a terminal; the first column stands in every one."""
+    parts = [[0]]
+    for i in range(1, len(columns)):
+        wider = [*parts[-1], i]
+        if len(wider) > 2 and natural([columns[j] for j in wider], [[row[j] for j in wider] for row in rows]) > width:
+            wider = [0, i]
+            parts.append(wider)
+        parts[-1] = wider
+    return parts
 
 
 def drop(columns: list[str], rows: Sequence[Sequence[str]], name: str) -> list[list[str]]:
@@ -121,6 +138,11 @@ def spread(values: Sequence[float]) -> str:
         return ""
     mean = sum(values) / len(values)
     return f"{mean:.3f} ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else f"{mean:.3f}"
+
+
+def numbers(name: str) -> list[int]:
+    """The numbers in a name, by which tests are in order."""
+    return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
 def text(x: float | str) -> str:

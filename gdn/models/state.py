@@ -68,14 +68,18 @@ class LMState:
     fork = clone
 
     def copy_(self, other: LMState) -> None:
-        """Return to a snapshot, in place."""
+        """Return to a snapshot, in place. The tokens that can be taken back are then those that the snapshot kept."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.copy_(theirs)
-        self.length = other.length
+            mine.past = None if theirs.past is None else theirs.past.map(Tensor.clone)
+        self.length, self.pending = other.length, other.pending
 
     def select(self, sequences: Tensor) -> LMState:
         """The state of some sequences `[n]` of the batch, in that order."""
-        return self._with([layer.select(sequences) for layer in self.layers])
+        selected = self._with([layer.select(sequences) for layer in self.layers])
+        if self.pending is not None:
+            selected.pending = self.pending.index_select(0, sequences.to(self.pending.device))
+        return selected
 
     def record(self, window: int = 64) -> LMState:
         """From now on keep what takes the last `window` tokens back. Memory: a copy of the state and the inputs of those tokens' layers."""
@@ -93,10 +97,12 @@ class LMState:
         return self
 
     def rollback(self, tokens: int) -> LMState:
-        """Take the last tokens back, in place, exactly: as if they had never been read. Needs `record` before them."""
+        """Take the last tokens back, in place, exactly: as if they had never been read. Needs `record` before them. What was still to be
+        read after them is no part of the text any more."""
         for mixer, layer in zip(self._model().mixers(), self.layers, strict=True):
             mixer.rollback(layer, tokens)
         self.length -= tokens
+        self.pending = None if tokens else self.pending
         return self
 
     def to(self, target: torch.device | str | Precision) -> LMState:
@@ -111,7 +117,9 @@ class LMState:
             device = torch.device(target)
         except (RuntimeError, TypeError):
             raise ArgumentError(f"target: expected a device, fp32, bf16, fp16, int8 or fp8, got {target!r}") from None
-        return self._with([layer._map(lambda t: t.to(device)) for layer in self.layers])
+        moved = self._with([layer._map(lambda t: t.to(device)) for layer in self.layers])
+        moved.pending = None if self.pending is None else self.pending.to(device)
+        return moved
 
     def save(self, path: str | Path) -> None:
         """Write the state with the fingerprint of its model: one safetensors file, whole or not at all."""
@@ -144,7 +152,8 @@ class LMState:
 
         Args:
             path: the file.
-            model: the model that goes on from here: the same configuration, weights and dtype.
+            model: the model that goes on from here: the same configuration, weights and dtype. Of a prompt it has still to read `pending`,
+                which `gdn.models.sampling.resume` does.
             device: where to; that of the model by default.
         """
         tensors, metadata = read_file(Path(path), FORMAT)

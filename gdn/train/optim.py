@@ -29,8 +29,8 @@ class AdamW(Config):
     decay_embeddings: bool = True
     """Decay the embedding matrix too. With tied embeddings it is also the head."""
     matrices: Literal["adamw", "muon"] = "adamw"
-    """How the matrices of the blocks are updated. "muon" makes the step of each orthogonal: of q, k, v, gate, up and output apart, also
-    where they are stored in one. The rest stays with AdamW: embeddings, head, gates, convolution filters, norms."""
+    """How matrices of blocks are updated. "muon" makes the step of each orthogonal, of those stored in one (q, k, v; gate, up) apart.
+    The rest stays with AdamW: embeddings, head, gates, convolution filters, norms."""
     momentum: float = 0.95
     """Of Muon's averaged gradient."""
 

@@ -16,12 +16,12 @@ from gdn.train.metrics import Row
 
 
 def table(rows: list[Row], *, parameters: int) -> Table:
-    """The result of a run: the last value of each metric."""
+    """The result of a run: the last value of each metric, and how fast all of it was, validations and checkpoints included."""
     last: Row = {name: value for row in rows for name, value in row.items()}
     shown = {"parameters": f"{parameters:,}", "steps": f"{last.get('step', 0):,}"}
     if "tokens_seen" in last:
         shown |= {"tokens": f"{last['tokens_seen']:,}", "time": duration(last["seconds"])}
-        shown |= {"tokens per second": f"{last['tokens_per_second']:,.0f}"}
+        shown |= {"tokens per second": f"{last['tokens_seen'] / max(last['seconds'], 1e-9):,.0f}"}
     if "mfu" in last:
         shown["model FLOPs utilisation"] = f"{last['mfu']:.1%}"
     if "memory/peak_gib" in last:

@@ -189,6 +189,20 @@ def test_a_narrow_terminal_gets_a_table_for_each_x_and_whole_cells() -> None:
     assert "…" not in wide + narrow
 
 
+def test_a_narrow_terminal_has_every_score_and_whole_names() -> None:
+    tests = {f"{pairs} pairs, length {n}n": pairs / 1000 for pairs in (64, 16, 32, 128) for n in (8, 4)}
+    series = ("GDN, beta in (0, 2)", "GDN, beta in (0, 1)")
+    table = Table.of(experiment(), [row_of(name, "", seed, **tests) for name in series for seed in (0, 1)])
+    assert table.columns[1:4] == ["16 pairs, length 4n", "16 pairs, length 8n", "32 pairs, length 4n"]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*table.rich(80))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert [text.count(name) for name in series] == [2, 2]
+    assert [text.count(f" {pairs / 1000:.3f} ") for pairs in (16, 32, 64, 128)] == [4, 4, 4, 4]
+
+
 def test_tables_go_by_what_is_varied_then_by_model() -> None:
     runs = [run(series, x=x, seed=seed) for seed in (0, 1) for x in (64.0, 32.0) for series in ("b", "a")]
     rows = [row_of(series, x, seed) for series, x, seed in (("a", 64.0, 1), ("a", 32.0, 0), ("b", 64.0, 0), ("b", 32.0, 1))]

@@ -72,11 +72,12 @@ def test_a_mixer_that_cannot_be_listed_says_why(monkeypatch: pytest.MonkeyPatch)
     assert "attention" in {each.name for each in found}
 
 
-def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_them(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["info", "--mixers", "--width", "512", "--length", "1000"]) == 0
     printed = capsys.readouterr().out
     assert "width 512" in printed
-    assert all(name in printed for name in ("attention", "gated_deltanet", "swat"))
+    assert all(name in printed for name in ("attention", "gated_deltanet", "swat", "householders=2", "allow_neg_eigval=True"))
     assert f"{Attention.Config().num_parameters(512):,}" in printed
     assert cli.main(["info", "--mixers", "--width", "0"]) == 1
     assert "width: expected at least 1, got 0" in capsys.readouterr().err

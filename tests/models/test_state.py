@@ -14,7 +14,7 @@ from gdn.data.tokenizer import ByteTokenizer
 from gdn.mixers.attention import Attention
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
-from gdn.models.sampling import Sampling, generate, resume
+from gdn.models.sampling import Sampling, generate, prefill, resume
 from gdn.models.state import LMState, fingerprint
 from gdn.models.store import save_model
 
@@ -96,6 +96,22 @@ def test_a_fork_is_its_own_and_keeps_its_past(config: LM.Config) -> None:
 
 
 @pytest.mark.parametrize("config", [PURE, HYBRID], ids=["pure", "hybrid"])
+def test_a_state_that_returned_to_a_snapshot_takes_back_the_tokens_of_that(config: LM.Config) -> None:
+    model, x = build(config), tokens()
+    before = model.init_state(2)
+    state = read(model, x[:, :10], before.clone().record())
+    snapshot = state.clone()
+    for _ in range(2):
+        state = read(model, x[:, 10:15], state)
+        state.copy_(snapshot)
+        state.rollback(2)
+        same(state, snapshot.fork().rollback(2))
+    state.copy_(before)
+    with pytest.raises(ArgumentError, match=r"record\(\)"):
+        state.rollback(1)
+
+
+@pytest.mark.parametrize("config", [PURE, HYBRID], ids=["pure", "hybrid"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_file_gives_the_state_back_and_only_to_its_model(tmp_path: Path, config: LM.Config, precision: str) -> None:
     model, x = build(config), tokens()
@@ -115,6 +131,25 @@ def test_a_file_gives_the_state_back_and_only_to_its_model(tmp_path: Path, confi
     trained(x, targets=x).loss.backward()
     optimizer.step()
     assert fingerprint(trained) != fingerprint(model) == fingerprint(build(config))
+
+
+def test_tokens_that_are_still_to_be_read_go_along() -> None:
+    model, x, question = build(), tokens(2, 12), tokens(2, 15)[:, 12:]
+    whole = model(torch.cat([x, question], dim=1)).logits[:, -1]
+
+    def answers(state: LMState, question: torch.Tensor) -> torch.Tensor:
+        return prefill(model, *resume(model, question, state))
+
+    _, state = resume(model, x)
+    snapshot, order = state.clone(), torch.tensor([1, 0, 1])
+    torch.testing.assert_close(answers(state.select(order), question[order]), whole[order])
+    torch.testing.assert_close(answers(state, question), whole)
+    state.copy_(snapshot)
+    torch.testing.assert_close(answers(state, question), whole)
+    assert snapshot.to("meta").pending.is_meta
+    _, state = resume(model, x, model.init_state(2).record())
+    torch.testing.assert_close(answers(state.fork().rollback(0), question), whole)
+    torch.testing.assert_close(answers(state.rollback(1), x[:, 10:]), model(x).logits[:, -1])
 
 
 def test_wrong_files_and_targets_are_named(tmp_path: Path) -> None:

@@ -53,10 +53,10 @@ def test_durations_and_rows_in_words() -> None:
     assert describe({"lr": 0.1}) == ""
 
 
-def test_the_table_has_the_last_value_of_each_metric() -> None:
+def test_the_table_has_the_last_value_of_each_metric_and_the_speed_of_the_whole_run() -> None:
     output = io.StringIO()
     Console(file=output, width=100).print(report.table(ROWS, parameters=1234))
-    for text in ("1,234", "640", "1:15", "12,346", "2.5000 nats per token", "2.2500 nats per token", "3.125"):
+    for text in ("1,234", "640", "1:15", "│ tokens per second        │ 9 ", "2.5000 nats per token", "2.2500 nats per token", "3.125"):
         assert text in output.getvalue(), text
 
 
