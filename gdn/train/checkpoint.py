@@ -148,10 +148,15 @@ def defect(folder: Path) -> str | None:
     return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the latest `keep` checkpoints (0: none) and every partial one."""
+def prune(newest: Path, keep: int) -> None:
+    """Delete all checkpoints of the run of `newest` but the `keep` up to it (0: none), and every partial one.
+
+    Those of later steps go too: the run went back behind them because they are flawed, and one of them is no reason to delete a good one.
+    """
+    run = newest.parent.parent
     folders = sorted(_folders(run))
-    for folder in folders[:-keep] if keep else []:
+    kept = [folder for folder in folders if folder <= newest][-keep:]
+    for folder in set(folders) - set(kept) if keep else ():
         # Without its manifest a half-deleted folder is not taken for a checkpoint.
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

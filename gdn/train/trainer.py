@@ -154,7 +154,7 @@ def save(run: Run, config: TrainerConfig, world: World) -> Path:
     local = {"progress": asdict(run.progress), "data": run.loader.state_dict(), "random": random_state.capture()}
     path = checkpoint.save(folder, run.progress.step, run.model, run.optimizer, local=local, config=config.to_dict(), world=world)
     if world.is_first:
-        checkpoint.prune(folder, config.checkpoints.keep)
+        checkpoint.prune(path, config.checkpoints.keep)
     return path
 
 
