@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gdn import recipes
 from gdn.cli import COMMANDS, main
 from gdn.data import ByteTokenizer, DataConfig, load_tokenizer
 from gdn.data.find import open_source
@@ -178,6 +179,36 @@ def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     out = says(capsys, "train", "--list")
     for name in ("demo", "corpus", "gdn_0.4b", "gdn_1.3b"):
         assert re.search(rf"^{re.escape(name)} +\w.*\.$", out, re.M), name
+
+
+RECIPE = """
+from __future__ import annotations
+
+from gdn import recipes
+from gdn.core.config import Config
+
+with open(__file__ + ".times", "a") as times:
+    times.write("once ")
+
+class Plan(Config):
+    steps: int = 7
+
+def experiment():
+    \"""Mine.\"""
+    return recipes.load("demo").with_(steps=Plan().steps)
+"""
+
+
+def test_a_recipe_of_ones_own_may_define_classes_and_is_executed_once(tmp_path: Path) -> None:
+    file = tmp_path / "my_runs.py"
+    file.write_text(RECIPE)
+    assert recipes.load(f"{file}:experiment").steps == 7
+    assert recipes.summary(f"{file}:experiment") == "Mine."
+    assert Path(f"{file}.times").read_text() == "once "
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "my_runs.py"
+    other.write_text(RECIPE.replace("7", "8"))
+    assert recipes.load(f"{other}:experiment").steps == 8
 
 
 def test_a_tokenizer_is_learned_used_and_tokenises_a_corpus_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
