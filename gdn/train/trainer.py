@@ -95,7 +95,7 @@ def build(config: TrainerConfig, world: World) -> Run:
         model = LM(config.model)
     check_precision(model)
     model.recompute = config.recompute
-    shard(model, list(model.blocks), world)
+    shard(model, world)
     optimizer = config.optim.build(model)
     if config.compile:
         model.compile_blocks()
