@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gdn.core.errors import ArgumentError, ConfigError, GdnError, nearest
+from gdn.core.errors import FULL, ArgumentError, ConfigError, GdnError, nearest
 
 RunPath = Annotated[Path, tyro.conf.Positional]
 
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of a pipe has gone; that is its right
         return 0
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"gdn {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"gdn {name}: {error.filename or 'cannot write'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -130,6 +130,10 @@ def generate(
         raise ArgumentError(f"tokens: expected 0 or more, got {tokens}")
     model, tokenizer = _open(run, device)
     text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # what Python makes of bytes that are not UTF-8
+        raise ArgumentError(f"prompt: expected text in UTF-8, got something else after {error.start:,} characters") from None
     ids = list(tokenizer.encode(text))
     if not ids and load_state is None:
         ids = [tokenizer.end_id]

@@ -12,7 +12,6 @@ leaves the last good checkpoint as it was.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -31,15 +30,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
 from gdn.core.config import Config
-from gdn.core.errors import CheckpointError, ConfigError
+from gdn.core.errors import FULL, CheckpointError, ConfigError
 from gdn.models.lm import LM
 from gdn.models.store import save_model
 from gdn.train.distributed import World
 
 FOLDER, RUN, MANIFEST, PARTIAL = "checkpoints", "config.json", "manifest.json", ".partial"
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when there is no room for a file."""
 
 
 class Checkpoints(Config):
