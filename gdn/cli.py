@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gdn.core.errors import ArgumentError, ConfigError, GdnError, nearest
+from gdn.core.errors import FULL, ArgumentError, ConfigError, GdnError, nearest
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 OutPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of a pipe has gone; that is its right
         return 0
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(f"gdn {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"gdn {name}: {error.filename or 'cannot write'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
+from gdn import recipes
 from gdn.cli import COMMANDS, main
 from gdn.data import ByteTokenizer, DataConfig, load_tokenizer
 from gdn.data.find import open_source
@@ -130,6 +132,7 @@ def test_generate_reads_a_prompt_from_standard_input(
     [
         ("--tokens=-1", "tokens: expected 0 or more, got -1"),
         ("--temperature=-1", "temperature: expected 0 or more, got -1.0"),
+        ("--temperature=nan", "temperature: expected a number, got nan"),
         ("--top-p=2", "top_p: expected above 0 and at most 1, got 2.0"),
         ("--device=tpu", 'device: expected "auto", "cpu", "cuda"'),
     ],
@@ -179,6 +182,48 @@ def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     out = says(capsys, "train", "--list")
     for name in ("demo", "corpus", "gdn_0.4b", "gdn_1.3b"):
         assert re.search(rf"^{re.escape(name)} +\w.*\.$", out, re.M), name
+
+
+def test_a_full_disk_is_an_error_of_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        assert says(capsys, "tokens", tmp_path / "x.bin", "--source", text, status=1) == "gdn tokens: cannot write: File too large\n"
+        said = says(capsys, "tokenizer", tmp_path / "bpe", "--source", text, "--vocab", 257, "--validation-fraction", 0, status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.fullmatch(r"gdn tokenizer: .*tokenizer.json: cannot be written: File too large.*\n", said)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bpe", "text.txt"]
+
+
+RECIPE = """
+from __future__ import annotations
+
+from gdn import recipes
+from gdn.core.config import Config
+
+with open(__file__ + ".times", "a") as times:
+    times.write("once ")
+
+class Plan(Config):
+    steps: int = 7
+
+def experiment():
+    \"""Mine.\"""
+    return recipes.load("demo").with_(steps=Plan().steps)
+"""
+
+
+def test_a_recipe_of_ones_own_may_define_classes_and_is_executed_once(tmp_path: Path) -> None:
+    file = tmp_path / "my_runs.py"
+    file.write_text(RECIPE)
+    assert recipes.load(f"{file}:experiment").steps == 7
+    assert recipes.summary(f"{file}:experiment") == "Mine."
+    assert Path(f"{file}.times").read_text() == "once "
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "my_runs.py"
+    other.write_text(RECIPE.replace("7", "8"))
+    assert recipes.load(f"{other}:experiment").steps == 8
 
 
 def test_a_tokenizer_is_learned_used_and_tokenises_a_corpus_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

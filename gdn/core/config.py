@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -42,6 +43,10 @@ class Config:
             cls._tags[cls.tag()] = cls
 
     def __post_init__(self) -> None:
+        for f in _fields(type(self)):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and math.isnan(value):  # passes every comparison that asks for the wrong
+                raise ConfigError(f"{f.name}: expected a number, got {value}")
         self.check()
 
     def check(self) -> None:

@@ -21,7 +21,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int, out: str | Path) -> Fil
 
     Raises:
         ArgumentError: vocab_size is below 257.
-        DataError: there is no text.
+        DataError: there is no text, or no room for the file.
     """
     if vocab_size < 257:
         raise ArgumentError(f"vocab_size: expected at least 257, the bytes and the end token, got {vocab_size}")
@@ -44,7 +44,11 @@ def train_bpe(documents: Iterable[str], vocab_size: int, out: str | Path) -> Fil
     path = path if path.suffix == ".json" else path / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    tokenizer.save(str(partial))
+    try:
+        tokenizer.save(str(partial))
+    except Exception as error:  # the package raises bare Exceptions
+        partial.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written: {error}") from None
     partial.replace(path)
     return FileTokenizer(path)
 

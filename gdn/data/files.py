@@ -5,7 +5,7 @@ Sides of the split:
 - A file of at most `WHOLE` bytes is one document. Its side depends on its name and the name of its folder, so a copy of a package under
   another path, or another release of it, falls on the same side. A training file with the bytes of a validation file is left out.
 - A longer file is cut at ends of lines into documents of about `WHOLE` bytes, and the last `fraction` of the file is its validation side.
-  So one long file is enough to train on.
+  So one long file is enough to train on, also if it is a single line: where none ends within `LINE` bytes the cut goes through it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from gdn.data.source import Document, IndexedSource, Side
 
 WHOLE = 256 * 1024
 """Bytes of the longest text file that is one document."""
+
+LINE = 4096
+"""Bytes in which a line must end for a long text file to be cut there and not within it."""
 
 LARGEST = 1_000_000
 """Bytes of the longest Python file that is read; longer ones are generated tables."""
@@ -65,7 +68,7 @@ class TextFiles(IndexedSource):
 
     def read(self, unit: int, side: Side) -> Sequence[Document]:
         piece = self.pieces[unit]
-        data = read_lines(piece.path, piece.start, piece.stop)
+        data = read_lines(piece.path, piece.start, piece.stop, LINE)
         if side == "train" and piece.whole and self._is_copy_of_held_out(piece, data):
             return []
         text = self.decode(piece, data)
@@ -130,12 +133,13 @@ def is_table(data: bytes) -> bool:
     return sum(map(data.count, b"0123456789")) * 5 > len(data)
 
 
-def read_lines(path: str, start: int, stop: int) -> bytes:
-    """The lines of a file that begin at bytes `start <= place < stop`. Consecutive ranges share no line and lose none."""
+def read_lines(path: str, start: int, stop: int, longest: int = -1) -> bytes:
+    """The lines of a file that begin at bytes `start <= place < stop`. Consecutive ranges share no line and lose none. At a place from
+    which a line goes on for `longest` bytes it begins anew there (-1: never)."""
     try:
         with open(path, "rb") as file:
-            begin = _line_start(file, start)
-            end = _line_start(file, stop)
+            begin = _line_start(file, start, longest)
+            end = _line_start(file, stop, longest)
             file.seek(begin)
             data = file.read(end - begin)
     except OSError as error:
@@ -143,13 +147,15 @@ def read_lines(path: str, start: int, stop: int) -> bytes:
     return data.removeprefix(BOM) if start == 0 else data
 
 
-def _line_start(file: BufferedReader, at: int) -> int:
-    """Where the first line begins at or after a byte."""
+def _line_start(file: BufferedReader, at: int, longest: int) -> int:
+    """Where the first line begins at or after a byte; the first character there within a line that goes on for `longest` bytes."""
     if at == 0:
         return 0
     file.seek(at - 1)
-    file.readline()
-    return file.tell()
+    line = file.readline(longest)
+    if len(line) != longest or line.endswith(b"\n"):
+        return file.tell()
+    return at + next((i for i, byte in enumerate(line[1:]) if byte & 0xC0 != 0x80), 0)
 
 
 def _name_is_held_out(path: str, fraction: float) -> bool:

@@ -183,7 +183,7 @@ def validation_batches(config: DataConfig, tokenizer: Tokenizer, max_tokens: int
     view = View(side="all" if config.validation_source else "validation")
     tokens, targets = _first_places(source, tokenizer, view, SPREAD * max_tokens)
     if not len(tokens):
-        raise DataError(nothing_to_read(source, View(side="validation")))
+        raise DataError(nothing_to_read(source, view))
     rows = _even(-(-len(tokens) // config.length), max(1, max_tokens // config.length))
     return [_batch_of(tokens, targets, rows[i : i + config.batch], config, tokenizer) for i in range(0, len(rows), config.batch)]
 

@@ -39,6 +39,14 @@ def block_keys(file: int, blocks: int) -> Keys:
     return mix(np.arange(blocks, dtype=np.uint64) ^ mix(np.array([file], dtype=np.uint64)))
 
 
+def distinct(units: Keys) -> Keys:
+    """The keys, all different: a key that came before is mixed until it is new. Files below several folders can have the same name."""
+    units = units.copy()
+    while len(again := np.delete(np.arange(len(units)), np.unique(units, return_index=True)[1])):
+        units[again] = mix(units[again])
+    return units
+
+
 def epoch_keys(units: Keys, seed: int, epoch: int) -> Keys:
     """What to sort the units by in one epoch: another order for each seed and epoch."""
     start = mix(np.array([seed & MASK], dtype=np.uint64)) + np.uint64(epoch)

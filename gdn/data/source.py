@@ -104,7 +104,7 @@ class JoinedSource(IndexedSource):
     def __init__(self, name: str, parts: Sequence[IndexedSource]) -> None:
         self.name = name
         self.parts = parts
-        self.unit_keys = np.concatenate([part.unit_keys for part in parts])
+        self.unit_keys = order.distinct(np.concatenate([part.unit_keys for part in parts]))
         self._first = np.cumsum([0, *(len(part.unit_keys) for part in parts)])
 
     def select(self, side: Side) -> NDArray[np.int64]:

@@ -89,6 +89,8 @@ def nothing_to_read(source: Source, view: View) -> str:
             f"source {source.name}: no document falls on the validation side; "
             "raise validation_fraction or give other text as validation_source"
         )
+    if view.side == "all":
+        return f"validation_source {source.name}: no document with text"
     if view.world > 1:
         return f"source {source.name}: no document for process {view.rank} of {view.world}; give more text or use fewer processes"
     return f"source {source.name}: no document with text on the training side"

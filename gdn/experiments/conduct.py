@@ -198,16 +198,16 @@ def read(file: Path) -> list[Row]:
     """The rows of a results file; none without one. A last line that was cut off is left out, and cut off the file."""
     if not file.is_file():
         return []
-    text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole)
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        file.write_bytes(whole)
     rows = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             rows.append(json.loads(line))
             rows[-1]["run"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:  # ValueError: not JSON, or not UTF-8
             raise DataError(f"{file}:{number}: expected a row of results, got {line[:60]!r}") from error
     return rows
 

@@ -97,7 +97,7 @@ class Worker:
 
 
 def work(pipe: Connection, device: str, count: int, sharing: int, threads: int, folder: str) -> None:
-    """What a worker does until its pipe is closed. Ctrl-C is the parent's business."""
+    """What a worker does until its pipe is closed, in the middle of a run too. Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     where = torch.device(device)
@@ -110,7 +110,7 @@ def work(pipe: Connection, device: str, count: int, sharing: int, threads: int, 
     pipe.send(Begun(len(lanes.lanes)))
     while True:
         try:
-            while not lanes.busy or (lanes.free and pipe.poll()):
+            while not lanes.busy or pipe.poll():  # without a free lane there is nothing to read but the end
                 number, described = pipe.recv()
                 lanes.begin(number, Run.from_dict(described))
         except EOFError:

@@ -136,6 +136,11 @@ class DeltaProduct(Mixer):
         self.o_norm = (GatedRMSNorm if config.output_gate else RMSNorm)(config.value_dim, config.norm_eps)
         self.reset_parameters()
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        c, query = self.config, self.config.widths[0]
+        return {"qkv_proj": (query, *c.householders * (query,), *c.householders * (c.value_width,))}
+
     def reset_parameters(self) -> None:
         """PyTorch's initialisation for the matrices; the decay as in Gated DeltaNet."""
         if self.config.gate:

@@ -88,6 +88,10 @@ class GLA(Mixer):
         if config.short_conv:
             self.conv = ShortConv(2 * self.keys + self.values, config.conv_size, "silu")
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"qkv_proj": (self.keys, self.keys, self.values)}
+
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         c, weight = self.config, self.qkv_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype

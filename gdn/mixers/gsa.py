@@ -88,6 +88,10 @@ class GSA(Mixer):
         self.o_proj = nn.Linear(self.values, width, bias=False)
         self.o_norm = RMSNorm(self.values, config.norm_eps) if config.norm_weight else nn.RMSNorm(self.values, config.norm_eps, False)
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"qkv_proj": (self.keys, self.keys, self.values)}
+
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         """`keys` `[N, heads, K, m]` and `values` `[N, heads, m, V]`."""
         c, weight = self.config, self.qkv_proj.weight

@@ -77,6 +77,10 @@ class HGRN2(Mixer):
             self.bound = nn.Parameter(torch.zeros(width))
         self.layers: tuple[HGRN2, ...] = (self,)
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"qfi_proj": (self.o_proj.in_features,) * 3}
+
     def join(self, layers: Sequence[Mixer]) -> None:
         """Share the lower bounds with the other layers of this kind."""
         self.layers = tuple(m for m in layers if isinstance(m, HGRN2) and m.config.lower_bound)

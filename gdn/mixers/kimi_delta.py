@@ -132,6 +132,11 @@ class KimiDelta(Mixer):
         self.o_norm = GatedRMSNorm(config.value_dim, config.norm_eps, "sigmoid")
         self.reset_parameters()
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        keys = self.config.heads * self.config.head_dim
+        return {"qkv_proj": (keys, keys, self.config.value_width)}
+
     def reset_parameters(self) -> None:
         """PyTorch's initialisation for the matrices; a rate for each value head, a time step for each channel."""
         draw_rate(self.A_log, *self.config.decay_range)

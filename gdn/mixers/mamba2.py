@@ -107,6 +107,11 @@ class Mamba2(Mixer):
         self.out_proj = nn.Linear(self.inner, width, bias=False)
         self.reset_parameters()
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        shared = self.config.groups * self.config.state_dim
+        return {"in_proj": (self.inner, self.inner, shared, shared, self.heads)}
+
     def reset_parameters(self) -> None:
         """The official initialisation: PyTorch's for matrices and convolution, uniform decay rates, log-uniform time steps, D = 1."""
         draw_rate(self.A_log, *self.config.decay_range)

@@ -80,6 +80,10 @@ class RetNet(Mixer):
         self.o_norm = GatedRMSNorm(self.values // config.heads, config.norm_eps)
         self.rotary = Rotary(self.keys // config.heads, config.rope_base)
 
+    @property
+    def stacked_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"qkv_proj": (self.keys, self.keys, self.values)}
+
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
         """`memory` and `seen`, the number of tokens of each sequence: the memory holds keys turned by their position."""
         heads, weight = self.config.heads, self.qkv_proj.weight

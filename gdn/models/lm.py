@@ -206,6 +206,11 @@ class LM(nn.Module):
             return LMOutput(logits=F.linear(x, weight), state=state)
         return LMOutput(loss=linear_cross_entropy(x, weight, targets), state=state)
 
+    @property
+    def joined(self) -> bool:
+        """Whether layers know each other (`Mixer.join`), so that one block reads parameters of another."""
+        return any(type(mixer).join is not Mixer.join for mixer in self.mixers())
+
     def compile_blocks(self) -> None:
         """Compile in place with torch.compile, one block at a time: equal blocks run what was compiled for the first of them, so that
         a deep model is traced in the time of one block. `compile()` traces all, as one graph.
@@ -215,9 +220,8 @@ class LM(nn.Module):
         And where somebody listens to a part of a block, or has put another `forward` in its place: the compiler takes two blocks for equal
         without looking at that. As with `compile()`, whoever begins to listen to a part later is not heard.
         """
-        known = any(type(mixer).join is not Mixer.join for mixer in self.mixers())
         heard = any(is_hooked(part) for block in self._blocks() for child in block.children() for part in child.modules())
-        if len(set(self.config.mixers)) > 1 or known or heard:
+        if len(set(self.config.mixers)) > 1 or self.joined or heard:
             self.compile()
             return
         for block in self._blocks():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from gdn.core.errors import ConfigError, nearest
@@ -44,10 +46,24 @@ def _function(name: str) -> Callable[[], Trainer.Config]:
         raise ConfigError(f'no recipe "{name}" (a recipe of your own is path/to/file.py:function).{nearest(name, RECIPES)}')
     if not Path(file).is_file():
         raise ConfigError(f"{file}: no such file")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _module(Path(file).resolve())
     if not hasattr(module, function):
         raise ConfigError(f'{file} defines no "{function}".{nearest(function, vars(module))}')
     return getattr(module, function)
+
+
+def _module(file: Path) -> ModuleType:
+    """A file as a module, executed once in a process: it may register kernels. Dataclasses look their module up by its name."""
+    name = f"gdn_recipes.{file.stem}"
+    known = sys.modules.get(name)
+    if known is not None and known.__file__ == str(file):
+        return known
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -12,7 +12,6 @@ leaves the last good checkpoint as it was.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -31,15 +30,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 
 from gdn.core.config import Config
-from gdn.core.errors import CheckpointError, ConfigError
+from gdn.core.errors import FULL, CheckpointError, ConfigError
 from gdn.models.lm import LM
 from gdn.models.store import save_model
 from gdn.train.distributed import World
 
 FOLDER, RUN, MANIFEST, PARTIAL = "checkpoints", "config.json", "manifest.json", ".partial"
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when there is no room for a file."""
 
 
 class Checkpoints(Config):
@@ -148,10 +144,15 @@ def defect(folder: Path) -> str | None:
     return None
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the latest `keep` checkpoints (0: none) and every partial one."""
+def prune(newest: Path, keep: int) -> None:
+    """Delete all checkpoints of the run of `newest` but the `keep` up to it (0: none), and every partial one.
+
+    Those of later steps go too: the run went back behind them because they are flawed, and one of them is no reason to delete a good one.
+    """
+    run = newest.parent.parent
     folders = sorted(_folders(run))
-    for folder in folders[:-keep] if keep else []:
+    kept = [folder for folder in folders if folder <= newest][-keep:]
+    for folder in set(folders) - set(kept) if keep else ():
         # Without its manifest a half-deleted folder is not taken for a checkpoint.
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import nn
 
 from gdn.core.device import named_device
+from gdn.models.lm import LM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,11 @@ def processes(device: str) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
-    """Shard a model over the world in place: each block by itself, then the rest. Nothing to do for one process."""
+def shard(model: LM, world: World) -> None:
+    """Shard a model over the world in place: each block by itself, then the rest. Nothing to do for one process.
+
+    Where layers know each other all of it is one part: a block alone would find nothing but shards in another.
+    """
     if world.size == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
@@ -83,7 +86,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> None:
 
     flagged = {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for block in blocks:
+    for block in () if model.joined else model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for name, parameter in model.named_parameters():

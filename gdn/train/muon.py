@@ -23,7 +23,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALL = ("a_proj", "b_proj", "dt_proj", "in_proj_a", "in_proj_b", "in_proj_ba", "shared_expert_gate")
 """Projections to one number a head: vectors a head, not maps between spaces."""
 
-STACKS = ("qkv_proj", "gate_up", "in_proj_qkv", "in_proj_qkvz")
+STACKS = ("qkv_proj", "qfi_proj", "gate_up", "in_proj_qkv", "in_proj_qkvz")
 """Names of matrices that hold several, transformers' too; a module that has one says how many rows each takes (`stacked_rows`)."""
 
 

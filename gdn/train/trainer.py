@@ -95,7 +95,7 @@ def build(config: TrainerConfig, world: World) -> Run:
         model = LM(config.model)
     check_precision(model)
     model.recompute = config.recompute
-    shard(model, list(model.blocks), world)
+    shard(model, world)
     optimizer = config.optim.build(model)
     if config.compile:
         model.compile_blocks()
@@ -154,7 +154,7 @@ def save(run: Run, config: TrainerConfig, world: World) -> Path:
     local = {"progress": asdict(run.progress), "data": run.loader.state_dict(), "random": random_state.capture()}
     path = checkpoint.save(folder, run.progress.step, run.model, run.optimizer, local=local, config=config.to_dict(), world=world)
     if world.is_first:
-        checkpoint.prune(folder, config.checkpoints.keep)
+        checkpoint.prune(path, config.checkpoints.keep)
     return path
 
 

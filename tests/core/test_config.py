@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,12 @@ def test_with_changes_a_copy_and_checks_it() -> None:
 def test_wrong_dictionaries_say_where_and_what(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Outer.from_dict(values)
+
+
+def test_no_number_is_no_value() -> None:
+    """NaN is neither too small nor too large."""
+    with pytest.raises(ConfigError, match=r"^rate: expected a number, got nan$"):
+        Inner(rate=math.nan)
 
 
 def test_the_path_starts_where_it_is_told() -> None:

@@ -49,6 +49,18 @@ def test_a_long_file_is_cut_and_its_end_held_out(tmp_path: Path, monkeypatch: py
     assert max(map(len, train + validation)) <= 100 + len("line 199\n")
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\nshort\n"])
+def test_a_long_line_is_cut_at_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(files, "WHOLE", 1001)
+    monkeypatch.setattr(files, "LINE", 100)
+    content = "é€😀" * 1000 + end
+    source = text_files("x", [str(tree(tmp_path, {"a.txt": content})) + "/a.txt"], 0.25)
+    train, validation = texts(source, "train"), texts(source, "validation")
+    assert "".join(train + validation) == content
+    assert len("".join(validation)) / len(content) == pytest.approx(0.25, abs=0.01)
+    assert max(len(text.encode()) for text in train + validation) <= 1001 + 100
+
+
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     folder = tree(tmp_path, {"bad.txt": b"good\n" * 3 + b"\xff\xfe"})
     with pytest.raises(DataError, match=r"bad\.txt: not UTF-8 near byte 15"):

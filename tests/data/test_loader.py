@@ -102,6 +102,19 @@ def test_a_loader_resumes_at_exactly_the_next_batch(corpus: Corpus, kind: str, p
     assert all(map(same, take(fresh, len(batches) - 40), batches[40:]))
 
 
+def test_a_loader_resumes_among_files_of_the_same_name(tmp_path: Path) -> None:
+    """Below two folders; three parts, so that a name stands three times."""
+    for i in range(30):
+        for folder in "abc":
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{i}.py").write_text(f"{folder} = {folder}\n" * 9)
+    config = DataConfig(source=",".join(f"python:{tmp_path / folder}" for folder in "abc"), length=32, batch=1, prefetch=0)
+    loader, again = Loader(config), Loader(config)
+    for _ in range(100):
+        again.load_state_dict(loader.state_dict())
+        assert same(next(again), next(loader))
+
+
 def test_a_loader_resumes_with_a_trained_tokenizer(corpus: Corpus, tmp_path: Path) -> None:
     train_bpe(TEXTS, 300, tmp_path / "bpe")
     loader = Data(corpus("jsonl").with_(tokenizer=str(tmp_path / "bpe"))).train_loader()
@@ -258,6 +271,8 @@ def test_nothing_to_read_is_an_error_that_says_so(tmp_path: Path) -> None:
     empty = DataConfig(source=str(write_jsonl(tmp_path / "empty.jsonl", ["", ""])))
     with pytest.raises(DataError, match="no document with text"):
         next(Data(empty).train_loader())
+    with pytest.raises(DataError, match=r"^validation_source .*empty.jsonl: no document with text$"):
+        Data(config.with_(validation_source=empty.source)).validation(100)
 
 
 def test_wrong_values_are_named() -> None:

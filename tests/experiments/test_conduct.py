@@ -86,12 +86,13 @@ def test_a_stopped_experiment_keeps_what_is_finished_and_goes_on(tmp_path: Path,
 def test_a_line_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     conduct(experiment(run(), run(seed=1)), tmp_path, CPU, console=quiet())
-    file.write_text(file.read_text()[:-40])
+    file.write_bytes(file.read_bytes()[:-40] + b"\xff\x00")
     assert len(conduct(experiment(run(), run(seed=1)), tmp_path, CPU, console=quiet())) == 2
     assert [row["seed"] for row in read(file)] == [0, 1]
-    file.write_text("no json\n")
-    with pytest.raises(DataError, match=r"results\.jsonl:1: expected a row of results"):
-        read(file)
+    for damaged in (b"no json\n", b'{"series": "\xff"}\n'):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"results\.jsonl:1: expected a row of results"):
+            read(file)
 
 
 def test_old_results_stay_good_when_a_field_is_added_and_not_when_one_is_gone(tmp_path: Path) -> None:

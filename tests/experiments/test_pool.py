@@ -174,6 +174,18 @@ def test_processes_are_stopped_when_the_time_is_over() -> None:
     assert list(ends) == []
 
 
+def test_a_process_ends_with_the_one_that_began_it(tmp_path: Path) -> None:
+    worker = pool.Worker(CPU, 1, 1, 1, tmp_path)
+    try:
+        assert isinstance(worker.take(), pool.Begun)
+        worker.give(0, LONG)
+        worker.pipe.close()  # as when the parent is killed
+        worker.process.join(20)
+        assert worker.process.exitcode == 0
+    finally:
+        worker.stop()
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     chosen = [(experiment("one", run()), tmp_path)]
     with pytest.raises(ConfigError, match="jobs: expected at least 1"):

@@ -67,11 +67,21 @@ def test_the_latest_is_found_and_old_ones_go(tmp_path: Path, lm: LM) -> None:
     optimizer = trained(lm)
     for step in (5, 10, 15):
         save(tmp_path, step, lm, optimizer)
-    checkpoint.prune(tmp_path, 0)
+    newest = tmp_path / "checkpoints" / "step_00000015"
+    checkpoint.prune(newest, 0)
     assert len(names(tmp_path)) == 3
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(newest, 2)
     assert names(tmp_path) == ["step_00000010", "step_00000015"]
-    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step_00000015"
+    assert checkpoint.latest(tmp_path) == newest
+
+
+def test_a_flawed_checkpoint_of_a_later_step_does_not_push_out_a_good_one(tmp_path: Path, lm: LM) -> None:
+    optimizer = trained(lm)
+    cut(save(tmp_path, 10, lm, optimizer))
+    good = save(tmp_path, 5, lm, optimizer)
+    checkpoint.prune(good, 1)
+    assert names(tmp_path) == [good.name]
+    assert checkpoint.latest(tmp_path) == good
 
 
 def cut(folder: Path) -> None:
@@ -111,7 +121,7 @@ def test_a_partial_folder_is_no_checkpoint_and_is_cleared_away(tmp_path: Path, l
     whole = save(tmp_path, 5, lm, trained(lm))
     whole.rename(whole.with_name("step_00000009.partial"))
     assert checkpoint.latest(tmp_path) is None
-    checkpoint.prune(tmp_path, 1)
+    checkpoint.prune(whole, 1)
     assert names(tmp_path) == []
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from gdn.core.errors import ConfigError
 from gdn.mixers.attention import Attention
+from gdn.mixers.base import MixerConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 from gdn.train.muon import orthogonal, split
@@ -72,6 +73,21 @@ def test_stacked_matrices_move_as_separate_ones_do_in_torch() -> None:
         torch.testing.assert_close(lm.get_parameter(f"blocks.{i}.{path}.weight"), torch.cat(list(parts)), rtol=1e-5, atol=1e-6)
     for name, twin in zip(adam_names, adams):
         torch.testing.assert_close(lm.get_parameter(name), twin, rtol=1e-4, atol=1e-6)
+
+
+STACKS = {"deltaproduct": ("qkv_proj", 5), "hgrn2": ("qfi_proj", 3), "mamba2": ("in_proj", 5)}
+"""The matrix of a mixer that holds several, and how many. Of all others queries, keys and values."""
+
+
+@pytest.mark.parametrize("name", MixerConfig.members())
+def test_every_mixer_says_the_rows_of_its_stacks(name: str) -> None:
+    mixer = MixerConfig.members()[name]
+    with torch.device("meta"):
+        lm = LM(LM.Config(vocab=17, width=256, layers=1, mlp=0, pattern=(mixer(**mixer.typical),)))
+    rows = {path: rows for path, m in lm.named_modules() if isinstance(m, nn.Linear) and (rows := split(lm)[1].get(m.weight))}
+    stack, maps = STACKS.get(name, ("qkv_proj", 3))
+    assert {path: len(parts) for path, parts in rows.items()} == {f"blocks.0.mixer.{stack}": maps}
+    assert all(sum(parts) == lm.get_submodule(path).out_features for path, parts in rows.items())
 
 
 def test_singular_values_come_near_one() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import distributed as dist
 
 from gdn.data import Batch
+from gdn.mixers.hgrn2 import HGRN2
 from gdn.models.lm import LM
 from gdn.train import AdamW, Trainer, report, train_step, trainer
 from gdn.train.distributed import World, processes, shard
@@ -34,8 +35,8 @@ def sharded_beside_whole(config: LM.Config, world: World) -> dict[str, Any]:
     whole, model = LM(config), LM(config)
     model.load_state_dict(whole.state_dict())
     for lm in (whole, model):
-        lm.blocks[0].mixer.g_proj.weight._no_weight_decay = True
-    shard(model, list(model.blocks), world)
+        lm.blocks[0].mixer.o_proj.weight._no_weight_decay = True
+    shard(model, world)
     names = {id(p): name for name, p in model.named_parameters()}
     kept = [names[id(p)] for group in groups(model, AdamW()) if group["name"] == "no_decay" for p in group["params"]]
     one, alone = AdamW(lr=0.01).build(whole), World(device=world.device)
@@ -78,6 +79,7 @@ def one_of_two(rank: int, port: int, settings: dict[str, Any], file: Path) -> No
     config = Trainer.Config.from_dict(settings)
     with processes("cpu") as world:
         found = sharded_beside_whole(config.model, world)
+        found["joined"] = sharded_beside_whole(config.model.with_(pattern=(HGRN2.Config(head_dim=8),), layers=3), world)
         whole, broken = (config.with_(directory=f"{config.directory}/{name}") for name in ("whole", "broken"))
         found["statuses"] = [Trainer(whole).run(), stopped_after(broken, 5, world.rank), Trainer(broken).run()]
         if world.is_first:
