@@ -546,6 +546,14 @@ def test_no_tokens_hand_the_state_through(impl: str) -> None:
     close(torch.autograd.grad(state.sum(), arguments["initial_state"])[0], torch.ones_like(state))
 
 
+@pytest.mark.parametrize("impl", ROWS)
+@pytest.mark.parametrize("lengths", [None, ()])
+def test_no_sequences(impl: str, lengths: tuple[int, ...] | None) -> None:
+    B, T = (0, 3) if lengths is None else (1, 0)
+    o, state = call(impl, Problem(name="", B=B, T=T, lengths=lengths, initial=True).build(dtype=torch.bfloat16))
+    assert (list(o.shape), o.dtype, list(state.shape), state.dtype) == ([B, T, 1, 16], torch.bfloat16, [0, 1, 16, 16], torch.float32)
+
+
 @pytest.mark.parametrize("K", [16, 136])
 def test_no_tokens_hand_the_state_through_triton(K: int) -> None:
     """Forward keeps for a backward what that needs: here nothing at all."""
