@@ -101,6 +101,16 @@ def test_compiles_as_one_graph(problem: Problem, square: int, monkeypatch: pytes
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"window": 5}, {"lengths": (9, 11)}], ids=str)
+def test_outputs_have_the_dtype_of_values_under_autocast(changes: dict[str, Any]) -> None:
+    arguments = Problem(name="", T=20, **changes).build(dtype=torch.float32)
+    expected = causal_attention(**arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = causal_attention(**arguments)
+    assert o.dtype == torch.float32
+    torch.testing.assert_close(o, expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("H", [2, 4])
 def test_a_window_compiles_for_any_batch(H: int) -> None:
     """A second batch size is a symbol in the graph, and the batch is folded into the heads."""

@@ -58,7 +58,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
             grouped = True
         else:
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    return o.to(v.dtype)  # another under autocast
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None) -> Tensor:
