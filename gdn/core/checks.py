@@ -82,6 +82,14 @@ def no_gradient(*arguments: tuple[str, Tensor | None]) -> None:
             raise ArgumentError(f"{name}: expected a tensor without gradient, this operator has none; call it under torch.no_grad()")
 
 
+def in_place(state: Tensor) -> None:
+    """A state that is updated in its place: no two elements may be the same memory, as those of an expanded tensor are."""
+    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape)):
+        raise ArgumentError(
+            f"state: expected memory of its own for each element, got one expanded to {list(state.shape)}; use .contiguous()"
+        )
+
+
 def slots(tensor: Tensor | None, batch: int, pool: int) -> None:
     """Rows of a pool of states, one for each sequence of the batch; negative ones are skipped. None stands for all rows in order.
 
@@ -109,6 +117,7 @@ def memory(state: Tensor, dtype: torch.dtype) -> None:
     exact = accumulate_dtype(dtype)
     if state.dtype != exact and state.element_size() != 2:
         raise ArgumentError(f"state: expected {exact}, torch.bfloat16 or torch.float16, got {state.dtype}")
+    in_place(state)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -34,9 +34,9 @@ from gdn.core.replay import forget
 logger = logging.getLogger("gdn.dispatch")
 
 ENTRY_POINTS = "gdn.implementations"
+"""Entry-point group: each entry is a function without arguments that calls `Op.register`."""
 OLDEST = 80
 """Compute capability of the oldest GPUs that the portable Triton rows are for: those with products of bfloat16."""
-"""Entry-point group: each entry is a function without arguments that calls `Op.register`."""
 
 _OPS: dict[str, Op] = {}
 

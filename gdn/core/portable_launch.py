@@ -154,19 +154,19 @@ def through_registers(device: int) -> Iterator[None]:
     than there are (notes/triton_pipelines.md). Triton asks the environment, which threads share: the first that compiles says so, and the last takes it back.
     """
     global _without_tensor_memory
-    if hardware.capability(device) // 10 not in (10, 11) or (_TENSOR_MEMORY in os.environ and not _without_tensor_memory):
-        yield
-        return
     with _LOCK:
-        _without_tensor_memory += 1
-        os.environ[_TENSOR_MEMORY] = "1"
+        ours = hardware.capability(device) // 10 in (10, 11) and (_without_tensor_memory > 0 or _TENSOR_MEMORY not in os.environ)
+        if ours:
+            _without_tensor_memory += 1
+            os.environ[_TENSOR_MEMORY] = "1"
     try:
         yield
     finally:
-        with _LOCK:
-            _without_tensor_memory -= 1
-            if not _without_tensor_memory:
-                del os.environ[_TENSOR_MEMORY]
+        if ours:
+            with _LOCK:
+                _without_tensor_memory -= 1
+                if not _without_tensor_memory:
+                    os.environ.pop(_TENSOR_MEMORY, None)
 
 
 def starter(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool]:

@@ -28,6 +28,7 @@ def test_nothing_given_is_nothing_wrong() -> None:
     checks.floating(("a", None), ("b", B))
     checks.not_positive("g", torch.zeros(0), "a log decay")
     checks.not_positive("g", torch.tensor([-1.0, 0.0, -torch.inf]), "a log decay")
+    checks.in_place(A[:1, :1].expand(1, 1, 4))
     checks.slots(None, 3, 3)
     checks.slots(torch.tensor([-1, 4, -1, 0]), 4, 5)
     checks.slots(torch.tensor([-2], dtype=torch.int32), 1, 0)
@@ -59,6 +60,8 @@ def test_gradients_are_refused_only_where_they_are_enabled() -> None:
         (lambda: checks.same_dtype(("a", A.int()), ("b", B.int())), "a: expected a floating dtype, got torch.int32"),
         (lambda: checks.floating(("a", A), ("b", B.bool())), "b: expected a floating dtype, got torch.bool"),
         (lambda: checks.not_positive("g", torch.tensor([-1.0, 0.25]), "a log decay"), "g: expected a log decay, so at most 0 .*, got 0.25"),
+        (lambda: checks.in_place(A[:, :1].expand(2, 3, 4)), r"state: expected memory of its own .*, got one expanded to \[2, 3, 4\]"),
+        (lambda: checks.memory(A[:1].expand(2, 3, 4), A.dtype), "state: expected memory of its own"),
         (lambda: checks.slots(None, 2, 3), "state: expected 2 rows, one for each sequence, got 3; or say with slots"),
         (lambda: checks.slots(torch.tensor([0, 1]), 3, 9), r"slots: expected \[B=3\], got \[2\]"),
         (lambda: checks.slots(torch.tensor([0.0]), 1, 9), "slots: expected int32 or int64, got torch.float32"),

@@ -246,6 +246,28 @@ def test_tensor_memory_is_not_for_our_kernels(capability: int, expected: str | N
     assert "DISABLE_MMA_V5" not in os.environ
 
 
+def test_tensor_memory_where_one_compilation_begins_while_another_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other said is not the user's word, though the other takes it back just then."""
+    ended = False
+
+    class Environment(dict[str, str]):
+        def __contains__(self, name: object) -> bool:
+            nonlocal ended
+            found = super().__contains__(name)
+            if found:
+                ended = not other.__exit__(None, None, None)
+            return found
+
+    monkeypatch.setattr(portable_launch.hardware, "capability", lambda index: 100)
+    monkeypatch.setattr(portable_launch.os, "environ", environment := Environment())
+    other = portable_launch.through_registers(0)
+    other.__enter__()
+    with portable_launch.through_registers(0):
+        assert environment.get("DISABLE_MMA_V5") == "1"
+    assert ended or not other.__exit__(None, None, None)
+    assert not environment
+
+
 @pytest.mark.parametrize("said", ["0", "1"])
 def test_what_the_user_says_about_tensor_memory_holds(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISABLE_MMA_V5", said)

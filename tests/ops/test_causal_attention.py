@@ -101,6 +101,36 @@ def test_compiles_as_one_graph(problem: Problem, square: int, monkeypatch: pytes
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"window": 5}, {"lengths": (9, 11)}], ids=str)
+def test_outputs_have_the_dtype_of_values_under_autocast(changes: dict[str, Any]) -> None:
+    arguments = Problem(name="", T=20, **changes).build(dtype=torch.float32)
+    expected = causal_attention(**arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = causal_attention(**arguments)
+    assert o.dtype == torch.float32
+    torch.testing.assert_close(o, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("H", [2, 4])
+def test_a_window_compiles_for_any_batch(H: int) -> None:
+    """A second batch size is a symbol in the graph, and the batch is folded into the heads."""
+    torch._dynamo.reset()
+    compiled = torch.compile(causal_attention, fullgraph=True, backend="aot_eager")
+    for B in (2, 3):
+        arguments = Problem(name="", B=B, T=20, H=H, G=2, window=5).build(dtype=torch.float32)
+        torch.testing.assert_close(compiled(**arguments), causal_attention(**arguments))
+
+
+def test_a_window_is_exported_for_other_lengths() -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return causal_attention(q, k, v, window=5)
+
+    long, short = (tuple(torch.randn(2, T, H, 4) for H in (4, 2, 2)) for T in (200, 90))
+    exported = torch.export.export(Attend(), long, dynamic_shapes=({1: torch.export.Dim.AUTO},) * 3).module()
+    torch.testing.assert_close(exported(*short), causal_attention(*short, window=5))
+
+
 PACKED = [p for p in FULL if p.lengths] + [Problem(name="empty documents", T=130, H=4, G=2, V=6, lengths=(0, 66, 0, 64))]
 
 

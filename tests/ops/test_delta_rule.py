@@ -569,11 +569,20 @@ def test_no_tokens_hand_the_state_through(impl: str) -> None:
     close(torch.autograd.grad(state.sum(), arguments["initial_state"])[0], torch.ones_like(state))
 
 
+@pytest.mark.parametrize("impl", ROWS)
+@pytest.mark.parametrize("lengths", [None, ()])
+def test_no_sequences(impl: str, lengths: tuple[int, ...] | None) -> None:
+    B, T = (0, 3) if lengths is None else (1, 0)
+    o, state = call(impl, Problem(name="", B=B, T=T, lengths=lengths, initial=True).build(dtype=torch.bfloat16))
+    assert (list(o.shape), o.dtype, list(state.shape), state.dtype) == ([B, T, 1, 16], torch.bfloat16, [0, 1, 16, 16], torch.float32)
+
+
+@pytest.mark.parametrize("lengths", [None, (0, 0)])
 @pytest.mark.parametrize("K", [16, 136])
-def test_no_tokens_hand_the_state_through_triton(K: int) -> None:
+def test_no_tokens_hand_the_state_through_triton(K: int, lengths: tuple[int, ...] | None) -> None:
     """Forward keeps for a backward what that needs: here nothing at all."""
     pytest.importorskip("triton")
-    arguments = Problem(name="", T=0, B=2, HV=2, K=K, V=24, initial=True).build(dtype=torch.bfloat16, device=DEVICE)
+    arguments = Problem(name="", T=0, B=2, HV=2, K=K, V=24, lengths=lengths, initial=True).build(dtype=torch.bfloat16, device=DEVICE)
     outputs = call("portable", arguments)
     assert torch.equal(outputs[1], arguments["initial_state"])
     *rest, d_initial = torch.autograd.grad([x.sum() for x in outputs], leaves(arguments))

@@ -115,6 +115,7 @@ def test_autocast_changes_nothing() -> None:
         ({"beta": torch.zeros(2, 1, 4, dtype=torch.int32)}, "beta: expected a floating dtype"),
         ({"state": torch.zeros(2, 4, 4, 2)}, r"state: expected \[N=2, HV=4, K=4, V=3\], got \[2, 4, 4, 2\]"),
         ({"state": torch.zeros(3, 4, 4, 3)}, "state: expected 2 rows"),
+        ({"state": torch.zeros(1, 4, 4, 3).expand(2, 4, 4, 3)}, "state: expected memory of its own for each element, got one expanded"),
         ({"state": torch.zeros(2, 4, 4, 3).double()}, "state: expected torch.float32, torch.bfloat16 or torch.float16, got torch.float64"),
         ({"state": torch.zeros(2, 4, 4, 3, device="meta")}, "state: expected on cpu like q, got meta"),
         ({"slots": torch.tensor([0, 2])}, "slots: expected rows below 2, got 2"),

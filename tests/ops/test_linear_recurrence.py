@@ -291,6 +291,15 @@ def test_no_tokens_hand_the_state_through(gates: Gates, impl: str) -> None:
     close(torch.autograd.grad(state.sum(), arguments["initial_state"])[0], torch.ones_like(state))
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("lengths", [None, ()])
+@of_each_kind
+def test_no_sequences(gates: Gates, impl: str, lengths: tuple[int, ...] | None) -> None:
+    B, T = (0, 3) if lengths is None else (1, 0)
+    o, state = call(gates, Problem(name="", B=B, T=T, lengths=lengths, initial=True).build(gates, dtype=torch.bfloat16), impl)
+    assert (list(o.shape), o.dtype, list(state.shape), state.dtype) == ([B, T, 1, 16], torch.bfloat16, [0, 1, 16, 16], torch.float32)
+
+
 @pytest.mark.parametrize("decay", [1e2, 1e4, 1e30, float("inf")])
 @of_each_kind
 def test_memory_that_forgets_everything_is_finite(gates: Gates, decay: float) -> None:

@@ -123,6 +123,7 @@ def test_compiles_as_one_graph(gates: Gates, problem: Problem, as_good_as_the_re
         ({"g": torch.full((2, 1, 4), 0.5)}, "g: expected a log decay, so at most 0 everywhere, got 0.5"),
         ({"state": torch.zeros(2, 4, 4, 2)}, r"state: expected \[N=2, HV=4, K=4, V=3\], got \[2, 4, 4, 2\]"),
         ({"state": torch.zeros(3, 4, 4, 3)}, "state: expected 2 rows"),
+        ({"state": torch.zeros(1, 4, 4, 3).expand(2, 4, 4, 3)}, "state: expected memory of its own for each element, got one expanded"),
         ({"state": torch.zeros(2, 4, 4, 3).double()}, "state: expected torch.float32, torch.bfloat16 or torch.float16, got torch.float64"),
         ({"slots": torch.tensor([1, 1])}, "slots: expected each row at most once"),
         ({"k": torch.zeros(2, 1, 2, 4, requires_grad=True)}, "k: expected a tensor without gradient"),

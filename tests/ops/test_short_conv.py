@@ -203,6 +203,7 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
     [
         ({"state": torch.zeros(2, 3, 4)}, r"state: expected \[N=2, W-1=2, D=4\], got \[2, 3, 4\]"),
         ({"state": torch.zeros(3, 2, 4)}, "state: expected 2 rows, one for each sequence, got 3"),
+        ({"state": torch.zeros(1, 2, 4).expand(2, 2, 4)}, "state: expected memory of its own for each element, got one expanded"),
         ({"slots": torch.tensor([0, 2])}, "slots: expected rows below 2, got 2"),
         ({"slots": torch.tensor([1, 1])}, "slots: expected each row at most once"),
         ({"slots": torch.tensor([1.0, 0.0])}, "slots: expected int32 or int64, got torch.float32"),

@@ -88,7 +88,7 @@ def causal_attention(
         _check_window(window)
     scale = sizes["K"] ** -0.5 if scale is None else scale
     masked = sizes["S"] == sizes["T"] and (packing is not None or (window is not None and window < sizes["S"]))
-    return CAUSAL.pick(q, K=sizes["K"], V=sizes["V"], masked=masked)(q, k, v, window, scale, start, packing)
+    return CAUSAL.pick(q, K=sizes["K"], V=sizes["V"], masked=bool(masked))(q, k, v, window, scale, start, packing)
 
 
 def windowed_sigmoid_attention(

@@ -52,9 +52,14 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) 
     """Heads before tokens. Keys of grouped heads are repeated under a mask: the GPU kernel that takes masks has no groups, and without it
     all scores would be made in memory."""
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and mask is not None:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = False
+    if groups > 1:  # a symbol where a window folds the batch into the heads, and what is compared with one is no bool either
+        if mask is None:
+            grouped = True
+        else:
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    return o.to(v.dtype)  # another under autocast
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None) -> Tensor:

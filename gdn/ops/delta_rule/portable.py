@@ -178,7 +178,7 @@ def plan(
     runs, stretch = (-(-chunks // S), S) if S else (1, chunks) if packed else (batch, per_row)
     if (runs if S or not packed else documents) * programs > processors:
         table = choose(crowded=True)
-    width = stretch if packed and not S else slab_chunks(stretch, runs * H * 2 * -(-K // table["gradient"].block), K > 128)
+    width = max(1, stretch) if packed and not S else slab_chunks(stretch, runs * H * 2 * -(-K // table["gradient"].block), K > 128)
     return Plan(
         tokens=batch * length,
         length=rows,

@@ -41,6 +41,8 @@ def gated_delta_rule(
         o, state = _document(queries, keys, values, decays, strengths, scale, state)
         outputs.append(o)
         states.append(state)
+    if not states:
+        return torch.zeros_like(v, dtype=dtype), zero.new_empty(0, *zero.shape)
     return torch.cat(outputs).reshape(v.shape).to(dtype), torch.stack(states)
 
 

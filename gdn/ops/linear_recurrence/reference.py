@@ -56,6 +56,8 @@ def _recurrence(
         o, state = _document(queries, keys, values, decays, scale, state)
         outputs.append(o)
         states.append(state)
+    if not states:
+        return torch.zeros_like(v, dtype=dtype), zero.new_empty(0, *zero.shape)
     return torch.cat(outputs).reshape(v.shape).to(dtype), torch.stack(states)
 
 

@@ -138,10 +138,8 @@ def _call(
     if sizes["HV"] % sizes["H"]:
         raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
     checks.same_dtype(("q", q), ("k", k), ("v", v))
-    checks.floating(("g", g), ("state", state))
-    exact = checks.accumulate_dtype(q.dtype)
-    if state.dtype != exact and state.element_size() != 2:
-        raise ArgumentError(f"state: expected {exact}, torch.bfloat16 or torch.float16, got {state.dtype}")
+    checks.floating(("g", g))
+    checks.memory(state, q.dtype)
     checks.same_device(("q", q), ("k", k), ("v", v), ("g", g), ("state", state), ("slots", slots))
     checks.not_positive("g", g, "a log decay")
     checks.slots(slots, sizes["B"], sizes["N"])

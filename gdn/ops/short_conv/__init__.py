@@ -130,6 +130,7 @@ def causal_conv1d_step(
     checks.shapes(("state", state, "N W-1 D"), D=sizes["D"], **{"W-1": sizes["W"] - 1})
     checks.floating(("state", state))
     checks.same_device(("x", x), ("weight", weight), ("state", state), ("bias", bias), ("slots", slots))
+    checks.in_place(state)
     checks.slots(slots, sizes["B"], state.shape[0])
     checks.no_gradient(("x", x), ("weight", weight), ("state", state), ("bias", bias))
     return STEP.pick(x, D=sizes["D"], W=sizes["W"])(x, weight, state, bias, activation, slots)
