@@ -120,6 +120,20 @@ def test_stock_models_load_with_equal_logits_and_go_back_byte_for_byte(tmp_path:
     assert torch.equal(again(ids(), use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("name", STOCK)
+@torch.no_grad()
+def test_rotary_positions_are_read_as_transformers_reads_them(tmp_path: Path, name: str) -> None:
+    model = stock(name)
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for changes in ({"rope_parameters": None}, {"rope_parameters": None, "rope_theta": 777.0}, {"rope_scaling": {"type": "default"}}):
+        (tmp_path / "config.json").write_text(json.dumps({**values, **changes}))
+        close(load(tmp_path)(ids()).logits, type(model).from_pretrained(tmp_path).eval()(ids(), use_cache=False).logits)
+    for changes in ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 77}, {"type": "linear", "factor": 2.0}):
+        with pytest.raises(ConfigError, match=f"{name}: rope_type='(yarn|linear)' is not supported"):
+            family(name).read_config({**values, "rope_scaling": changes})
+
+
 UNUSED_WITHOUT_ATTENTION = ("num_attention_heads", "num_key_value_heads", "head_dim", "use_cache")
 
 
