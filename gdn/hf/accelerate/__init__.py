@@ -105,6 +105,7 @@ def restore(model: nn.Module) -> int:
                 del module.forward
             else:
                 module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
+            del module._gdn_no_pickle
             count += 1
         if vars(module).get("_loss_function") is causal_lm_loss:
             del module._loss_function
@@ -209,6 +210,19 @@ def _place(module: nn.Module) -> str:
 def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     setattr(forward, _MARK, True)
     setattr(module, _place(module), MethodType(forward, module))
+    module._gdn_no_pickle = _NoPickle()  # type: ignore[assignment]
+
+
+class _NoPickle:
+    """Stands in a changed module. Of a bound method a pickle holds the name only, so what `torch.save(model)` wrote could not be read."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _NoPickle:
+        return self
+
+    def __reduce__(self) -> str:
+        raise ImplementationError(
+            "an accelerated model cannot be pickled: gdn.restore(model) first, or save it with save_pretrained or as a state_dict"
+        )
 
 
 def _why_nothing(model: nn.Module) -> str:
