@@ -274,3 +274,11 @@ def test_the_trainer_trains_resumes_and_evaluates(tmp_path) -> None:
     for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters()):
         assert torch.equal(a, b), name
     assert whole.evaluate()["eval_loss"] == pytest.approx(again.evaluate()["eval_loss"])
+
+
+def test_smoothed_labels_are_those_of_the_next_token(tmp_path) -> None:
+    x, model = tokens(4, 12), causal()
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in x]
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], disable_tqdm=True, use_cpu=True)
+    expected = F.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), label_smoothing=0.1)
+    assert Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"] == pytest.approx(expected.item())  # type: ignore[arg-type]
