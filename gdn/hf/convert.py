@@ -238,13 +238,13 @@ def _renamed(files: Files, theirs: Family, mine: Family, config: LM.Config) -> I
 def _configuration(given: dict[str, Any], theirs: Family, mine: Family, config: LM.Config) -> dict[str, Any]:
     """The target's config.json; going back to the family that a checkpoint came from, also the fields that gdn does not know."""
     kept = given.get(ORIGIN) or {}
-    values = mine.write_config(config)
+    values, inside = mine.write_config(config), given.get("text_config", given)
+    named = {k: inside[k] for k in _GENERATION if k in inside}
     if mine.name == "gdn":
-        named = {k: given.get("text_config", given)[k] for k in _GENERATION if k in given.get("text_config", given)}
         return {**values, **named, ORIGIN: {"family": theirs.name, "config": given}}
     if kept.get("family") == mine.name:
         return _merged(kept["config"], values)
-    return {**values, **{k: given[k] for k in _GENERATION if k in given}} if mine.name != "run" else values
+    return {**values, **named} if mine.name != "run" else values
 
 
 def _ends(source: Path) -> dict[str, int]:

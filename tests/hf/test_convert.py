@@ -305,7 +305,10 @@ def test_a_multimodal_folder_gives_its_language_model(tmp_path: Path) -> None:
     done = convert(tmp_path / "both", tmp_path / "ours", "gdn")
     assert done.unused == ("model.visual.x",)
     convert(tmp_path / "ours", tmp_path / "back", "qwen3_5_text")
-    same_bytes(tmp_path / "text", tmp_path / "back")
+    convert(tmp_path / "both", tmp_path / "direct", "qwen3_5_text")
+    for folder in ("back", "direct"):
+        same_bytes(tmp_path / "text", tmp_path / folder)
+        assert json.loads((tmp_path / folder / "config.json").read_text())["eos_token_id"] == 2
 
 
 def test_half_precision_weights_stay_as_they_are_and_gates_are_widened_on_loading(tmp_path: Path) -> None:
