@@ -383,6 +383,10 @@ def test_what_is_not_supported_or_damaged_is_named(tmp_path: Path) -> None:
         save_file(broken, file)
         with pytest.raises(CheckpointError, match=words):
             load(tmp_path / "q")
+    (tmp_path / "q" / "config.json").write_text('{"model_type": "qwen3_5_text"}')
+    for read in (load, lambda folder: convert(folder, tmp_path / "new", "gdn")):
+        with pytest.raises(ConfigError, match=r"qwen3_5_text: .*config.json has no linear_num_key_heads"):
+            read(tmp_path / "q")
 
 
 def test_the_size_that_is_shaped_like_qwen_can_be_exported() -> None:
