@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gdn.core.errors import ArgumentError, ConfigError, GdnError, nearest
+from gdn.core.errors import ArgumentError, ConfigError, DataError, GdnError, nearest
 
 RunPath = Annotated[Path, tyro.conf.Positional]
 
@@ -278,7 +278,11 @@ def drift(
         begin = torch.tensor([[tokenizer.end_id]], device=model.embedding.weight.device)
         ids = [int(token) for token in itertools.islice(tokens_of(model.eval(), begin, Sampling()), tokens)]
     else:
-        ids = list(tokenizer.encode(Path(source).read_text()))[:tokens]
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source}: not UTF-8 near byte {error.start:,}") from None
+        ids = list(tokenizer.encode(text))[:tokens]
     rows = measured(model.eval(), torch.tensor([ids], device=model.embedding.weight.device))
     print(f"{'precision':<10}{'tokens':>8}{'memory error':>14}{'KL, nats':>12}{'same token':>12}{'bytes':>12}")
     for row in sorted(rows, key=lambda r: (r.precision, r.tokens)):

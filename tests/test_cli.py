@@ -231,3 +231,5 @@ def test_a_file_that_cannot_be_opened_is_named(capsys: pytest.CaptureFixture[str
     ByteTokenizer().save(tmp_path)
     absent = tmp_path / "absent.txt"
     assert says(capsys, "drift", tmp_path, "--source", absent, status=1) == f"gdn drift: {absent}: No such file or directory\n"
+    (tmp_path / "latin").write_bytes("né".encode("latin-1"))
+    assert "latin: not UTF-8 near byte 1" in says(capsys, "drift", tmp_path, "--source", tmp_path / "latin", status=1)
