@@ -67,7 +67,8 @@ def accelerate(model: nn.Module) -> Accelerated:
     On CPU and GPU, in training and decoding, with transformers' own caches, under `torch.compile(fullgraph=True)`. Results equal the
     stock model's within the rounding of its dtype. Three things change for the better: packed documents (`position_ids` that restart,
     `cu_seq_lens_q`, `seq_idx`, or `packing=gdn.Packing(...)`) never leak, where stock leaks without a word or raises; padding leaves no
-    trace in the state on either side; and gradients can flow through a cache.
+    trace in the state on either side; and gradients can flow through a cache. Beside an attention mask, even one of ones, `position_ids`
+    are not looked at, as in stock: packed rows go without it.
 
     Args:
         model: a model that holds Qwen3-Next, Qwen3.5, Qwen3.5-MoE or OLMo Hybrid layers, whole or wrapped (for example by PEFT).
