@@ -42,6 +42,9 @@ def test_saved_whole_or_in_pieces_a_model_comes_back_equal(tmp_path, mixers: str
         assert again.config.lm_config() == model.config.lm_config() == AutoConfig.from_pretrained(tmp_path / name).lm_config()
         assert {k: v.dtype for k, v in again.state_dict().items()} == {k: v.dtype for k, v in model.state_dict().items()}
         assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    model.save_pretrained(tmp_path / "pieces")  # in one, beside the index of the pieces
+    assert (tmp_path / "pieces" / "model.safetensors.index.json").is_file()
+    assert torch.equal(load_model(tmp_path / "pieces")(tokens()).logits, model(tokens()).logits)
     trunk = AutoModel.from_pretrained(tmp_path / "whole")
     assert type(trunk) is GdnModel
     assert "lm.head.weight" not in trunk.state_dict()
