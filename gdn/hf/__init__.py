@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gdn.hf.configuration import GdnConfig
 from gdn.hf.modeling import GdnForCausalLM, GdnModel, GdnPreTrainedModel
@@ -19,6 +20,8 @@ from gdn.hf.modeling import GdnForCausalLM, GdnModel, GdnPreTrainedModel
 AutoConfig.register(GdnConfig.model_type, GdnConfig, exist_ok=True)
 AutoModel.register(GdnConfig, GdnModel, exist_ok=True)
 AutoModelForCausalLM.register(GdnConfig, GdnForCausalLM, exist_ok=True)
+# Only by this list does `transformers.Trainer` know that labels are to be shifted when it smooths them, and a pipeline what it is given.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GdnConfig.model_type] = GdnForCausalLM.__name__
 # `transformers serve` looks a class up by its name in the module transformers, of which `transformers.processing_utils` makes a second one:
 # both get it from their type.
 setattr(type(transformers), GdnForCausalLM.__name__, GdnForCausalLM)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.core.errors import CheckpointError
+from gdn.core.errors import CheckpointError, ConfigError
 from gdn.data import load_tokenizer
 from gdn.data.tokenizer import FILE as TOKENIZER
 from gdn.hf.families import family, find
@@ -67,11 +67,10 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
         CheckpointError: a tensor is missing, of another shape, or has no place in the family.
     """
     source, target = _folder(source), Path(target)
-    given = read_json(source / CONFIG)
-    theirs, mine = find(given), family(to)
+    given, theirs, config = _read(source)
+    mine = family(to)
     if (target / CONFIG).exists():
         raise CheckpointError(f"{target} already holds a checkpoint; expected a new folder")
-    config = theirs.read_config(given)
     values = _configuration(given, theirs, mine, config)
     target.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -98,9 +97,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
 def load(folder: str | Path) -> LM:
     """The model of a folder of any known family, in memory. Gates are float32."""
     folder = _folder(folder)
-    given = read_json(folder / CONFIG)
-    theirs = find(given)
-    config = theirs.read_config(given)
+    _, theirs, config = _read(folder)
     with torch.device("meta"):
         model = LM(config)
     with ExitStack() as stack:
@@ -199,6 +196,16 @@ class Writer:
         return self.folder / f".{shard}.partial"
 
 
+def _read(folder: Path) -> tuple[dict[str, Any], Family, LM.Config]:
+    """A folder's configuration as it stands there, the family it is of, and what it says."""
+    given = read_json(folder / CONFIG)
+    theirs = find(given)
+    try:
+        return given, theirs, theirs.read_config(given)
+    except KeyError as error:
+        raise ConfigError(f"{theirs.name}: {folder / CONFIG} has no {error.args[0]}") from error
+
+
 def _ours(files: Files, theirs: Family, config: LM.Config) -> Iterator[tuple[str, Tensor]]:
     """Our tensors, one rule at a time."""
     with torch.device("meta"):
@@ -238,13 +245,13 @@ def _renamed(files: Files, theirs: Family, mine: Family, config: LM.Config) -> I
 def _configuration(given: dict[str, Any], theirs: Family, mine: Family, config: LM.Config) -> dict[str, Any]:
     """The target's config.json; going back to the family that a checkpoint came from, also the fields that gdn does not know."""
     kept = given.get(ORIGIN) or {}
-    values = mine.write_config(config)
+    values, inside = mine.write_config(config), given.get("text_config", given)
+    named = {k: inside[k] for k in _GENERATION if k in inside}
     if mine.name == "gdn":
-        named = {k: given.get("text_config", given)[k] for k in _GENERATION if k in given.get("text_config", given)}
         return {**values, **named, ORIGIN: {"family": theirs.name, "config": given}}
     if kept.get("family") == mine.name:
         return _merged(kept["config"], values)
-    return {**values, **{k: given[k] for k in _GENERATION if k in given}} if mine.name != "run" else values
+    return {**values, **named} if mine.name != "run" else values
 
 
 def _ends(source: Path) -> dict[str, int]:

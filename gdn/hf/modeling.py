@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from gdn.core.checks import shapes
+from gdn.core.checks import accumulate_dtype, shapes
 from gdn.core.errors import ArgumentError
 from gdn.hf.cache import GdnCache, GdnStaticCache
 from gdn.hf.configuration import GdnConfig
@@ -233,8 +233,8 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many tokens (0: all), or of the given places.
             kwargs: `shift_labels` are labels already shifted; `num_items_in_batch` divides the summed loss.
 
-        The other arguments are those of `GdnModel`. The loss never holds all logits at once; `config.logits_with_loss` says whether they
-        are computed beside it.
+        The other arguments are those of `GdnModel`. The loss never holds all logits at once, unless PEFT has put an adapter around the
+        head; `config.logits_with_loss` says whether they are computed beside it.
         """
         given = Boundaries(attention_mask, position_ids, seq_idx, _first(cu_seq_lens_q, kwargs.get("cu_seqlens")))
         hidden = _first(output_hidden_states, self.config.output_hidden_states)
@@ -245,7 +245,8 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         if weight.is_meta and not last.is_meta:
             raise ArgumentError("device_map: expected the embedding and the head in memory, got one of them offloaded")
         last = last.to(weight.device)  # layers may be spread over devices
-        weight = weight.to(last.dtype)
+        adapted = not self.config.tie_word_embeddings and hasattr(self.lm.head, "base_layer")  # by PEFT: more than its matrix
+        weight = None if adapted else weight.to(last.dtype)
         targets = kwargs.get("shift_labels")
         if labels is not None and targets is None:
             targets = shifted(labels, how)
@@ -253,7 +254,8 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         logits = None
         if loss is None or self.config.logits_with_loss:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            logits = F.linear(last[:, kept if isinstance(logits_to_keep, int) else logits_to_keep], weight)
+            last = last[:, kept if isinstance(logits_to_keep, int) else logits_to_keep]
+            logits = self.lm.head(last) if weight is None else F.linear(last, weight)
         result = CausalLMOutputWithPast(
             loss=loss,  # type: ignore[arg-type]
             logits=logits,  # type: ignore[arg-type]
@@ -262,8 +264,13 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         )
         return result if _first(return_dict, self.config.return_dict) else result.to_tuple()
 
-    def _loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
+    def _loss(self, hidden: Tensor, weight: Tensor | None, targets: Tensor, items: Tensor | int | None) -> Tensor:
+        """Without a weight of the logits that the head gives, held at once."""
         targets = targets.to(hidden.device)
+        if weight is None:
+            logits = self.lm.head(hidden)
+            loss = F.cross_entropy(logits.to(accumulate_dtype(logits.dtype)).flatten(0, 1), targets.flatten(), reduction="sum")
+            return loss / ((targets != -100).sum().clamp(min=1) if items is None else items)
         if items is None:
             return linear_cross_entropy(hidden, weight, targets)
         return linear_cross_entropy(hidden, weight, targets, reduction="sum") / items

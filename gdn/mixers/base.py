@@ -211,6 +211,11 @@ class FixedState(MixerState):
     begun: bool = False
     """Whether tokens have been read."""
 
+    def copy_(self, other: MixerState) -> None:
+        super().copy_(other)
+        assert isinstance(other, FixedState)
+        self.begun = other.begun
+
 
 class Mixer(nn.Module):
     """Base of every token mixer."""

@@ -164,14 +164,16 @@ class LMState:
                 "(configuration, dtype and weights must be those of the model that wrote it)"
             )
         device = device or model.head_weight.device
-        state = model.init_state(1)
+        counts = json.loads(metadata["counts"])
+        fixed = any("begun" in count for count in counts)  # a state that was made with room, which its tensors bring with them
+        state = model.init_state(1, room=1 if fixed else None)
         state.length, state.pending = int(metadata["length"]), tensors.pop("pending", None)
         if state.pending is not None:
             state.pending = state.pending.to(device)
         for i, precision in enumerate(json.loads(metadata["precisions"])):
             layer = stored(state.layers[i], precision)
             layer.tensors = {name: tensors[f"{i}.{name}"].to(device) for name in layer.tensors}
-            for name, count in json.loads(metadata["counts"])[i].items():
+            for name, count in counts[i].items():
                 setattr(layer, name, count)
             state.layers[i] = layer
         return state

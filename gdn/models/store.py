@@ -127,8 +127,9 @@ def _weights(folder: Path, device: torch.device | str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    index = folder / INDEX
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    names = [WEIGHTS]
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():  # transformers leaves an old index beside one file
+        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
     weights: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():

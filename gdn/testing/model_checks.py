@@ -320,11 +320,13 @@ def load_any(path: str, device: torch.device) -> Any:
     if Path(path).exists() and kind is None:
         return store.load_model(store.model_folder(path), device=device)
     transformers = require("transformers", "test", f'"{path}" is no run of gdn, and loading it')
+    from safetensors import SafetensorError
+
     if kind == "gdn":
         importlib.import_module("gdn.hf")  # knows the class, so the code in the folder is not asked for
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: neither a run of gdn nor a model of transformers: {str(error).splitlines()[0]}") from error
 
 

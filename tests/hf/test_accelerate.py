@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,11 +208,21 @@ def test_restoring_gives_the_stock_model_back(models: Callable[..., Any], family
         assert list(model.state_dict()) == state
         twin = copy.deepcopy(model)
         gdn.accelerate(model)  # once more changes nothing
-    assert not any("forward" in vars(module) or "_loss_function" in vars(module) for module in model.modules())
+    assert not any(
+        "forward" in vars(module) or "_loss_function" in vars(module) or "_gdn_no_pickle" in vars(module) for module in model.modules()
+    )
     assert torch.equal(model(x).logits, before)
     assert gdn.restore(model) == 0
     assert gdn.restore(twin) == len(report.changed)
     assert torch.equal(twin(x).logits, before)
+
+
+def test_a_pickle_that_could_not_be_read_is_not_written(models: Callable[..., Any], tmp_path: Path) -> None:
+    model, x = models("qwen3_5"), tokens()
+    with gdn.accelerate(model), pytest.raises(ImplementationError, match=r"cannot be pickled: gdn.restore\(model\) first"):
+        torch.save(model, tmp_path / "model.pt")
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x).logits, model(x).logits)
 
 
 def test_the_report_says_what_changed(models: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,18 @@ def test_an_adapter_trains_and_comes_back(tmp_path: Path) -> None:
     torch.testing.assert_close(merged(x).logits, expected, rtol=1e-4, atol=1e-5)
     generated = [m.generate(input_ids=x[:, :5], max_new_tokens=5, do_sample=False) for m in (model, merged)]
     assert torch.equal(*generated)
+
+
+def test_an_adapter_around_the_head_takes_part() -> None:
+    x, model = tokens(), causal("hybrid", tie_word_embeddings=False)
+    labels = x.masked_fill(x < 4, -100)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False))
+    for items in (None, torch.tensor(40)):
+        out = wrapped(input_ids=x, labels=labels, num_items_in_batch=items)
+        out.loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in wrapped.parameters() if p.requires_grad)
+        merged = copy.deepcopy(wrapped).merge_and_unload()(x, labels=labels, num_items_in_batch=items)
+        torch.testing.assert_close(out.loss, merged.loss)
+        torch.testing.assert_close(out.logits, merged.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(wrapped(input_ids=x, logits_to_keep=2).logits, out.logits[:, -2:])
+    assert wrapped(input_ids=x, labels=torch.full_like(x, -100)).loss == 0

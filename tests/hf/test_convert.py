@@ -120,6 +120,20 @@ def test_stock_models_load_with_equal_logits_and_go_back_byte_for_byte(tmp_path:
     assert torch.equal(again(ids(), use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("name", STOCK)
+@torch.no_grad()
+def test_rotary_positions_are_read_as_transformers_reads_them(tmp_path: Path, name: str) -> None:
+    model = stock(name)
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for changes in ({"rope_parameters": None}, {"rope_parameters": None, "rope_theta": 777.0}, {"rope_scaling": {"type": "default"}}):
+        (tmp_path / "config.json").write_text(json.dumps({**values, **changes}))
+        close(load(tmp_path)(ids()).logits, type(model).from_pretrained(tmp_path).eval()(ids(), use_cache=False).logits)
+    for changes in ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 77}, {"type": "linear", "factor": 2.0}):
+        with pytest.raises(ConfigError, match=f"{name}: rope_type='(yarn|linear)' is not supported"):
+            family(name).read_config({**values, "rope_scaling": changes})
+
+
 UNUSED_WITHOUT_ATTENTION = ("num_attention_heads", "num_key_value_heads", "head_dim", "use_cache")
 
 
@@ -291,7 +305,10 @@ def test_a_multimodal_folder_gives_its_language_model(tmp_path: Path) -> None:
     done = convert(tmp_path / "both", tmp_path / "ours", "gdn")
     assert done.unused == ("model.visual.x",)
     convert(tmp_path / "ours", tmp_path / "back", "qwen3_5_text")
-    same_bytes(tmp_path / "text", tmp_path / "back")
+    convert(tmp_path / "both", tmp_path / "direct", "qwen3_5_text")
+    for folder in ("back", "direct"):
+        same_bytes(tmp_path / "text", tmp_path / folder)
+        assert json.loads((tmp_path / folder / "config.json").read_text())["eos_token_id"] == 2
 
 
 def test_half_precision_weights_stay_as_they_are_and_gates_are_widened_on_loading(tmp_path: Path) -> None:
@@ -366,6 +383,10 @@ def test_what_is_not_supported_or_damaged_is_named(tmp_path: Path) -> None:
         save_file(broken, file)
         with pytest.raises(CheckpointError, match=words):
             load(tmp_path / "q")
+    (tmp_path / "q" / "config.json").write_text('{"model_type": "qwen3_5_text"}')
+    for read in (load, lambda folder: convert(folder, tmp_path / "new", "gdn")):
+        with pytest.raises(ConfigError, match=r"qwen3_5_text: .*config.json has no linear_num_key_heads"):
+            read(tmp_path / "q")
 
 
 def test_the_size_that_is_shaped_like_qwen_can_be_exported() -> None:

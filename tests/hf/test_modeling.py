@@ -42,6 +42,9 @@ def test_saved_whole_or_in_pieces_a_model_comes_back_equal(tmp_path, mixers: str
         assert again.config.lm_config() == model.config.lm_config() == AutoConfig.from_pretrained(tmp_path / name).lm_config()
         assert {k: v.dtype for k, v in again.state_dict().items()} == {k: v.dtype for k, v in model.state_dict().items()}
         assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    model.save_pretrained(tmp_path / "pieces")  # in one, beside the index of the pieces
+    assert (tmp_path / "pieces" / "model.safetensors.index.json").is_file()
+    assert torch.equal(load_model(tmp_path / "pieces")(tokens()).logits, model(tokens()).logits)
     trunk = AutoModel.from_pretrained(tmp_path / "whole")
     assert type(trunk) is GdnModel
     assert "lm.head.weight" not in trunk.state_dict()
@@ -274,3 +277,11 @@ def test_the_trainer_trains_resumes_and_evaluates(tmp_path) -> None:
     for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters()):
         assert torch.equal(a, b), name
     assert whole.evaluate()["eval_loss"] == pytest.approx(again.evaluate()["eval_loss"])
+
+
+def test_smoothed_labels_are_those_of_the_next_token(tmp_path) -> None:
+    x, model = tokens(4, 12), causal()
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in x]
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], disable_tqdm=True, use_cpu=True)
+    expected = F.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), label_smoothing=0.1)
+    assert Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"] == pytest.approx(expected.item())  # type: ignore[arg-type]

@@ -152,6 +152,21 @@ def test_tokens_that_are_still_to_be_read_go_along() -> None:
     torch.testing.assert_close(answers(state.rollback(1), x[:, 10:]), model(x).logits[:, -1])
 
 
+@pytest.mark.parametrize("config", [PURE, HYBRID], ids=["pure", "hybrid"])
+def test_a_state_of_fixed_addresses_goes_on_from_a_file_and_from_a_copy(tmp_path: Path, config: LM.Config) -> None:
+    model, x = build(config, dtype=torch.float64), tokens()
+    state = read(model, x[:, :20], model.init_state(2, room=30))
+    state.save(tmp_path / "state")
+    copied = model.init_state(2, room=30)
+    state.pending = x[:, 20:21]
+    copied.copy_(state)
+    assert copied.pending is state.pending
+    same(read(model, x[:, 20:27], LMState.load(tmp_path / "state", model)), read(model, x[:, 20:27], copied))
+    with torch.no_grad():
+        expected = model(x[:, :30]).logits[:, -3:]
+        torch.testing.assert_close(model(x[:, 27:30], state=copied).logits, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_wrong_files_and_targets_are_named(tmp_path: Path) -> None:
     model = build()
     with pytest.raises(CheckpointError, match="no such file"):

@@ -139,6 +139,10 @@ def test_the_command_exits_with_1_when_something_leaks(tmp_path: Path, capsys: p
     assert "2 of 10 leak" in out
     assert cli.main(["check", str(tmp_path / "stock"), "--length", "48", "--device", "cpu", "--accelerate"]) == 1
     assert "1 of 10 leak: rollback by cache.crop" in capsys.readouterr().out
+    file = tmp_path / "stock" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    assert cli.main(["check", str(tmp_path / "stock"), "--device", "cpu"]) == 1
+    assert "stock: neither a run of gdn nor a model of transformers: Error while deserializing" in capsys.readouterr().err
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,8 @@ def accelerate(model: nn.Module) -> Accelerated:
     On CPU and GPU, in training and decoding, with transformers' own caches, under `torch.compile(fullgraph=True)`. Results equal the
     stock model's within the rounding of its dtype. Three things change for the better: packed documents (`position_ids` that restart,
     `cu_seq_lens_q`, `seq_idx`, or `packing=gdn.Packing(...)`) never leak, where stock leaks without a word or raises; padding leaves no
-    trace in the state on either side; and gradients can flow through a cache.
+    trace in the state on either side; and gradients can flow through a cache. Beside an attention mask, even one of ones, `position_ids`
+    are not looked at, as in stock: packed rows go without it.
 
     Args:
         model: a model that holds Qwen3-Next, Qwen3.5, Qwen3.5-MoE or OLMo Hybrid layers, whole or wrapped (for example by PEFT).
@@ -105,6 +106,7 @@ def restore(model: nn.Module) -> int:
                 del module.forward
             else:
                 module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
+            del module._gdn_no_pickle
             count += 1
         if vars(module).get("_loss_function") is causal_lm_loss:
             del module._loss_function
@@ -209,6 +211,19 @@ def _place(module: nn.Module) -> str:
 def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     setattr(forward, _MARK, True)
     setattr(module, _place(module), MethodType(forward, module))
+    module._gdn_no_pickle = _NoPickle()  # type: ignore[assignment]
+
+
+class _NoPickle:
+    """Stands in a changed module. Of a bound method a pickle holds the name only, so what `torch.save(model)` wrote could not be read."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _NoPickle:
+        return self
+
+    def __reduce__(self) -> str:
+        raise ImplementationError(
+            "an accelerated model cannot be pickled: gdn.restore(model) first, or save it with save_pretrained or as a state_dict"
+        )
 
 
 def _why_nothing(model: nn.Module) -> str:

@@ -252,3 +252,11 @@ def supported(config: Mapping[str, Any], family: str, **expected: Any) -> None:
         allowed = value if isinstance(value, tuple) else (value,)
         if name in config and config[name] not in allowed:
             raise ConfigError(f"{family}: {name}={config[name]!r} is not supported; expected {' or '.join(map(repr, allowed))}")
+
+
+def rope_of(config: Mapping[str, Any], family: str, **defaults: Any) -> dict[str, Any]:
+    """The parameters of rotary positions as transformers reads them: from `rope_scaling`, their old name, or else `rope_parameters`, then
+    from the configuration itself. Any but plain ones are refused."""
+    inside: dict[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    supported({"rope_type": inside.get("rope_type", inside.get("type", "default"))}, family, rope_type="default")
+    return {"rope_theta": 10000.0, **defaults, **config, **inside}

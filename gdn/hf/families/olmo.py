@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gdn.hf.families.base import MLP, Family, Line, Table, Wishes, supported
+from gdn.hf.families.base import MLP, Family, Line, Table, Wishes, rope_of, supported
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 
@@ -55,8 +55,7 @@ def _read(c: Mapping[str, Any]) -> LM.Config:
     from gdn.mixers.attention import Attention
 
     supported(c, "olmo_hybrid", hidden_act="silu", attention_bias=False)
-    rope: dict[str, Any] = c.get("rope_parameters") or {}
-    supported(rope, "olmo_hybrid", rope_type="default")
+    theta = rope_of(c, "olmo_hybrid")["rope_theta"]
     width, heads = c["hidden_size"], c["num_attention_heads"]
     linear = GatedDeltaNet.Config(
         heads=c["linear_num_key_heads"],
@@ -74,8 +73,8 @@ def _read(c: Mapping[str, Any]) -> LM.Config:
         heads=heads,
         kv_heads=c["num_key_value_heads"],
         head_dim=c.get("head_dim") or width // heads,
-        rope_base=float(rope.get("rope_theta") or 10000.0),
-        rope_fraction=1.0 if rope.get("rope_theta") is not None else 0.0,
+        rope_base=float(theta or 10000.0),
+        rope_fraction=1.0 if theta is not None else 0.0,
         qk_norm=True,
         norm_all_heads=True,
         norm_eps=c["rms_norm_eps"],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn.core.errors import ConfigError
-from gdn.hf.families.base import MLP, Family, Line, Table, Wishes, no_mlp_without_width, supported
+from gdn.hf.families.base import MLP, Family, Line, Table, Wishes, no_mlp_without_width, rope_of, supported
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 
@@ -120,8 +120,7 @@ def _layer_types(c: Mapping[str, Any]) -> list[str]:
 def _attention(c: Mapping[str, Any], family: str) -> Any:
     from gdn.mixers.attention import Attention
 
-    rope: dict[str, Any] = {"rope_theta": 10000.0, "partial_rotary_factor": 0.25, **c, **(c.get("rope_parameters") or {})}
-    supported(rope, family, rope_type="default")
+    rope = rope_of(c, family, partial_rotary_factor=0.25)
     return Attention.Config(
         heads=c["num_attention_heads"],
         kv_heads=c["num_key_value_heads"],
