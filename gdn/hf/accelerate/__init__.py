@@ -211,7 +211,7 @@ def _place(module: nn.Module) -> str:
 def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     setattr(forward, _MARK, True)
     setattr(module, _place(module), MethodType(forward, module))
-    module._gdn_no_pickle = _NoPickle()  # type: ignore[assignment]
+    vars(module)["_gdn_no_pickle"] = _NoPickle()
 
 
 class _NoPickle:
