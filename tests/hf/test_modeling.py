@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 import torch
 from small import MIXERS, causal, config, tokens
@@ -281,7 +282,7 @@ def test_the_trainer_trains_resumes_and_evaluates(tmp_path) -> None:
 
 def test_smoothed_labels_are_those_of_the_next_token(tmp_path) -> None:
     x, model = tokens(4, 12), causal()
-    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in x]
+    rows = datasets.Dataset.from_dict({"input_ids": x.tolist(), "labels": x.tolist()})
     arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], disable_tqdm=True, use_cpu=True)
     expected = F.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), label_smoothing=0.1)
-    assert Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"] == pytest.approx(expected.item())  # type: ignore[arg-type]
+    assert Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"] == pytest.approx(expected.item())
