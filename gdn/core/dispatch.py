@@ -133,7 +133,7 @@ class Op:
         """The function of the first row that can serve a call with this main input and these dimensions."""
         at = tensor.device
         sizes = tuple([(name, operator.index(size)) for name, size in dims.items()])
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()  # who runs an exported graph may not compile it
+        compiled = torch.compiler.is_compiling() and not _exporting()  # who runs an exported graph may not compile it
         return self._functions[_choose(self.name, self.forced, at.type, at.index or 0, tensor.dtype, sizes, compiled)]
 
     def explain(
@@ -208,8 +208,14 @@ def _choose(
     return chosen
 
 
+def _exporting() -> bool:
+    """Called, not traced: where torch 2.11 traces `is_exporting` for torch.compile, it takes it for true."""
+    return torch.compiler.is_exporting()
+
+
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler, half of the time that importing gdn takes.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (_choose, _exporting):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def ops() -> dict[str, Op]:

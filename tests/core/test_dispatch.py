@@ -203,9 +203,9 @@ def test_a_row_for_compiled_graphs_serves_neither_eager_calls_nor_exported_graph
     assert torch.compile(module, fullgraph=True, backend="eager")(x)[0] == 3
 
 
-def test_the_choice_is_marked_as_torch_marks_constants() -> None:
+def test_what_is_called_while_tracing_is_marked_as_torch_marks_constants() -> None:
     marked = torch.compiler.assume_constant_result(lambda: None)
-    assert vars(dispatch._choose) == vars(marked) != {}
+    assert vars(dispatch._choose) == vars(dispatch._exporting) == vars(marked) != {}
 
 
 def test_forcing_reaches_a_compiled_graph(op: Op) -> None:

@@ -100,6 +100,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 99, raising=False)
+    monkeypatch.setattr(portable_launch.hardware, "capability", lambda index: 0)  # the CPU, device -1, has none
     active = SimpleNamespace(get_current_device=lambda: 0, launcher_cls=lambda src, metadata: made.append(src))
     monkeypatch.setattr(portable_launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(portable_launch, "_COMPILED", {})
