@@ -8,6 +8,7 @@ import pytest
 import torch
 from on_gpu import gpu
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from gdn.core.dispatch import use
 from gdn.ops import causal_attention
@@ -18,7 +19,7 @@ from gdn.testing import compare
 
 LONG = (
     Problem(name="window of two blocks and more, long", T=700, window=300),
-    Problem(name="packed, long", B=2, T=450, H=4, G=2, K=16, V=32, lengths=(500, 1, 127, 128, 144)),
+    Problem(name="packed, long", B=2, T=450, H=4, G=2, K=16, V=32, lengths=(449, 1, 127, 128, 195)),
     Problem(name="packed and a window, long", T=900, H=2, G=1, K=16, V=16, window=200, lengths=(256, 384, 260)),
     Problem(name="padded, long", B=2, T=400, window=130, start=(0, 290)),
     Problem(name="keys from before, long", T=300, window=150, past=210),
@@ -57,6 +58,30 @@ def test_each_block_is_what_its_queries_see(problem: Problem) -> None:
             for n, block in enumerate(rows.split(flex.BLOCK, dim=1)):
                 assert bool(whole[row, m, n]) == bool(block.all())
                 assert bool(reached[row, m, n]) == bool(block.any() and not block.all())
+
+
+@PROBLEMS
+def test_lists_of_blocks_are_one_operator_for_the_compiler(problem: Problem) -> None:
+    """With the strides that its stand-in promises: those of dimensions of one are what kernels of FlexAttention step by."""
+    arguments = problem.build(gradient=False)
+    q, k = arguments["q"], arguments["k"]
+    first = first_keys(q, k, arguments.get("start"), arguments.get("packing"))
+    given = torch.zeros(1, problem.T, dtype=torch.int64) if first is None else first, k.shape[1], problem.window
+    torch.library.opcheck(flex._lists, given)
+    for found in flex._lists(*given):
+        assert found.stride()[:2] == (found[0].numel(), found[0].numel())
+
+
+@PROBLEMS
+def test_lists_of_queries_say_what_those_of_keys_say(problem: Problem) -> None:
+    arguments = problem.build(gradient=False)
+    q, k = arguments["q"], arguments["k"]
+    mask = flex._blocks(q, k.shape[1], problem.window, first_keys(q, k, arguments.get("start"), arguments.get("packing")))
+    lists = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    usual = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=flex.BLOCK, seq_lengths=mask.seq_lengths)
+    for name in ("q", "full_q"):
+        both = [dense(getattr(m, f"{name}_num_blocks"), getattr(m, f"{name}_indices"), problem.B) for m in (mask, usual)]
+        assert torch.equal(*both)
 
 
 def dense(counts: Tensor | None, indices: Tensor | None, batch: int) -> Tensor:

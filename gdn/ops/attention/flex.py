@@ -35,14 +35,7 @@ def causal_attention(
 def _blocks(q: Tensor, keys: int, window: int | None, first: Tensor | None) -> BlockMask:
     """Which blocks of keys a block of queries reaches, and which of them as a whole."""
     length = q.shape[1]
-    past, device = keys - length, q.device
-    begins = torch.arange(0, length, BLOCK, device=device)
-    ends = (begins + BLOCK).clamp(max=length) - 1
-    least, most = _first_seen(begins, past, window, first), _first_seen(ends, past, window, first)  # [B or 1, blocks]
-    low = torch.arange(0, keys, BLOCK, device=device)
-    high = (low + BLOCK).clamp(max=keys) - 1
-    reached = (low <= (ends + past).unsqueeze(1)) & (high >= least.unsqueeze(-1))
-    whole = (high <= (begins + past).unsqueeze(1)) & (low >= most.unsqueeze(-1))
+    past = keys - length
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = query + past >= key
@@ -50,18 +43,46 @@ def _blocks(q: Tensor, keys: int, window: int | None, first: Tensor | None) -> B
             seen = seen & (query + past - key < window)
         return seen if first is None else seen & (key >= first[batch, query])
 
-    return BlockMask.from_kv_blocks(
-        *_listed(reached & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, keys)
-    )
+    least = torch.zeros(1, length, dtype=torch.int64, device=q.device) if first is None else first
+    return BlockMask((length, keys), *_lists(least, keys, window), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=sees)
 
 
-def _first_seen(queries: Tensor, past: int, window: int | None, first: Tensor | None) -> Tensor:
-    """The first key `[B or 1, queries]` that each of some queries sees."""
-    least = torch.zeros_like(queries).unsqueeze(0) if first is None else first[:, queries]
+@torch.library.custom_op("gdn::attention_blocks", mutates_args=())
+def _lists(first: Tensor, keys: int, window: int | None) -> list[Tensor]:
+    """The eight lists of a `BlockMask`, of keys in part and as a whole, then of queries: numbers int32 `[B, 1, M]`, blocks `[B, 1, M, N]`.
+
+    An operator that the compiler does not look into. FlexAttention's kernels step from one sequence to the next by the stride of the
+    dimension of one head. That of a tensor which the compiler makes is anything: with torch 2.11 all sequences had the first one's blocks.
+    """
+    length, device = first.shape[1], first.device
+    past = keys - length
+    begins = torch.arange(0, length, BLOCK, device=device)
+    ends = (begins + BLOCK).clamp(max=length) - 1
+    least, most = (_first_seen(queries, past, window, first) for queries in (begins, ends))  # [B, blocks]
+    low = torch.arange(0, keys, BLOCK, device=device)
+    high = (low + BLOCK).clamp(max=keys) - 1
+    reached = (low <= (ends + past).unsqueeze(1)) & (high >= least.unsqueeze(-1))
+    whole = (high <= (begins + past).unsqueeze(1)) & (low >= most.unsqueeze(-1))
+    kinds = reached & ~whole, whole
+    return [found for blocks in (*kinds, *(x.mT for x in kinds)) for found in _listed(blocks)]
+
+
+@_lists.register_fake
+def _(first: Tensor, keys: int, window: int | None) -> list[Tensor]:
+    batch, length = first.shape
+    m, n = (length + BLOCK - 1) // BLOCK, (keys + BLOCK - 1) // BLOCK
+    shapes = 2 * [(batch, 1, m), (batch, 1, m, n)] + 2 * [(batch, 1, n), (batch, 1, n, m)]
+    return [first.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+
+def _first_seen(queries: Tensor, past: int, window: int | None, first: Tensor) -> Tensor:
+    """The first key `[B, queries]` that each of some queries sees."""
+    least = first[:, queries]
     return least if window is None else torch.maximum(least, queries + (past - window + 1))
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """For bool `[B, M, N]`: the number in each row `[B, 1, M]`, and all numbers of blocks `[B, 1, M, N]`, theirs first."""
-    order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+    blocks = blocks.to(torch.int32, memory_format=torch.contiguous_format)
+    order = torch.argsort(blocks, dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), order.to(torch.int32).unsqueeze(1)
