@@ -31,6 +31,7 @@ import clock
 import rows
 import torch
 import torch.nn.functional as F
+import tuning
 from torch import Tensor
 
 from gdn.core.dispatch import use
@@ -218,6 +219,10 @@ def measure(problem: Problem, table: str, kind: str, impl: str, args: argparse.N
     return found
 
 
+def measured(problem: Problem, table: str, kind: str, impl: str, args: argparse.Namespace) -> dict[str, Any]:
+    return tuning.ahead(functools.partial(measure, problem, table, kind, impl, args), args, tunes=impl in ("fla", "fla padded"))
+
+
 def errors(rule: Rule, x: list[Tensor], do: Tensor | None, of: tuple[Any, ...]) -> dict[str, Any]:
     """Errors by name. A failure to compare does not take the times of the row with it."""
     try:
@@ -278,7 +283,7 @@ def plan(args: argparse.Namespace) -> list[rows.Row]:
             facts = {"what": table, "row": name(size), "kind": kind}
             for impl in impls:
                 if serves(impl, problem):
-                    found.append(rows.Row(facts, impl, functools.partial(measure, size, table, kind, impl, args)))
+                    found.append(rows.Row(facts, impl, functools.partial(measured, size, table, kind, impl, args)))
     return found
 
 
@@ -389,6 +394,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device", default="cuda", choices=("cuda", "cpu"), help="cpu runs every problem 64 times shorter, to try the script out"
     )
+    tuning.add_arguments(parser)
     rows.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -220,14 +220,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--graph", action="store_true", help="time a step as a CUDA graph too")
     parser.add_argument("--repeats", type=int, default=20, help="calls that a median is of (default %(default)s)")
-    parser.add_argument(
-        "--compilers", type=int, default=os.cpu_count() or 1,
-        help="processes that compile what FLA's autotuners choose from (default %(default)s, the cores); 0: as they do it, one after another",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compile-limit", type=rows.positive, default=60, help="seconds for one of them, which is left out beyond (default %(default)s)"
-    )
     parser.add_argument("--device", default="cuda")
+    tuning.add_arguments(parser)
     rows.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -238,14 +232,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measured(name: str, impl: str, args: argparse.Namespace) -> dict[str, Any]:
-    """A row, FLA's kernels compiled ahead of their tuning."""
-    processes = args.compilers if impl in ("fla", "error") else 0
-    with tuning.compiled_ahead(processes, args.compile_limit, time.monotonic() + args.row_limit) as tuned:
-        found = errors(name, args) if impl == "error" else measure(name, impl, args)
-    facts = tuned.facts()
-    if "note" in found and "note" in facts:
-        facts["note"] = f"{found['note']}; {facts['note']}"
-    return found | facts
+    def measurement() -> dict[str, Any]:
+        return errors(name, args) if impl == "error" else measure(name, impl, args)
+
+    return tuning.ahead(measurement, args, tunes=impl in ("fla", "error"))
 
 
 def plan(args: argparse.Namespace) -> list[rows.Row]:

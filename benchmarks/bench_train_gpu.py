@@ -5,8 +5,9 @@ from building the model to the end of the first step (everything compiled on the
 memory, and the share of the data sheet's dense bfloat16 rate that is used: `mfu` by the operations of the model at that length (three times the
 forward pass, recurrence and attention scores included), `mfu_6n` by 6 a parameter and token.
 
-The default shapes are those of the paper's throughput figure. FLA tunes for three minutes in its first step; all defaults take about 8 minutes
-with a cold cache. The Transformer++ is our model with full attention through torch's flash kernel.
+The default shapes are those of the paper's throughput figure. FLA compiles and tunes for three minutes in its first step, for less than
+two and a half where sixteen processes compile (`--compilers`; its row says so, 0 gives the step as a user has it); all defaults take about 8
+minutes with a cold cache. The Transformer++ is our model with full attention through torch's flash kernel.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import clock
 import rows
 import torch
+import tuning
 from torch import Tensor, nn
 
 from gdn.mixers import Attention, GatedDeltaNet
@@ -163,6 +165,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="steps that the median is of, after one that is not (default %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile every model of ours that is named without it")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    tuning.add_arguments(parser)
     rows.add_arguments(parser, row_limit=300)
     args = parser.parse_args(argv)
     try:
@@ -178,12 +181,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def measured(model: str, batch: int, length: int, args: argparse.Namespace) -> dict[str, Any]:
+    row = functools.partial(measure, model, args.size, batch, length, args.steps, args.device)
+    return tuning.ahead(row, args, tunes=model == "fla")
+
+
 def plan(args: argparse.Namespace) -> list[rows.Row]:
     return [
         rows.Row(
             {"size": args.size, "shape": f"{batch}x{length}"},
             model,
-            functools.partial(measure, model, args.size, batch, length, args.steps, args.device),
+            functools.partial(measured, model, batch, length, args),
         )
         for batch, length in args.shapes
         for model in args.models

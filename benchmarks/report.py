@@ -346,8 +346,6 @@ def devices(results: Iterable[Result]) -> list[str]:
 
 def draw(results: Sequence[Result], root: Path) -> list[Path]:
     """The plots that the page shows, in place of all older ones."""
-    for old in (root / pictures.FOLDER).glob("*.png"):
-        old.unlink()
     results, paths = newest(results), []
     for device in devices(results):
         here = [r for r in results if r.run.device == device]
@@ -356,6 +354,8 @@ def draw(results: Sequence[Result], root: Path) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.draw(here, title).savefig(path, dpi=110, metadata={"Software": None})
             paths.append(path)
+    for old in set((root / pictures.FOLDER).glob("*.png")) - set(paths):
+        old.unlink()
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Compile the candidates of Triton's autotuners in many processes at once.
+"""Compile the candidates of Triton's autotuners in many processes at once: what a benchmark that has FLA's rows does first.
 
 Triton compiles a kernel's configurations one after another as it tries them. FLA's GLA layer has 326, of a fifth of a second to 16 seconds of
 one core each, four minutes in all. Here those of a kernel are compiled together, each in a forked process, into Triton's cache on disk, where
@@ -7,6 +7,7 @@ the autotuner then finds them. From what it chooses, and how, stays as its autho
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import signal
@@ -20,6 +21,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `ahead`."""
+    parser.add_argument(
+        "--compilers", type=int, default=os.cpu_count() or 1,
+        help="processes that compile what FLA's autotuners choose from (default %(default)s, the cores); 0: as they do it, one after another",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile-limit", type=rows.positive, default=60, help="seconds for one of them, which is left out beyond (default %(default)s)"
+    )
+
+
+def ahead(measure: Callable[[], dict[str, Any]], args: argparse.Namespace, *, tunes: bool) -> dict[str, Any]:
+    """What is measured, and if that `tunes` itself, with what it chooses from compiled first."""
+    with compiled_ahead(args.compilers if tunes else 0, args.compile_limit, time.monotonic() + args.row_limit) as tuned:
+        found = measure()
+    facts = tuned.facts()
+    if "note" in found and "note" in facts:
+        facts["note"] = f"{found['note']}; {facts['note']}"
+    return found | facts
 
 
 class TooLong(Exception):

@@ -113,3 +113,9 @@ def test_bad_arguments_are_named(capsys):
     with pytest.raises(SystemExit):
         bench.parse(["--tables", "forwards", "--device", "cpu"])
     assert "'forwards': expected some of forward, training, wide, errors" in capsys.readouterr().err
+
+
+def test_only_what_fla_tunes_is_compiled_ahead(tiny, asked_ahead):
+    found = run("--tables training --peers fla,flash_qla --no-errors --compilers 3 --compile-limit 40")
+    assert [r["impl"] for r in found] == ["ours", "fla", "flash_qla"]
+    assert asked_ahead == [(0, 40), (3, 40), (0, 40)]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import json
@@ -10,7 +9,6 @@ import bench_layer_gpu as bench
 import pytest
 import rows
 import torch
-import tuning
 
 from gdn import mixers
 
@@ -83,21 +81,12 @@ def test_a_weight_without_a_place_is_named():
 
 
 @pytest.mark.parametrize(("impl", "processes"), [("ours", 0), ("ours compiled", 0), ("fla", 3), ("error", 3)])
-def test_only_what_fla_tunes_is_compiled_ahead(impl, processes, monkeypatch):
-    tuned = tuning.Tuned(configurations=9, left_out=["slow"])
-    told = []
-
-    @contextlib.contextmanager
-    def ahead(*arguments):
-        told.append(arguments[:2])
-        yield tuned
-
-    monkeypatch.setattr(tuning, "compiled_ahead", ahead)
+def test_only_what_fla_tunes_is_compiled_ahead(impl, processes, monkeypatch, asked_ahead):
     monkeypatch.setattr(bench, "measure", lambda *arguments: {"note": "no flash-attn"})
     monkeypatch.setattr(bench, "errors", lambda *arguments: {"note": "no flash-attn"})
     args = bench.parse(["--device", "cpu", "--mixers", "gla", "--compilers", "3", "--compile-limit", "40", "--impls", impl])
     (row,) = bench.plan(args)
     found = row.measure()
-    assert told == [(processes, 40)]
+    assert asked_ahead == [(processes, 40)]
     assert found["configurations"] == 9
     assert found["note"] == "no flash-attn; 1 of 9 configurations took too long to compile: slow"

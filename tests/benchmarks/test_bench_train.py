@@ -45,3 +45,13 @@ def test_bad_arguments_are_named(line, message, capsys):
     with pytest.raises(SystemExit):
         bench.parse(line.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "processes"), [("ours", 0), ("transformer compiled", 0), ("fla", 3)])
+def test_only_what_fla_tunes_is_compiled_ahead(model, processes, monkeypatch, asked_ahead):
+    monkeypatch.setattr(bench, "measure", lambda *arguments: {"model": arguments[0]})
+    args = bench.parse(["--device", "cpu", "--shapes", "1x8", "--compilers", "3", "--compile-limit", "40", "--models", model])
+    (row,) = bench.plan(args)
+    found = row.measure()
+    assert asked_ahead == [(processes, 40)]
+    assert found["model"] == model and found["configurations"] == 9
