@@ -264,6 +264,13 @@ def test_loss_in_small_chunks_and_blocks(
     as_good_as_the_reference(linear_cross_entropy, "portable", {**build(problem, dtype), "reduction": reduction})
 
 
+def test_large_gpus_make_more_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {0: 80 << 30, 1: 24 << 30}
+    monkeypatch.setattr(loss_row, "memory_bytes", lambda index: sizes[index])
+    found = [loss_row.chunk_logits(torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu")]
+    assert found == [2 * loss_row.CHUNK_LOGITS, loss_row.CHUNK_LOGITS, loss_row.CHUNK_LOGITS]
+
+
 def test_loss_under_autocast_multiplies_bfloat16_and_keeps_float32_gradients() -> None:
     arguments = build(losses.PROBLEMS[1], torch.float32)
     targets = arguments.pop("targets")

@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn.core.device import memory_bytes
 from gdn.core.opaque import Opaque
 from gdn.core.portable_launch import launch
 from gdn.core.portable_math import int64
 
 CHUNK_LOGITS = 1 << 26
-"""Logits of a chunk: 256 MB, 2048 tokens of 32768 words, enough for the products to run at full speed."""
+"""Logits of a chunk: 256 MB, 2048 tokens of 32768 words, with which the products run at nearly full speed."""
+ROOMY = 64 << 30
+"""Bytes of a GPU on which a chunk has twice as many: on an H200 32768 tokens of 32000 words in 21.8 ms for 22.8."""
 BLOCK = 4096
 """Logits of a program at a time."""
 
@@ -126,7 +129,7 @@ def _go_over(
     losses = torch.empty(tokens, dtype=torch.float32, device=x.device)
     dx = torch.empty(x.shape if backward else (0,), dtype=torch.float32, device=x.device)
     dweight = torch.zeros(weight.shape if backward else (0,), dtype=torch.float32, device=x.device)
-    number = max(1, -(-tokens * vocab // CHUNK_LOGITS))
+    number = max(1, -(-tokens * vocab // chunk_logits(x.device)))
     size = -(-tokens // number)
     width = -(-vocab // 8) * 8
     space = torch.empty((size, width), dtype=torch.float32, device=x.device)
@@ -143,6 +146,12 @@ def _go_over(
             multiply(gradients, weight, dx[start : start + size])
             add_product(dweight, gradients.T, part)
     return losses, dx, dweight
+
+
+def chunk_logits(device: torch.device) -> int:
+    """Logits of a chunk on a device."""
+    roomy = device.type == "cuda" and memory_bytes(device.index or 0) >= ROOMY
+    return 2 * CHUNK_LOGITS if roomy else CHUNK_LOGITS
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -66,14 +66,15 @@ def _parallel_fake(x: Tensor, first: Tensor, second: Tensor | None, third: Tenso
 def _parallel_backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     x, *weights = args
     rows, dx = x.reshape(-1, x.shape[-1]), None
-    gradients: list[Tensor | None] = []
-    for weight, dy in zip(weights, grads, strict=True):
-        if weight is None or dy is None:
-            gradients.append(None if weight is None else torch.zeros_like(weight))
+    gradients: list[Tensor | None] = [None] * len(weights)
+    # The narrowest first: what is summed onto dx is read and written once more, which a wide product hides (notes/training_memory.md).
+    for i, weight in sorted(enumerate(weights), key=lambda pair: 0 if pair[1] is None else len(pair[1])):
+        if weight is None or (dy := grads[i]) is None:
+            gradients[i] = None if weight is None else torch.zeros_like(weight)
             continue
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-        gradients.append(dy.T @ rows)
+        gradients[i] = dy.T @ rows
     assert dx is not None
     return [dx.view(x.shape), *gradients]
 
