@@ -161,6 +161,8 @@ class LM(nn.Module):
         """The normed output of the last block, `[B, T, width]`, and the state. Arguments as in `forward`."""
         if tokens.ndim != 2 and not (tokens.ndim == 3 and tokens.is_floating_point()):
             raise ArgumentError(f"tokens: expected [B, T], got {list(tokens.shape)}")
+        if state is not None and state.pending is not None:
+            state.take_pending(tokens)
         x = self.embedding(tokens) if tokens.ndim == 2 else tokens
         wanted = state is not None
         if self.start is not None and state is None:
@@ -197,7 +199,7 @@ class LM(nn.Module):
             tokens: int64 `[B, T]`, or embeddings `[B, T, width]`.
             targets: int64 `[B, T]`, the token to predict at each place, -100 where there is none. Gives a loss and no logits.
             packing: boundaries of packed documents.
-            state: continue from here (`init_state`); updated in place.
+            state: continue from here (`init_state`); updated in place. Tokens begin with those that it has still to read, if any.
             mask: bool `[B, T]`, False at padding on the left.
         """
         x, state = self.hidden(tokens, packing=packing, state=state, mask=mask)

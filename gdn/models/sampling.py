@@ -41,7 +41,8 @@ def generate(model: LM, prompt: Tensor, sampling: Sampling | None = None, *, sta
     """Yield next tokens int64 `[B]` for ever, each drawn after the ones before it.
 
     Args:
-        prompt: int64 `[B, T]`, T at least 1; read in pieces, so that a long prompt needs no more memory than a short one.
+        prompt: int64 `[B, T]`, T at least 1; read in pieces, so that a long prompt needs no more memory than a short one. Of a state with
+            pending tokens it begins with those (`resume`).
         state: continue from here; updated in place.
     """
     if prompt.ndim != 2 or prompt.shape[1] < 1:
@@ -68,6 +69,7 @@ def resume(model: LM, prompt: Tensor, state: LMState | None = None) -> tuple[Ten
         prompt = torch.cat([state.pending.expand(prompt.shape[0], -1), prompt], dim=1)
     if prompt.shape[1] < 1:
         raise ArgumentError("prompt: expected at least one token, or a state with a pending one")
+    state.pending = None
     if prompt.shape[1] > 1:
         read(model, prompt[:, :-1], state)
     state.pending = prompt[:, -1:]

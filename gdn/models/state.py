@@ -61,6 +61,19 @@ class LMState:
         """Number of sequences."""
         return next(iter(self.layers[0].tensors.values())).shape[0]
 
+    def take_pending(self, tokens: Tensor) -> None:
+        """Take note that tokens `[B, T]` are read now, which must begin with those that are pending: without them the text has a hole."""
+        waiting = self.pending
+        if waiting is None:
+            return
+        first = tokens[:, : waiting.shape[1]]
+        if first.shape[1:] != waiting.shape[1:] or not torch.equal(first, waiting.expand(len(tokens), -1).to(tokens)):
+            raise ArgumentError(
+                f"state: {waiting.shape[1]} token(s) of its text have not been read (state.pending), and those given begin with others: "
+                "give torch.cat([state.pending, tokens], dim=1)"
+            )
+        self.pending = None
+
     def clone(self) -> LMState:
         """A snapshot that later tokens do not touch."""
         return self._with([layer.clone() for layer in self.layers])

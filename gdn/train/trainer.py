@@ -29,6 +29,7 @@ from gdn.train import checkpoint, metrics, random_state, report
 from gdn.train.config import TrainerConfig, first_difference
 from gdn.train.display import Display
 from gdn.train.distributed import World, processes, shard
+from gdn.train.lock import alone
 from gdn.train.metrics import Metrics, Row
 from gdn.train.progress import Progress, Speed
 from gdn.train.schedule import position
@@ -56,17 +57,22 @@ class Trainer:
         config, folder = self.config, Path(self.config.directory)
         with processes(config.device) as world:
             run = build(config, world)
-            found = resume(run, config, folder, world)
-            start = _place(run.progress, config)
-            with Display(config.steps, start, silent=not world.is_first) as display, StopRequest() as request:
-                display.say(_opening(run, found, config, world))
-                stopped = loop(run, config, world, request, display, self.clock)
-            export(run, config, world)
-            if stopped:
-                display.say(f"stopped after step {run.progress.step:,} and saved; the same command goes on from there ({folder})")
-            else:
-                finish(run, config, world, display)
-            return exit_code(stopped)
+            with alone(folder, world):
+                return self._run(run, folder, world)
+
+    def _run(self, run: Run, folder: Path, world: World) -> int:
+        config = self.config
+        found = resume(run, config, folder, world)
+        start = _place(run.progress, config)
+        with Display(config.steps, start, silent=not world.is_first) as display, StopRequest() as request:
+            display.say(_opening(run, found, config, world))
+            stopped = loop(run, config, world, request, display, self.clock)
+        export(run, config, world)
+        if stopped:
+            display.say(f"stopped after step {run.progress.step:,} and saved; the same command goes on from there ({folder})")
+        else:
+            finish(run, config, world, display)
+        return exit_code(stopped)
 
 
 @dataclass

@@ -152,6 +152,21 @@ def test_tokens_that_are_still_to_be_read_go_along() -> None:
     torch.testing.assert_close(answers(state.rollback(1), x[:, 10:]), model(x).logits[:, -1])
 
 
+def test_a_text_cannot_go_on_past_what_is_still_to_be_read() -> None:
+    model, x, question = build(), tokens(2, 12), tokens(2, 15)[:, 12:]
+    whole = torch.cat([x, question], dim=1)
+    _, state = resume(model, x)
+    for wrong in (question, question[:, :0], model.embedding(whole[:, 11:])):
+        with pytest.raises(ArgumentError, match=r"1 token.* not been read"):
+            model(wrong, state=state)
+    with pytest.raises(ArgumentError, match=r"state\.pending"):
+        next(generate(model, question, state=state))
+    found = model(torch.cat([state.pending, question], dim=1), state=state)
+    torch.testing.assert_close(found.logits[:, -1], model(whole).logits[:, -1])
+    assert state.pending is None and found.state.pending is None
+    model(question, state=found.state)
+
+
 @pytest.mark.parametrize("config", [PURE, HYBRID], ids=["pure", "hybrid"])
 def test_a_state_of_fixed_addresses_goes_on_from_a_file_and_from_a_copy(tmp_path: Path, config: LM.Config) -> None:
     model, x = build(config, dtype=torch.float64), tokens()
