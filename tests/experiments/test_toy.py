@@ -39,6 +39,18 @@ def test_toy(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", experiments.names())
+def test_a_toy_learns_every_task_in_every_order_that_full_runs_do(name: str) -> None:
+    def learned(toy: bool) -> set[tuple[str, str, str]]:
+        runs = experiments.load(name).runs(toy)
+        return {(run.training.order, type(task).__name__, getattr(task, "group", "")) for run in runs for task in run.tasks}
+
+    # S4 is learned as S3 is.
+    assert learned(toy=False) - learned(toy=True) <= {("turns", "GroupWords", "S4")}
+    for run in experiments.load(name).runs(True):
+        assert run.training.order == "turns" or run.training.steps >= len(run.tasks), "a stage without a step"
+
+
+@pytest.mark.parametrize("name", experiments.names())
 def test_full_runs_can_be_told_apart_and_survive_the_results_file(name: str) -> None:
     runs = experiments.load(name).runs(False)
     assert len({run.key for run in runs}) == len(runs)

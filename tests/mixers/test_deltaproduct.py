@@ -118,6 +118,15 @@ def test_published_model_has_its_number_of_parameters() -> None:
     assert round(model.with_(pattern=(single,)).num_parameters() / 1e6) == 392
 
 
+def test_initial_gates_are_gated_deltanets_and_do_not_decay() -> None:
+    torch.manual_seed(0)
+    mixer = SWITCHES["gated"].with_(heads=512, value_heads=None).build(16)
+    rate, step = mixer.A_log.detach().exp(), F.softplus(mixer.dt_bias.detach())
+    assert 0 <= rate.min() < 1 < 15 < rate.max() <= 16
+    assert 1e-3 * 0.999 <= step.min() < 2e-3 < 0.05 < step.max() <= 0.1 * 1.001
+    assert all(parameter._no_weight_decay for parameter in (mixer.A_log, mixer.dt_bias))
+
+
 @pytest.mark.parametrize(("householders", "top", "exact"), [(2, True, True), (1, True, False), (2, False, False)])
 def test_two_reflections_rotate(householders: int, top: bool, exact: bool) -> None:
     """Whether a layer of given keys can turn its memory by a third of a circle for ever: what tracking three things in a circle needs."""
