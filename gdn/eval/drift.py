@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gdn.core.errors import ArgumentError
 from gdn.models.lm import LM
-from gdn.models.precision import MEMORY, Precision
+from gdn.models.precision import Precision, memories
 from gdn.models.state import LMState
 
 
@@ -44,7 +44,7 @@ def drift(model: LM, tokens: Tensor, precisions: Sequence[Precision] = ("bf16", 
     if piece < 1:
         raise ArgumentError(f"piece: expected at least 1, got {piece}")
     exact = model.init_state(tokens.shape[0])
-    if not any(MEMORY in layer.tensors for layer in exact.layers):
+    if not any(memories(layer) for layer in exact.layers):
         raise ArgumentError("model: has no recurrent memory whose precision could be changed")
     states = {p: exact.to(p) for p in precisions}
     sums = {p: [0.0, 0.0, 0] for p in precisions}
@@ -75,8 +75,8 @@ def _read(model: LM, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
 def _memory_error(state: LMState, exact: LMState) -> float:
     wrong = total = 0.0
     for mine, truth in zip(state.layers, exact.layers, strict=True):
-        if MEMORY in truth.tensors:
-            memory = truth[MEMORY].double()
-            wrong += float((mine.full()[MEMORY].double() - memory).square().sum())
+        for name in memories(truth):
+            memory = truth[name].double()
+            wrong += float((mine.full()[name].double() - memory).square().sum())
             total += float(memory.square().sum())
     return (wrong / max(total, 1e-300)) ** 0.5

@@ -13,6 +13,8 @@ the state is the shorter way. Which few matters. In three dimensions, where A5 t
 cycles of five show no other way: where A5 permutes five things they are four. A model that had begun with the cycles of three, two
 reflections there too, was stuck with two writes. The generators of S5 are swaps, one reflection each. What one write, decay or attention
 cannot do in S3 is not asked of them again there.
+
+Hybrids have a layer of each of their mixers, two or three instead of one, and attention there sees a quarter of the long words.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ from typing import TYPE_CHECKING
 from gdn.data.synthetic.group_words import GroupWords
 from gdn.experiments import plots
 from gdn.experiments.definition import Experiment, Row, Run, Test, Training
+from gdn.experiments.models import Pattern
 from gdn.mixers.attention import Attention
-from gdn.mixers.base import MixerConfig
+from gdn.mixers.deltanet import DeltaNet
 from gdn.mixers.deltaproduct import DeltaProduct
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.gsa import GSA
 from gdn.mixers.mamba2 import Mamba2
+from gdn.mixers.swat import Swat
 from gdn.models.lm import LM
 from gdn.train import AdamW, Schedule
 
@@ -53,19 +58,27 @@ def asked(series: str, group: str) -> bool:
     return group in EASY or series.endswith("a token")
 
 
-def models(width: int, heads: int) -> dict[str, MixerConfig]:
-    """DeltaProduct by writes, and what should not be able to follow."""
+def models(width: int, heads: int, window: int) -> dict[str, Pattern]:
+    """The mixers of each model: DeltaProduct by writes, and what should not be able to follow."""
     head_dim = width // 4  # as published: eight heads of 32 at width 128
+    gated = GatedDeltaNet.Config(heads=heads, head_dim=head_dim, expand_v=1.0)
+    mamba2 = Mamba2.Config(head_dim=head_dim, state_dim=head_dim)
+    attention = Attention.Config(heads=heads, head_dim=head_dim)
     product = DeltaProduct.Config(
         householders=1, gate=False, allow_neg_eigval=True, heads=heads, head_dim=head_dim, short_conv=False, output_gate=False
     )
     return {
-        **{named(n): product.with_(householders=n) for n in (4, 3, 2, 1)},
-        "2 writes, beta < 1": product.with_(householders=2, allow_neg_eigval=False),
-        "Gated DeltaNet": GatedDeltaNet.Config(heads=heads, head_dim=head_dim, expand_v=1.0),
-        "Gated DeltaNet, beta < 2": GatedDeltaNet.Config(heads=heads, head_dim=head_dim, expand_v=1.0, allow_neg_eigval=True),
-        "Mamba2": Mamba2.Config(head_dim=head_dim, state_dim=head_dim),
-        "Transformer": Attention.Config(heads=heads, head_dim=head_dim),
+        **{named(n): (product.with_(householders=n),) for n in (4, 3, 2, 1)},
+        "2 writes, beta < 1": (product.with_(householders=2, allow_neg_eigval=False),),
+        "Gated DeltaNet": (gated,),
+        "Gated DeltaNet, beta < 2": (gated.with_(allow_neg_eigval=True),),
+        "DeltaNet": (DeltaNet.Config(heads=heads, head_dim=head_dim),),
+        "Mamba2": (mamba2,),
+        "GSA": (GSA.Config(heads=heads, slots=head_dim),),
+        "SWAT": (Swat.Config(heads=heads, head_dim=head_dim, window=window),),
+        "Transformer": (attention,),
+        "Gated DeltaNet-H1, 2 layers": (gated, attention.with_(window=window)),
+        "Gated DeltaNet-H2, 3 layers": (mamba2, gated, attention.with_(window=window)),
     }
 
 
@@ -112,12 +125,12 @@ def runs(toy: bool) -> list[Run]:
                     series=series,
                     x=group,
                     seed=seed,
-                    model=LM.Config(vocab=words.vocab, width=width, layers=1, mlp=4 * width * 2 // 3, pattern=(mixer,)),
+                    model=LM.Config(vocab=words.vocab, width=width, layers=len(mixers), mlp=4 * width * 2 // 3, pattern=mixers),
                     tasks=stages(words) if group in HARD else (words,),
                     training=in_stages if group in HARD else training,
                     tests=tests,
                 )
-                for series, mixer in models(width, heads).items()
+                for series, mixers in models(width, heads, (longest + 1) // 4).items()
                 if asked(series, group)
             ]
     return found

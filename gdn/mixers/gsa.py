@@ -93,10 +93,10 @@ class GSA(Mixer):
         return {"qkv_proj": (self.keys, self.keys, self.values)}
 
     def init_state(self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MixerState:
-        """`keys` `[N, heads, K, m]` and `values` `[N, heads, m, V]`."""
+        """`memory_keys` `[N, heads, K, m]` and `memory_values` `[N, heads, m, V]`."""
         c, weight = self.config, self.qkv_proj.weight
         device, dtype = device or weight.device, accumulate_dtype(dtype or weight.dtype)
-        shapes = {"keys": (self.keys // c.heads, c.slots), "values": (c.slots, self.values // c.heads)}
+        shapes = {"memory_keys": (self.keys // c.heads, c.slots), "memory_values": (c.slots, self.values // c.heads)}
         return MixerState({name: torch.zeros(batch, c.heads, *shape, device=device, dtype=dtype) for name, shape in shapes.items()})
 
     def forward(
@@ -114,12 +114,12 @@ class GSA(Mixer):
             g = g.masked_fill(~mask.unsqueeze(-1), 0)
         q, k, v, g = (t.unflatten(-1, (self.config.heads, -1)) for t in (*self._activated(x), g))
         s = -torch.expm1(g).to(q.dtype)
-        past = dict(state.tensors) if state is not None else {"keys": None, "values": None}
-        scores, keys = PER_VALUE(q, k, s, g, scale=1.0, state=past["keys"], packing=packing)
+        past = dict(state.tensors) if state is not None else {"memory_keys": None, "memory_values": None}
+        scores, keys = PER_VALUE(q, k, s, g, scale=1.0, state=past["memory_keys"], packing=packing)
         weights = scores.to(accumulate_dtype(scores.dtype)).softmax(-1).to(q.dtype)
-        o, values = PER_KEY(weights, s, v, g, scale=1.0, state=past["values"], packing=packing)
+        o, values = PER_KEY(weights, s, v, g, scale=1.0, state=past["memory_values"], packing=packing)
         if state is not None and keys is not None and values is not None:
-            state = state.update(keys=keys, values=values)
+            state = state.update(memory_keys=keys, memory_values=values)
         return self.o_proj(self.o_norm(F.silu(o.flatten(2)))), state
 
     def _activated(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

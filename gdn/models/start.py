@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn.core.errors import ArgumentError, CheckpointError
-from gdn.models.precision import MEMORY
+from gdn.models.precision import MEMORY, memories
 
 if TYPE_CHECKING:
     from gdn.models.lm import LM
@@ -28,7 +28,7 @@ class Start(nn.Module):
 
     def __init__(self, state: LMState) -> None:
         super().__init__()
-        first = {f"layer_{i}": layer[MEMORY][0] for i, layer in enumerate(state.layers) if MEMORY in layer.tensors}
+        first = {_parameter(i, name): layer[name][0] for i, layer in enumerate(state.layers) for name in memories(layer)}
         if not first:
             raise ArgumentError("model: has no recurrent memory to begin with")
         self.memories = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(memory)) for name, memory in first.items()})
@@ -42,10 +42,15 @@ class Start(nn.Module):
     def fill(self, state: LMState) -> LMState:
         """An empty state with these memories; gradients flow to them."""
         for i, layer in enumerate(state.layers):
-            if f"layer_{i}" in self.memories:
-                memory: Tensor = self.memories[f"layer_{i}"]
-                layer.tensors[MEMORY] = memory.to(layer[MEMORY].dtype).expand_as(layer[MEMORY]).clone()
+            for name in memories(layer):
+                memory: Tensor = self.memories[_parameter(i, name)]
+                layer.tensors[name] = memory.to(layer[name].dtype).expand_as(layer[name]).clone()
         return state
+
+
+def _parameter(layer: int, memory: str) -> str:
+    """layer_3, or with several memories layer_3_keys."""
+    return f"layer_{layer}{memory.removeprefix(MEMORY)}"
 
 
 PREFIX = "start."

@@ -9,6 +9,7 @@ from gdn.core.errors import ArgumentError
 from gdn.eval.drift import drift
 from gdn.mixers.attention import Attention
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.gsa import GSA
 from gdn.models.lm import LM
 
 CONFIG = LM.Config(vocab=17, width=24, layers=2, mlp=32, pattern=(GatedDeltaNet.Config(heads=2, head_dim=16),))
@@ -35,6 +36,14 @@ def test_drift_against_float32() -> None:
             exact, state = a.state, b.state
     expected = torch.cat(divergences[16:], 1).mean().item()  # the last row: pieces 17 to 20
     assert last["int8"].divergence == pytest.approx(expected, rel=0.05, abs=1e-8)
+
+
+def test_both_memories_of_a_slot_attention_drift() -> None:
+    torch.manual_seed(0)
+    model, tokens = LM(CONFIG.with_(width=32, pattern=(GSA.Config(heads=2, slots=16),))).eval(), torch.randint(17, (2, 8))
+    found = {r.precision: r for r in drift(model, tokens, ("fp32", "bf16", "fp8"), piece=2)}
+    assert found["fp32"].memory_error == 0 < found["bf16"].memory_error < found["fp8"].memory_error < 0.1
+    assert found["bf16"].bytes_per_sequence == found["fp32"].bytes_per_sequence // 2
 
 
 def test_models_without_a_memory_are_refused() -> None:

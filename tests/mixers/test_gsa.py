@@ -56,10 +56,10 @@ def test_slots_start_to_forget_as_published(normaliser: float, start: float) -> 
     """A gate of zero keeps `0.5 ** (1 / tau)`: after one token of zeros, slots hold what was in them times that."""
     mixer = Config(heads=2, slots=6, gate_normaliser=normaliser).build(16)
     state = mixer.init_state(1)
-    state["keys"].fill_(1)
+    state["memory_keys"].fill_(1)
     with torch.no_grad():
         mixer(torch.zeros(1, 1, 16), state=state)
-    torch.testing.assert_close(state["keys"], torch.full_like(state["keys"], start), rtol=0, atol=5e-4)
+    torch.testing.assert_close(state["memory_keys"], torch.full_like(state["memory_keys"], start), rtol=0, atol=5e-4)
 
 
 def test_has_the_published_size() -> None:

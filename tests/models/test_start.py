@@ -11,6 +11,7 @@ from gdn.core.errors import ArgumentError, CheckpointError
 from gdn.core.packing import Packing
 from gdn.mixers.attention import Attention
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.gsa import GSA
 from gdn.models.lm import LM
 from gdn.models.start import load_start, save_start, tune_start
 from gdn.models.store import load_model, save_model
@@ -44,6 +45,24 @@ def test_zero_changes_nothing_and_only_it_trains() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.01
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights)
+
+
+def test_each_memory_of_a_layer_begins_with_its_own() -> None:
+    model, x = LM(CONFIG.with_(width=32, pattern=(GSA.Config(heads=2, slots=16),))), tokens()
+    start = tune_start(model)
+    expected = {f"layer_{i}_{name}" for i in range(CONFIG.layers) for name in ("keys", "values")}
+    assert set(start.memories) == expected
+    model(x, targets=x).loss.backward()
+    with torch.no_grad():
+        for name in expected:
+            start.memories[name].normal_()
+    whole, state = model(x).logits, model.init_state(3)
+    assert torch.equal(state.layers[0]["memory_values"][1], start.memories["layer_0_values"])
+    pieces = []
+    for part in x.split(5, dim=1):
+        found = model(part, state=state)
+        pieces, state = [*pieces, found.logits], found.state
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_its_gradient_is_that_of_finite_differences_and_decoding_begins_with_it() -> None:

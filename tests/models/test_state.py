@@ -12,8 +12,11 @@ from gdn.cli import main
 from gdn.core.errors import ArgumentError, CheckpointError
 from gdn.data.tokenizer import ByteTokenizer
 from gdn.mixers.attention import Attention
+from gdn.mixers.base import MixerConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.gsa import GSA
 from gdn.models.lm import LM
+from gdn.models.precision import memories
 from gdn.models.sampling import Sampling, generate, prefill, resume
 from gdn.models.state import LMState, fingerprint
 from gdn.models.store import save_model
@@ -198,23 +201,33 @@ def test_wrong_files_and_targets_are_named(tmp_path: Path) -> None:
         LMState([]).save(tmp_path / "x")
 
 
-def test_precisions_take_fewer_bytes_and_cost_what_they_should() -> None:
-    model, x = build(PURE.with_(pattern=(LINEAR.with_(head_dim=16),))), tokens(2, 120)
+@pytest.mark.parametrize(
+    ("mixer", "names"),
+    [(LINEAR.with_(head_dim=16), ["memory"]), (GSA.Config(heads=2, slots=16), ["memory_keys", "memory_values"])],
+    ids=["delta rule", "slots"],
+)
+def test_precisions_take_fewer_bytes_and_cost_what_they_should(mixer: MixerConfig, names: list[str]) -> None:
+    model, x = build(PURE.with_(width=32, pattern=(mixer,))), tokens(2, 120)
     exact = read(model, x, model.init_state(2))
     assert exact.to("fp32").nbytes == exact.nbytes
-    memory = sum(layer["memory"].nbytes for layer in exact.layers)
-    for precision, share, error in (("bf16", 0.5, 0.02), ("fp16", 0.5, 0.003), ("int8", 0.29, 0.02), ("fp8", 0.26, 0.06)):
+    assert [memories(layer) for layer in exact.layers] == [names] * len(exact.layers)
+    kept = [layer[name] for layer in exact.layers for name in names]
+    heads = sum(t[..., 0, 0].numel() for t in kept)
+    rows, numbers = sum(t[..., 0].numel() for t in kept), sum(t.numel() for t in kept)
+    sizes = {"bf16": 2 * numbers, "fp16": 2 * numbers, "int8": numbers + 4 * rows, "fp8": numbers + 4 * heads}
+    for precision, error in (("bf16", 0.02), ("fp16", 0.003), ("int8", 0.02), ("fp8", 0.06)):
         state = model.init_state(2).to(precision)
         for piece in x.split(10, dim=1):
             state = read(model, piece, state)
-        assert state.nbytes - exact.nbytes == pytest.approx((share - 1) * memory, rel=0.03)
+        assert exact.nbytes - state.nbytes == 4 * numbers - sizes[precision]
         for mine, theirs in zip(state.to("fp32").layers, exact.layers):
-            wrong = (mine["memory"] - theirs["memory"]).norm() / theirs["memory"].norm()
-            assert error / 20 < wrong < error, (precision, wrong)
+            for name in names:
+                wrong = (mine[name] - theirs[name]).norm() / theirs[name].norm()
+                assert error / 20 < wrong < error, (precision, name, wrong)
         branch = read(model, x[[1, 1, 0], :3], state.select(torch.tensor([1, 1, 0])).record())
         assert branch.batch == 3
-        kept = branch.clone()
-        same(read(model, x[[1, 1, 0], :1], branch).rollback(1), kept)
+        snapshot = branch.clone()
+        same(read(model, x[[1, 1, 0], :1], branch).rollback(1), snapshot)
 
 
 def test_another_process_goes_on_with_the_same_tokens(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
