@@ -92,9 +92,14 @@ def _prepare(
     half = time.monotonic() + (ends - time.monotonic()) / 2
     ahead = compile_ahead.start(names, device, dtype)
     truths = {}
-    for name in names:
-        say(f"{name} in float64")
-        truths[name] = _truth(name)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of small tensors: on two busy cores two threads take 71 s to wait for each other, one takes 4
+    try:
+        for name in names:
+            say(f"{name} in float64")
+            truths[name] = _truth(name)
+    finally:
+        torch.set_num_threads(threads)
     if ahead is not None:
         say("compiling Triton kernels")
         ahead.join(half)

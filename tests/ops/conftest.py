@@ -28,12 +28,12 @@ def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def surrounded(tensor: Tensor) -> Tensor:
-    """A copy in the middle of memory that is NaN elsewhere: whoever reads beside the tensor is found out."""
-    if not tensor.is_contiguous():
+    """A copy in the middle of memory that is NaN elsewhere: whoever reads beside the tensor, or between numbers of a view, is found out."""
+    if 0 in tensor.stride():
         return tensor.clone()
-    around = tensor.new_full((tensor.numel() + 256,), float("nan"))
-    around[128:-128] = tensor.flatten()
-    return around[128:-128].view(tensor.shape)
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+    around = tensor.new_full((extent + 256,), float("nan"))
+    return around.as_strided(tensor.shape, tensor.stride(), 128).copy_(tensor)
 
 
 def evaluate(call: Callable[..., Any], impl: str, arguments: Arguments, *, run: Callable[..., Any] | None = None) -> dict[str, Tensor]:

@@ -590,6 +590,16 @@ def test_no_tokens_hand_the_state_through_triton(K: int, lengths: tuple[int, ...
     assert [x.numel() for x in rest] == [0] * 5
 
 
+def test_no_tokens_compile_with_a_gradient_of_the_state() -> None:
+    """A registered operator must not return an argument of its own."""
+    pytest.importorskip("triton")
+    arguments = Problem(name="", T=0, B=2, initial=True).build(dtype=torch.float32, device=DEVICE)
+    with use(gated_delta_rule="portable"):
+        _, final = torch.compile(gated_delta_rule, fullgraph=True, backend="aot_eager")(**arguments)
+    (found,) = torch.autograd.grad(final.sum(), [arguments["initial_state"]])
+    assert torch.equal(found, torch.ones_like(found))
+
+
 def test_strong_gates_make_no_denormal_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products with them take an Intel processor some hundred cycles each."""
     seen: list[Tensor] = []

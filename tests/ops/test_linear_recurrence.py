@@ -281,6 +281,17 @@ def test_dtypes_of_the_results(gates: Gates, impl: str, dtype: torch.dtype) -> N
     assert o.is_contiguous() and state.is_contiguous()
 
 
+@of_each_kind
+def test_no_sequences_compile_with_a_gradient_of_the_state(gates: Gates) -> None:
+    """A registered operator must not return an argument of its own."""
+    pytest.importorskip("triton")
+    arguments = Problem(name="", T=5, B=0, initial=True).build(gates, dtype=torch.float32)
+    operator = OPS[gates].name
+    with use(**{operator: "portable"}):
+        _, final = torch.compile(getattr(ops, operator), fullgraph=True, backend="aot_eager")(**arguments)
+    assert torch.autograd.grad(final.sum(), [arguments["initial_state"]])[0].shape == final.shape
+
+
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 @of_each_kind
 def test_no_tokens_hand_the_state_through(gates: Gates, impl: str) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from gdn import ops
+from gdn import Packing, ops
 from gdn.core.dispatch import use
 from gdn.ops import (
     add_rms_norm,
@@ -104,6 +105,22 @@ def test_step_reads_strided_views_and_updates_the_state_in_its_place(as_good_as_
         assert torch.equal(layers[:, 0], before[:, 0])
 
 
+def apart(x: Tensor) -> Tensor:
+    """The same numbers as every second one of others."""
+    return torch.stack([x, torch.full_like(x, 1)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("name", ["slots", "bias"])
+def test_steps_take_slots_and_a_bias_that_are_columns_of_a_table(name: str, as_good_as_the_reference: Check) -> None:
+    arguments = build(steps.Problem(name="", B=3, T=2, H=1, HV=2, K=8, V=8, slots=(4, -1, 2), pool=6), torch.float32)
+    slots = arguments["slots"]
+    if name == "slots":
+        as_good_as_the_reference(gated_delta_step, "portable", {**arguments, "slots": apart(slots)})
+    tensors = {"x": (3, 2, 6), "weight": (6, 4), "state": (6, 3, 6), "bias": (6,)}
+    arguments = {n: torch.randn(shape, device=DEVICE) for n, shape in tensors.items()} | {"slots": slots}
+    as_good_as_the_reference(causal_conv1d_step, "portable", {**arguments, name: apart(arguments[name])})
+
+
 def test_step_clears_at_minus_infinity_and_lets_nan_through() -> None:
     arguments = build(steps.Problem(name="", B=1, H=1, HV=2, K=4, V=4), torch.float32)
     arguments["k"].zero_()
@@ -134,6 +151,22 @@ def test_convolution_reads_strided_views(as_good_as_the_reference: Check) -> Non
         wide = torch.cat([arguments["x"]] * 2, dim=2)[:, :, : problem.D]
         assert not wide.is_contiguous()
         as_good_as_the_reference(causal_conv1d, "portable", {**arguments, "x": wide})
+
+
+def test_convolution_reads_a_bias_that_is_a_column(as_good_as_the_reference: Check) -> None:
+    tensors = {"x": (2, 9, 6), "weight": (6, 4), "bias": (6,)}
+    arguments = {name: torch.randn(shape, device=DEVICE) for name, shape in tensors.items()}
+    as_good_as_the_reference(causal_conv1d, "portable", {**arguments, "bias": apart(arguments["bias"]), "activation": "silu"})
+
+
+def test_convolution_of_packed_rows_of_one_token_each() -> None:
+    """Contiguous whatever its stride over tokens is, which then is not that of the flattened rows."""
+    x, weight = torch.randn(1, 4, 6, device=DEVICE).transpose(0, 1), torch.randn(6, 4, device=DEVICE)
+    assert x.is_contiguous() and x.stride(1) != 6
+    y, _ = causal_conv1d(x, weight, packing=Packing.from_lengths([1] * 4, device=DEVICE))
+    with use(causal_conv1d="portable"):
+        found, _ = causal_conv1d(x, weight, packing=Packing.from_lengths([1] * 4, device=DEVICE))
+    torch.testing.assert_close(found, y)
 
 
 def test_convolution_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:

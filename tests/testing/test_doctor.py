@@ -73,6 +73,19 @@ def test_skipped_rows_say_why_and_times_are_shown(monkeypatch: pytest.MonkeyPatc
     assert any("→ torch" in line and "12.34" in line and "ok" in line for line in lines)
 
 
+def test_the_truth_of_small_problems_is_found_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other programs use the cores, threads wait for each other until the time of the whole examination is over."""
+    threads: list[int] = []
+    monkeypatch.setattr(doctor, "_truth", lambda name: threads.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        doctor._prepare(["l2norm"], torch.device("cpu"), torch.float32, float("inf"), lambda text: None)
+        assert (threads, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bad_seconds_are_named() -> None:
     with pytest.raises(ArgumentError, match="seconds: expected 0"):
         doctor.examine("cpu", seconds=-1)

@@ -344,7 +344,7 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     d_initial = None if initial_state is None else fresh(initial_state)
     if p.chunks == 0:
         if d_initial is not None:
-            d_initial = d_initial.zero_() if d_final is None else d_final
+            d_initial = d_initial.zero_() if d_final is None else d_initial.copy_(d_final)
         return [dq, dk, dv, torch.zeros_like(g), dbeta, d_initial]
     initial = None if initial_state is None else _aligned(initial_state)
     schedule, workspace, more = p.prepared(_schedule_backward, _kind(q, k, v, g, beta, scale, initial, d_final is not None))

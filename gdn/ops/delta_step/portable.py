@@ -110,6 +110,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
         return o
     q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
     memory = state if state.stride()[1:] == (K * V, V, 1) else state.contiguous()
+    slots = None if slots is None else slots.contiguous()
     columns, warps = block(K, V, memory.element_size())
     launch(
         step_kernel, (B * HV * -(-V // columns),), q, k, v, g.contiguous(), beta.contiguous(), memory, slots, o, scale, T,

@@ -135,7 +135,7 @@ class Recurrence:
         if call.p.chunks:
             return [*self.find(call, saved, do, d_final, d_initial), d_initial]
         if d_initial is not None:
-            d_initial = d_initial.zero_() if d_final is None else d_final
+            d_initial = d_initial.zero_() if d_final is None else d_initial.copy_(d_final)
         return [*(None if x is None else torch.zeros_like(x) for x in (q, k, v, g, beta)), d_initial]
 
     def _call(

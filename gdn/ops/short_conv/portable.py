@@ -361,7 +361,8 @@ def _forward(
     silu: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, weight, initial_state = dense(x, documents is not None), weight.contiguous(), _contiguous(initial_state)
+    x, weight, bias = dense(x, documents is not None), weight.contiguous(), _contiguous(bias)
+    initial_state = _contiguous(initial_state)
     B, T, D = x.shape
     W = weight.shape[1]
     y = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
@@ -397,7 +398,7 @@ def _fake(
 def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     x, weight, bias, initial_state, cu_seqlens, documents, positions, silu = args
     dy, d_final = grads
-    x, taps_, state = dense(x, documents is not None), weight.contiguous(), _contiguous(initial_state)
+    x, taps_, bias, state = dense(x, documents is not None), weight.contiguous(), _contiguous(bias), _contiguous(initial_state)
     B, T, D = x.shape
     W = weight.shape[1]
     dy = torch.zeros((B, T, D), dtype=x.dtype, device=x.device) if dy is None else dy.contiguous()
@@ -444,7 +445,7 @@ def dense(x: Tensor, flat: bool) -> Tensor:
     """x [B, T, D], copied unless channels are dense, and all tokens evenly spaced if they are to be one row."""
     if x.stride(2) == 1 and not (flat and x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
         return x
-    return x.contiguous()
+    return x.contiguous().view(-1).view(x.shape)  # contiguous rows of one token may have any stride over tokens
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -471,7 +472,7 @@ def causal_conv1d_step(
 
 
 def _step(x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, slots: Tensor | None, silu: bool) -> Tensor:
-    x, weight = dense(x, False), weight.contiguous()
+    x, weight, bias, slots = dense(x, False), weight.contiguous(), _contiguous(bias), _contiguous(slots)
     B, T, D = x.shape
     W = weight.shape[1]
     y = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
