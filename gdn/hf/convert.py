@@ -183,11 +183,12 @@ class Writer:
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         try:
             save_file({n: t.contiguous() for n, t in self.held.items()}, self._partial(len(self.shards)), metadata={"format": "pt"})
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write {self.folder}: {error}") from error
         self.shards.append(list(self.held))
         self.held, self.held_bytes = {}, 0

@@ -143,6 +143,7 @@ class LM(nn.Module):
     ) -> LMState:
         """An empty decoding state for `batch` sequences. With `room` for so many tokens a step changes nothing but tensors in place, and
         can be captured as a CUDA graph."""
+        dtype = dtype or self.embedding.weight.dtype  # of the activations; a quantised projection's weight may be of bytes
         if room is None:
             layers = [mixer.init_state(batch, device=device, dtype=dtype) for mixer in self.mixers()]
         else:

@@ -136,6 +136,7 @@ class LMState:
 
     def save(self, path: str | Path) -> None:
         """Write the state with the fingerprint of its model: one safetensors file, whole or not at all."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -155,7 +156,7 @@ class LMState:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, metadata=metadata)
             os.replace(partial, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise CheckpointError(f"cannot write {path}: {error}") from error
 

@@ -410,3 +410,18 @@ def test_every_family_covers_every_weight_once() -> None:
             assert ours == sorted(LM(config).state_dict()), name
         theirs = [n for rule in rules for n in rule.theirs]
         assert len(theirs) == len(set(theirs)), name
+
+
+def test_a_full_disk_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    save_model(
+        LM(LM.Config(vocab=17, width=24, layers=1, mlp=32, pattern=(GatedDeltaNet.Config(heads=2, head_dim=8, beta_bias=False),))),
+        tmp_path / "run",
+    )
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "gated_deltanet"]) == 1
+    assert "No space left on device" in capsys.readouterr().err

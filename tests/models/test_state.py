@@ -243,3 +243,36 @@ def test_another_process_goes_on_with_the_same_tokens(tmp_path: Path, capfd: pyt
     assert here.startswith(document)
     assert len(here) > len(document) + 3
     assert fresh.run(main, [*command, "--load-state", file]) == fresh.Ended(0, here[len(document) :])
+
+
+@pytest.mark.parametrize("room", [None, 60])
+def test_quantised_projections_read_into_a_state_of_the_activations_dtype(room: int | None) -> None:
+    class Bytes(torch.nn.Linear):
+        """As bitsandbytes stores a layer: the weight is bytes, the output is of the input's dtype."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 64, self.bias)
+
+    model, x = build(HYBRID.with_(layers=2)), tokens()
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                quantised = Bytes(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                quantised.weight = torch.nn.Parameter((layer.weight * 64).round().to(torch.int8), requires_grad=False)
+                setattr(module, name, quantised)
+    with torch.no_grad():
+        whole, state = model(x).logits, read(model, x[:, :30], model.init_state(2, room=room))
+        torch.testing.assert_close(model(x[:, 30:], state=state).logits, whole[:, 30:], atol=1e-5, rtol=1e-4)
+
+
+def test_a_full_disk_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"part")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*s\.state: .*No space left"):
+        build().init_state(1).save(tmp_path / "s.state")
+    assert not list(tmp_path.iterdir())
