@@ -107,7 +107,7 @@ class Run(Config):
 
     @property
     def key(self) -> str:
-        """Stands for everything that decides the result; a run with a known key is not repeated."""
+        """Stands for everything of the configuration, not for the version of the code; a run with a known key is not repeated."""
         return hashlib.blake2b(json.dumps(self.to_dict(), sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
