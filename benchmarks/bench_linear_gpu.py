@@ -98,6 +98,8 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES), help="default: all")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this machine has no GPU that torch can use")
     found = []
     for name in options.sizes.split(","):
         op = SIZES[name][0]

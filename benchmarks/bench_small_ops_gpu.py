@@ -335,6 +335,8 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="time the plain torch rows too")
     parser.add_argument("--sweep", action="store_true", help="time the step for all sizes of its programs, and stop")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this machine has no GPU that torch can use")
     import triton
 
     flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")

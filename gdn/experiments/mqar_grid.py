@@ -2,7 +2,8 @@
 
 Two layers without MLP, width 128, two heads: each head of a delta-rule model has a state of 64 x 64 and can hold 64 pairs without error. A
 sequence of length 4n asks at once; one of length 8n has as many random tokens between as it has pairs and questions, so memory that fades
-by itself shows. Half as many pairs as keys have channels, as many, and twice as many.
+by itself shows. A quarter and half as many pairs as keys have channels, as many, and twice as many; four times as many are left out: what
+tells the models apart is whether they reach the number of channels, and twice as many ask delta rules for more than they hold already.
 
 As in the published sweep a model learns all sizes together, from 4 pairs on: with 64 pairs alone no model, attention included, had begun
 to recall after 2000 steps. That sweep has 8192 tokens, 180 000 sequences, 22 500 steps and the best of four learning rates. Here 2048

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -184,6 +186,8 @@ class LM(nn.Module):
                 x, added, layer = block.terms(x, added, layer, packing, mask)
             layers.append(layer)
         after = None if state is None or not wanted else LMState(layers, state.length + tokens.shape[1], self)
+        if after is not None and state is not None and not is_compiling() and all(map(operator.is_, layers, state.layers)):
+            state.length = after.length  # the same memories, whichever of the two is held
         return add_and_norm(self.norm, x, added)[0], after
 
     def forward(
@@ -200,7 +204,8 @@ class LM(nn.Module):
             tokens: int64 `[B, T]`, or embeddings `[B, T, width]`.
             targets: int64 `[B, T]`, the token to predict at each place, -100 where there is none. Gives a loss and no logits.
             packing: boundaries of packed documents.
-            state: continue from here (`init_state`); updated in place. Tokens begin with those that it has still to read, if any.
+            state: continue from here (`init_state`). Where no gradient flows it is updated in place: to ask one document twice give `fork`s
+                of its state. Tokens begin with those that it has still to read, if any.
             mask: bool `[B, T]`, False at padding on the left.
         """
         x, state = self.hidden(tokens, packing=packing, state=state, mask=mask)

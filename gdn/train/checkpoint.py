@@ -187,6 +187,11 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, local: str, world
     return {"model": weights, "optimizer": moments, "local": {str(world.rank): local}}
 
 
+def found_in(run: Path) -> bool:
+    """Whether there is any checkpoint, whole or not."""
+    return any(_folders(run))
+
+
 def _folders(run: Path) -> Iterator[Path]:
     return (path for path in (run / FOLDER).glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit())
 

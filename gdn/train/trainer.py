@@ -111,8 +111,13 @@ def build(config: TrainerConfig, world: World) -> Run:
 
 def resume(run: Run, config: TrainerConfig, folder: Path, world: World) -> Path | None:
     """Bring a run to where its directory's last whole checkpoint stands; that checkpoint, or None."""
-    found = world.broadcast(checkpoint.latest(folder) if world.is_first else None)
+    found, some = world.broadcast((checkpoint.latest(folder), checkpoint.found_in(folder)) if world.is_first else None)
     if found is None:
+        if some:
+            raise CheckpointError(
+                f"no checkpoint of the run in {folder} can be used: choose another directory, "
+                f"or begin again by deleting {folder / checkpoint.FOLDER}"
+            )
         return None
     if not config.resume:
         raise CheckpointError(f"{folder} holds a run (resume is off): choose another directory or delete it")

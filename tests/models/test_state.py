@@ -155,6 +155,19 @@ def test_tokens_that_are_still_to_be_read_go_along() -> None:
     torch.testing.assert_close(answers(state.rollback(1), x[:, 10:]), model(x).logits[:, -1])
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_whichever_handle_is_held_knows_what_was_read(tmp_path: Path, gradient: bool) -> None:
+    model, x = build(), tokens(1, 20)
+    with torch.set_grad_enabled(gradient):
+        first = model(x[:, :12], state=model.init_state(1)).state
+        after = model(x[:, 12:], state=first).state
+    assert after.length == 20
+    assert first.length == (12 if gradient else 20)  # where gradients flow the first is as it was
+    right = read(model, x[:, : first.length], model.init_state(1))
+    for mine, theirs in zip(first.layers, right.layers, strict=True):
+        torch.testing.assert_close(mine.tensors, theirs.tensors)
+
+
 def test_a_text_cannot_go_on_past_what_is_still_to_be_read() -> None:
     model, x, question = build(), tokens(2, 12), tokens(2, 15)[:, 12:]
     whole = torch.cat([x, question], dim=1)
@@ -202,12 +215,12 @@ def test_wrong_files_and_targets_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mixer", "names"),
-    [(LINEAR.with_(head_dim=16), ["memory"]), (GSA.Config(heads=2, slots=16), ["memory_keys", "memory_values"])],
+    ("width", "mixer", "names"),
+    [(24, LINEAR.with_(head_dim=16), ["memory"]), (32, GSA.Config(heads=2, slots=16), ["memory_keys", "memory_values"])],
     ids=["delta rule", "slots"],
 )
-def test_precisions_take_fewer_bytes_and_cost_what_they_should(mixer: MixerConfig, names: list[str]) -> None:
-    model, x = build(PURE.with_(width=32, pattern=(mixer,))), tokens(2, 120)
+def test_precisions_take_fewer_bytes_and_cost_what_they_should(width: int, mixer: MixerConfig, names: list[str]) -> None:
+    model, x = build(PURE.with_(width=width, pattern=(mixer,))), tokens(2, 120)
     exact = read(model, x, model.init_state(2))
     assert exact.to("fp32").nbytes == exact.nbytes
     assert [memories(layer) for layer in exact.layers] == [names] * len(exact.layers)

@@ -127,6 +127,16 @@ def test_a_checkpoint_that_was_damaged_is_not_loaded_and_the_one_before_gives_th
     assert weights(config) == model
 
 
+def test_a_run_without_a_usable_checkpoint_is_not_begun_again_over_them(tiny: Tiny) -> None:
+    config = run(tiny())
+    for data in Path(config.directory, "checkpoints").glob("*/__0_0.distcp"):
+        data.write_bytes(data.read_bytes()[:1000])
+    kept = steps_saved(config)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of the run in .* can be used"):
+        Trainer(config.with_(steps=20)).run()
+    assert steps_saved(config) == kept
+
+
 def test_random_numbers_go_on_where_they_were(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     original = trainer.train_step
 
