@@ -50,6 +50,17 @@ def test_equals_a_literal_transcription_of_the_paper() -> None:
         torch.testing.assert_close(mixer(x.unsqueeze(0))[0][0], literal_layer(mixer, x), rtol=1e-9, atol=1e-11)
 
 
+def test_the_memory_starts_to_forget_as_published() -> None:
+    """A gate of zero keeps `0.5 ** (1 / 16)`: after one token of zeros, the memory holds what was in it times that."""
+    mixer = Config(heads=2).build(16)
+    state = mixer.init_state(1)
+    state["memory"].fill_(1)
+    with torch.no_grad():
+        mixer.get_parameter("decay_proj.1.bias").zero_()
+        mixer(torch.zeros(1, 1, 16), state=state)
+    torch.testing.assert_close(state["memory"], torch.full_like(state["memory"], 0.9576), rtol=0, atol=5e-5)
+
+
 def test_has_the_published_size() -> None:
     """Matrices of 4 d^2, the decay's two of rank 16 and its bias, and one norm for all heads."""
     d = 2048

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
@@ -51,10 +54,33 @@ def test_equals_a_literal_transcription_of_the_paper() -> None:
         torch.testing.assert_close(mixer(x.unsqueeze(0))[0][0], literal_layer(mixer, x), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("normaliser", "start"), [(8.0, 0.917), (4.0, 0.841), (16.0, 0.958)])
-def test_slots_start_to_forget_as_published(normaliser: float, start: float) -> None:
-    """A gate of zero keeps `0.5 ** (1 / tau)`: after one token of zeros, slots hold what was in them times that."""
-    mixer = Config(heads=2, slots=6, gate_normaliser=normaliser).build(16)
+class DtypesOfSoftmax(TorchDispatchMode):
+    """Notes the dtype of the result of each softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._softmax.default:
+            self.seen.append(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slots_are_weighted_in_float32(dtype: torch.dtype) -> None:
+    """Outputs are equal bit for bit without, on the CPU, since PyTorch widens inside a softmax; its gradient reads the rounded result."""
+    mixer = Config(heads=2, slots=6).build(16).to(dtype)
+    with DtypesOfSoftmax() as softmax:
+        mixer(torch.randn(1, 9, 16, dtype=dtype))
+    assert softmax.seen == [torch.float32]
+
+
+@pytest.mark.parametrize(("tau", "start"), [({}, 0.917), ({"gate_normaliser": 4.0}, 0.841), ({"gate_normaliser": 16.0}, 0.958)])
+def test_slots_start_to_forget_as_published(tau: dict[str, float], start: float) -> None:
+    """A gate of zero keeps `0.5 ** (1 / tau)`: after one token of zeros, slots hold what was in them times that. By default tau is 8."""
+    mixer = Config(heads=2, slots=6).with_(**tau).build(16)
     state = mixer.init_state(1)
     state["memory_keys"].fill_(1)
     with torch.no_grad():

@@ -63,8 +63,14 @@ class Task(Config):
         raise NotImplementedError
 
     def sample(self, batch: int, generator: torch.Generator, split: Split = "train") -> Sample:
-        """Draw `batch` sequences. The test split is asked for what the task tests; where its content could repeat that of the training
-        split, it is disjoint from it."""
+        """Draw `batch` sequences.
+
+        The test split is asked for what the task tests. Where contents could repeat (words of a group, bits, expressions, automata, a text
+        around a needle), each belongs to one split and the two share none. The other tasks have so many sequences that none comes twice at
+        any usual size, and most draw both splits alike: one seed gives the same sequences, at most with other targets. So a test needs a
+        seed that no training has. The experiments train with the small seeds of their runs and test with
+        `gdn.experiments.sets.TEST_SEED`.
+        """
         if batch < 1:
             raise ArgumentError(f"batch: expected at least 1, got {batch}")
         if split not in get_args(Split):
@@ -115,6 +121,53 @@ def row_keys(rows: Tensor) -> Keys:
 def on_split(keys: Keys, split: Split, held_out: float) -> np.ndarray:
     """Which contents belong to a split, of which the test split gets the fraction `held_out`."""
     return (keys < np.uint64(held_out * 2**64)) == (split == "test")
+
+
+HELD_OUT = 1 / 8
+"""Fraction of the rows of each size that only the test split has, of tasks that draw with `rows_of_sizes`."""
+FEW = 128
+"""Of fewer different rows of a size than this, exactly that fraction is held out, one at least; of more, whatever their keys say."""
+FEWEST = 4
+"""Different rows of a size that two splits need."""
+MOST_DRAWS = 2000
+"""Rows that are drawn for a place before it is given up; at least one in fifteen fits, of few."""
+
+
+def padded_row_keys(rows: Tensor) -> Keys:
+    """64 bits that stand for the content of each row, whatever number of zeros follows it; the same on every machine."""
+    tokens = rows.numpy().astype(np.uint64)
+    places = np.arange(rows.shape[1], dtype=np.uint64) << np.uint64(32)
+    return mix(np.where(tokens > 0, mix(tokens ^ places), np.uint64(0)).sum(axis=1, dtype=np.uint64))
+
+
+def borders(longest: int, few: dict[int, Tensor]) -> Keys:
+    """For each size up to `longest` the key from which on rows belong to training; those below are the test's.
+
+    Args:
+        few: all rows of the sizes that have less than `FEW`, padded to one length.
+    """
+    found = np.full(longest + 1, HELD_OUT * 2**64, dtype=np.uint64)
+    for size, rows in few.items():
+        found[size] = np.sort(padded_row_keys(rows))[max(1, int(HELD_OUT * len(rows)))]
+    return found
+
+
+def rows_of_sizes(draw: Callable[[Tensor], Tensor], sizes: Tensor, split: Split, border: Keys) -> Tensor:
+    """Draw a row of each size, and again each that belongs to the other split by its content. Its size stays, so that sizes keep their
+    distribution.
+
+    Args:
+        draw: draws the rows whose numbers it is given, with the sizes of those numbers, padded with zeros.
+    """
+    wrong = torch.arange(len(sizes))
+    rows = draw(wrong)
+    for _ in range(MOST_DRAWS):
+        is_wrong = (padded_row_keys(rows[wrong]) < border[sizes[wrong].numpy()]) != (split == "test")
+        wrong = wrong[torch.from_numpy(is_wrong)]
+        if not len(wrong):
+            return rows
+        rows[wrong] = draw(wrong)
+    raise ConfigError(f"split: {MOST_DRAWS} rows of {int(sizes[wrong[0]])} tokens were drawn and none belongs to {split}")
 
 
 def rows_of_split(draw: Callable[[int], Tensor], batch: int, split: Split, held_out: float) -> Tensor:

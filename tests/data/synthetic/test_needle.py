@@ -52,6 +52,31 @@ def test_the_answer_is_in_the_text(level: int, split: str) -> None:
     assert len(places) > 3
 
 
+def test_needles_of_a_text_stand_at_forty_depths() -> None:
+    task, rng = Needle(level=2, length=1600), np.random.default_rng(0)
+    depths = []
+    for _ in range(600):
+        text, value = task.text(rng, "train")
+        sentences = re.split(r"(?<=\.) ", text.split("\n")[1])
+        (place,) = (i for i, sentence in enumerate(sentences) if value in sentence)
+        depths.append(39 * place / (len(sentences) - 1))
+        assert len(sentences) > 80
+    assert {round(depth) for depth in depths} == set(range(40))
+    assert max(abs(depth - round(depth)) for depth in depths) < 39 / 2 / 80 + 1e-9  # as near as whole sentences allow
+
+
+def test_needles_of_the_repeated_sentences_stand_anywhere() -> None:
+    task, rng = Needle(level=1, length=300), np.random.default_rng(0)
+    places, groups = set(), set()
+    for _ in range(200):
+        text, value = task.text(rng, "train")
+        haystack = text.split("\n")[1:-1]
+        groups.add(len(haystack))
+        places |= {i for i, sentence in enumerate(haystack) if value in sentence}
+    assert places == set(range(max(groups)))
+    assert len(places) > 5
+
+
 @pytest.mark.parametrize("level", [1, 3])
 def test_targets_are_the_characters_of_the_answer(level: int) -> None:
     task = Needle(level=level, length=300)  # type: ignore[arg-type]

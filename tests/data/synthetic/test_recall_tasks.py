@@ -79,6 +79,18 @@ def test_forgetting_mqar_wants_the_last_value_and_updates_change_it() -> None:
         assert all(wanted[i] == last[row[i]] for i in asked)
 
 
+def test_updates_come_in_any_order() -> None:
+    tokens, _, _ = ForgettingMQAR(vocab=30, length=16, pairs=3, updates=2).sample(3000, seeded())
+    assert_uniform((tokens[:, 6:10:2].unsqueeze(2) == tokens[:, None, 0:6:2]).int().argmax(dim=2), orders=6)
+
+
+def assert_uniform(rows: torch.Tensor, orders: int) -> None:
+    """As many different rows as expected, each as often."""
+    found, counts = rows.unique(dim=0, return_counts=True)
+    assert len(found) == orders
+    assert (counts / len(rows) - 1 / orders).abs().max() < 0.03
+
+
 def test_compositional_mqar_has_a_full_grid_of_keys() -> None:
     task = CompositionalMQAR(vocab=45, length=60, grid=3, random_fill=False)
     tokens, targets, _ = task.sample(60, seeded())
@@ -121,6 +133,16 @@ def test_in_context_recall() -> None:
     tokens, targets, _ = task.sample(60, seeded(), "test")
     assert tokens.shape == (60, 39)
     assert sum(read_recall(row, wanted, half=8, real=16) for row, wanted in zip(tokens.tolist(), targets.tolist())) > 60
+
+
+def test_the_last_probe_is_any_of_the_keys_shown() -> None:
+    tokens = InContextRecall(vocab=16, length=12).sample(3000, seeded(), "test").tokens
+    ranks, expected = torch.zeros(5), torch.zeros(5)
+    for row in tokens.tolist():
+        shown = sorted(set(row[0:10:2]))
+        ranks[shown.index(row[10])] += 1
+        expected[: len(shown)] += 1 / len(shown)
+    assert ((ranks - expected) / len(tokens)).abs().max() < 0.03
 
 
 def test_in_context_recall_trains_on_every_next_token() -> None:
@@ -226,3 +248,10 @@ def test_phone_book(split: str) -> None:
                 asked |= {i + 3 + d: digit for d, digit in enumerate(number)}
         assert row[43:45] != row[51:53]
         assert {i: target for i, target in enumerate(wanted) if target != IGNORE} == asked
+
+
+def test_look_ups_come_in_any_order() -> None:
+    task = PhoneBook(entries=3, digits=1, names=8, lookups=2)
+    tokens, _, _ = task.sample(3000, seeded())
+    book, asked = tokens[:, :15].unflatten(1, (3, 5))[:, :, :2], torch.stack((tokens[:, 16:18], tokens[:, 22:24]), dim=1)
+    assert_uniform((asked.unsqueeze(2) == book.unsqueeze(1)).all(dim=3).int().argmax(dim=2), orders=6)

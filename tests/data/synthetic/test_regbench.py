@@ -88,6 +88,21 @@ def test_every_symbol_is_legal_and_the_distribution_is_that_of_its_automaton() -
     assert row.count(task.separator) in (2, 3, 4)
 
 
+def test_words_have_the_published_lengths() -> None:
+    task = RegBench()
+    tokens, targets, _ = task.sample(150, torch.Generator().manual_seed(0))
+    counts, lengths = [], []
+    for row, wanted in zip(tokens.tolist(), targets.tolist()):
+        read = row[: row.index(task.padding)]  # nothing is cut
+        text = [*read, wanted[len(read) - 1]]
+        ends = [-1, *(i for i, token in enumerate(text) if token == task.separator), len(text)]
+        counts.append(len(ends) - 1)
+        lengths += [end - start - 1 for start, end in itertools.pairwise(ends)]
+    assert set(counts) == set(range(10, 20))
+    assert set(lengths) == set(range(1, 50))
+    assert abs(np.mean(lengths) - 25) < 1
+
+
 def test_the_splits_have_different_automata() -> None:
     task, rng = RegBench(vocab=5, alphabet=(2, 3), states=(2, 3)), np.random.default_rng(0)
     train = {repr(task.automaton(rng, "train")) for _ in range(400)}

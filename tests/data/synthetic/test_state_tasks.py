@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gdn.data.synthetic import GroupWords, ModularArithmetic, Parity
-from gdn.data.synthetic.base import IGNORE, on_split, row_keys
+from gdn.data.synthetic.base import IGNORE, Split, on_split, padded_row_keys, row_keys
 from gdn.data.synthetic.group_words import group
 
 
@@ -56,6 +56,76 @@ def test_modular_arithmetic(task: ModularArithmetic) -> None:
     assert min(lengths) >= task.shortest
     assert max(lengths) == task.length - (task.length % 2 and not task.brackets)
     assert operators - {"-"} == set(task.operators) - {"-"}
+
+
+def test_brackets_are_split_anywhere() -> None:
+    task = ModularArithmetic(length=13, shortest=13, brackets=True)
+    firsts = []
+    for row in task.sample(1200, seeded()).tokens.tolist():
+        text = "".join(task.symbols[token] for token in row)
+        left = text[1:3] if text[1] == "-" else text[1]
+        while left.count("(") > left.count(")"):
+            left = text[1 : 2 + len(left)]
+        firsts.append(len(left))
+    shares = torch.bincount(torch.tensor(firsts)) / len(firsts)
+    assert len(shares) == 9  # 1 to 8 symbols of the 12 with two brackets and an operator
+    assert (shares[1:] - 1 / 8).abs().max() < 0.04
+
+
+def rows_of(task: ModularArithmetic | Parity, count: int, split: Split) -> set[tuple[int, ...]]:
+    return {tuple(row) for row in task.sample(count, seeded(), split).tokens.tolist()}
+
+
+@pytest.mark.parametrize(
+    ("task", "different"),
+    [
+        (Parity(length=2, shortest=2), 4),
+        (Parity(length=6, shortest=6), 64),
+        (Parity(length=8, shortest=3, running=True), 504),
+        (ModularArithmetic(length=2, shortest=2), 5),
+        (ModularArithmetic(length=4, shortest=2), 80),
+        (ModularArithmetic(length=4, shortest=4, modulus=2, operators="+"), 4),
+        (ModularArithmetic(length=6, shortest=2, brackets=True), 4 * 5 + 75),
+        (ModularArithmetic(length=8, shortest=6, brackets=True, modulus=2, operators="-"), 4 + 8 + 12),
+    ],
+)
+def test_the_splits_share_no_content_and_have_all_together(task: ModularArithmetic | Parity, different: int) -> None:
+    train, test = rows_of(task, 40 * different, "train"), rows_of(task, 10 * different, "test")
+    assert not train & test
+    assert len(train | test) == different
+    for length in {sum(token > 0 for token in row) for row in train | test}:
+        mine, held_out = ({row for row in rows if sum(token > 0 for token in row) == length} for rows in (train, test))
+        share = len(held_out) / len(mine | held_out)
+        assert abs(share - 1 / 8) < (0.04 if len(mine | held_out) >= 128 else 1 / 8 + 1e-9)
+        assert held_out
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_splits_keep_the_distribution_of_lengths(split: Split) -> None:
+    for task, lengths in (
+        (Parity(length=10), range(3, 11)),
+        (ModularArithmetic(length=12, shortest=2), range(2, 13, 2)),
+        (ModularArithmetic(length=12, shortest=4, brackets=True), range(4, 13)),
+    ):
+        tokens, targets, _ = task.sample(2000, seeded(), split)
+        found, counts = (tokens > 0).sum(1).unique(return_counts=True)
+        assert found.tolist() == list(lengths)
+        assert (counts / 2000 - 1 / len(lengths)).abs().max() < 0.04
+        answers = targets[targets != IGNORE].bincount()[1:]
+        if split == "train":
+            assert (answers / 2000 - 1 / len(answers)).abs().max() < 0.12
+
+
+def test_a_content_is_on_one_side_whatever_the_longest_length() -> None:
+    short, long = Parity(length=9, shortest=9), Parity(length=40, shortest=9)
+    padded = {(*row, *[0] * 31) for row in rows_of(short, 3000, "train")}
+    assert len(padded) > 400
+    assert not padded & rows_of(long, 3000, "test")
+    assert padded & rows_of(long, 3000, "train")
+
+
+def test_a_long_expression_does_not_list_all_others() -> None:
+    assert ModularArithmetic(length=60, shortest=60, brackets=True).sample(2, seeded(), "test").tokens.shape == (2, 60)
 
 
 def test_the_vocabularies_of_arithmetic_are_the_published_ones() -> None:
@@ -151,3 +221,4 @@ def test_the_split_of_a_content_never_changes() -> None:
     keys = row_keys(torch.tensor([[0, 1, 2], [2, 1, 0]]))
     assert keys.tolist() == [12421565313168862949, 11938559158514737459]
     assert on_split(keys, "test", 0.66).tolist() == [False, True]
+    assert padded_row_keys(torch.tensor([[1, 2, 2, 0], [2, 1, 0, 0]])).tolist() == [15765973693405769320, 4794775412569211584]

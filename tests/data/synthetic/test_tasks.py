@@ -127,6 +127,12 @@ def test_mistakes_in_calls_are_named(task: Task) -> None:
         ({"type": "mqar_forgetting", "pairs": 4, "updates": 4, "length": 22}, "length: expected"),
         ({"type": "mqar_compositional", "grid": 3, "length": 53}, "length: expected at least 54, got 53"),
         ({"type": "parity", "length": 2}, "length: expected at least shortest=3"),
+        ({"type": "parity", "shortest": 1}, "shortest: expected at least 2, since the splits share no sequence"),
+        (
+            {"type": "modular_arithmetic", "modulus": 3, "shortest": 2},
+            "shortest: expected at least 3 for modulus=3, since the splits share",
+        ),
+        ({"type": "modular_arithmetic", "modulus": 2, "shortest": 5, "brackets": True}, "shortest: expected at least 6 for modulus=2"),
         ({"type": "modular_arithmetic", "modulus": 11}, "modulus: expected from 2 to 10"),
         ({"type": "modular_arithmetic", "shortest": 5, "length": 5}, "length: expected at least 6"),
         ({"type": "modular_arithmetic", "operators": "+/"}, "operators: expected some of"),
