@@ -170,7 +170,9 @@ class GdnStaticCache(GdnCache):
             self.seen = torch.zeros((), dtype=torch.int64, device=device)
             for tensor in (self.seen, *(t for layer in self._state.layers for t in layer.tensors.values())):
                 torch._dynamo.mark_static_address(tensor)
-        return _fitting(self._state, lm, batch)
+        mine = _fitting(self._state, lm, batch)
+        # The model notes lengths in what it is given; here `seen` tells them.
+        return LMState(mine.layers, mine.length, mine.model)
 
     def close(self, after: LMState | None) -> None:
         assert self.seen is not None and self._state is not None and after is not None
