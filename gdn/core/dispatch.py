@@ -215,7 +215,7 @@ def _exporting() -> bool:
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler, half of the time that importing gdn takes.
 for _function in (_choose, _exporting):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(_function)["_dynamo_marked_constant"] = True
 
 
 def ops() -> dict[str, Op]:
