@@ -2,7 +2,7 @@
 
 Each row: the largest relative error of outputs and gradients against the float64 reference on a small problem, beside that of plain torch at
 the same dtype; then medians of eager calls and of CUDA-graph replays with the L2 cache flushed, and the bytes that must move over the graph's
-time as a share of the measured copy bandwidth. "host" is the processor time of an eager call. Runs in under a minute.
+time as a share of the measured copy bandwidth. "host" is the processor time of an eager call, twenty in a row behind a busy GPU. Runs in under a minute.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from gdn.core.packing import Packing
 
 bf16, f32 = torch.bfloat16, torch.float32
 Call = Callable[[], Any]
+LAG = 20_000_000
+"""Cycles that the GPU is kept busy with while the host is measured: some 10 ms."""
 
 
 @dataclasses.dataclass
@@ -170,6 +172,23 @@ def cores() -> list[Row]:
     return found
 
 
+def rules() -> list[Row]:
+    """A prompt short enough for the host to be what an eager call waits for."""
+    found = []
+    for backward in (False, True):
+
+        def make(B: int = 1, T: int = 512, H: int = 2, HV: int = 8, K: int = 128) -> dict[str, Any]:
+            q, k = (torch.nn.functional.normalize(normal(B, T, H, K), dim=-1) for _ in range(2))
+            g, beta = -torch.rand(B, T, HV, device="cuda"), torch.rand(B, T, HV, device="cuda")
+            return {"q": q, "k": k, "v": normal(B, T, HV, K), "g": g, "beta": beta}
+
+        x = make()
+        name = f"rule 1x512 2/8{' fwd+bwd' if backward else ''}"
+        moved = (1 + 2 * backward) * size(x["q"], x["k"], x["v"], x["v"])
+        found.append(Row(name, "gated_delta_rule", ops.gated_delta_rule, x, moved, backward, lambda make=make: make(1, 100, 2, 4, 64)))
+    return found
+
+
 def change(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A tensor or GateParameters with every floating tensor changed."""
     if isinstance(value, Tensor):
@@ -268,15 +287,17 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
-def host_us(call: Call, repeats: int = 50) -> float:
-    """Processor time of an eager call while the GPU lags behind: the launches alone."""
-    torch.cuda.synchronize()
+def host_us(call: Call, calls: int = 20, repeats: int = 15) -> float:
+    """Processor time of one of `calls` eager calls in a row while the GPU lags behind: what a call costs a loop that keeps the GPU busy."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
         torch.cuda.synchronize()
+        torch.cuda._sleep(LAG)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
     return 1e6 * statistics.median(times)
 
 
@@ -297,7 +318,7 @@ def measure(row: Row, impl: str, flush: Tensor, bandwidth: float, repeats: int) 
         first = time.perf_counter() - start
         for _ in range(2):
             call()
-        found = {"impl": impl, "first_s": first, "eager_ms": median_ms(call, flush, repeats), "host_us": host_us(call, 20)}
+        found = {"impl": impl, "first_s": first, "eager_ms": median_ms(call, flush, repeats), "host_us": host_us(call)}
         try:
             found["graph_ms"] = median_ms(captured(call), flush, repeats)
         except RuntimeError as problem:
@@ -351,11 +372,11 @@ def main() -> None:
     )
     lines = []
     common = {"bench": "small_ops", **rows.machine(torch.device("cuda")), "copy_bytes_s": bandwidth}
-    for make in (steps, convolutions, norms, gates, losses, cores):
+    for make in (steps, convolutions, norms, gates, losses, rules, cores):
         for row in make():
             if args.only not in row.name:
                 continue
-            plain = {"linear_cross_entropy": "chunked", "delta_core": "composed"}.get(row.op, "torch")
+            plain = {"linear_cross_entropy": "chunked", "gated_delta_rule": "chunked", "delta_core": "composed"}.get(row.op, "torch")
             try:
                 checked = check(row, plain)
                 for impl in ("portable", *([plain] if args.plain else [])):
