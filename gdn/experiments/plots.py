@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKERS = "osD^vPX*<>"
+COLOURS = (*(f"C{i}" for i in range(10)), "black", "gold", "navy", "limegreen", "salmon", "indigo")
+MARKERS = "osD^vPX*<>hpd8H."
 
 
 def panels(count: int, *, title: str, height: float = 4.2) -> tuple[Figure, list[Axes]]:
@@ -32,7 +33,7 @@ def place(series: str, rows: Sequence[Row]) -> int:
 
 def colour(series: str, rows: Sequence[Row]) -> str:
     """A model's colour; the rows are those of the whole picture."""
-    return f"C{place(series, rows) % 10}"
+    return COLOURS[place(series, rows) % len(COLOURS)]
 
 
 def marker(series: str, rows: Sequence[Row]) -> str:

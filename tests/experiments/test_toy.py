@@ -11,6 +11,7 @@ import torch
 
 import gdn.experiments
 from gdn import cli, experiments
+from gdn.experiments import plots
 from gdn.experiments.conduct import conduct
 from gdn.experiments.definition import Run
 
@@ -79,3 +80,11 @@ def test_the_command_lists_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "runs/experiments/parity-toy/results.jsonl").is_file()
     assert cli.main(["experiment", "paritty"]) == 1
     assert 'Did you mean "parity"?' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", experiments.names())
+def test_no_two_models_of_a_picture_look_the_same(name: str) -> None:
+    rows = [{"series": run.series} for run in experiments.load(name).runs(False)]
+    models = {row["series"] for row in rows}
+    assert len({plots.colour(model, rows) for model in models}) == len(models)
+    assert len({plots.marker(model, rows) for model in models}) == len(models)
