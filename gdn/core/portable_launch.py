@@ -187,11 +187,12 @@ def starter(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool]:
 
 
 def integer_kind(n: int) -> int:
-    """What Triton specialises on in an integer argument: 1 is a constant of the code, of others it knows whether they are multiples of 16.
+    """What Triton specialises on in an integer argument: 1 is a constant of the code, of others it knows whether they are multiples of 16, and
+    those beyond int32 are int64 (2 and 18).
 
     Numbers, since `True == 1`: keys of 1 and of a multiple of 16 must differ.
     """
-    return 1 if n == 1 else 16 if n % 16 == 0 else 0
+    return 1 if n == 1 else (16 if n % 16 == 0 else 0) + (0 if n <= _LARGEST_INT32 else 2)
 
 
 def _kinds(kernel: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:

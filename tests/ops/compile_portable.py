@@ -20,7 +20,7 @@ from triton.compiler.compiler import make_backend
 from gdn.core import device as hardware
 from gdn.core.foresight import THREAD
 from gdn.core.portable_launch import Launch, integer_kind, through_registers
-from gdn.ops.attention.portable import windowed_sigmoid_attention
+from gdn.ops.attention import portable as rows
 from gdn.ops.delta_channel.portable import channel_delta_rule
 from gdn.ops.delta_rule.portable import gated_delta_rule
 from gdn.ops.linear_recurrence.portable import linear_attention
@@ -48,7 +48,11 @@ def recurrence(row: Callable[..., Any], K: int, V: int, *, T: int = 2048) -> Cal
 
 def attention(D: int) -> Call:
     tensors = {name: torch.empty(1, 256, heads, D, dtype=torch.bfloat16) for name, heads in (("q", 2), ("k", 1), ("v", 1))}
-    return windowed_sigmoid_attention, {**tensors, "slopes": torch.empty(2)}, {"window": 100, "scale": 0.5, "start": None, "packing": None}
+    return (
+        rows.windowed_sigmoid_attention,
+        {**tensors, "slopes": torch.empty(2)},
+        {"window": 100, "scale": 0.5, "start": None, "packing": None},
+    )
 
 
 CALLS: dict[str, Callable[[], Call]] = {
@@ -62,6 +66,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "value gated 256": lambda: recurrence(value_gated_linear_attention, 256, 256),
     "sigmoid 128": lambda: attention(128),
     "sigmoid 256": lambda: attention(256),
+    "long sigmoid 256": lambda: attention(256),
 }
 
 
@@ -114,6 +119,7 @@ def main(capability: int, room: int, *calls: str) -> None:
     hardware.multiprocessors = lambda index=0: 1 if crowded else 132
     for call in calls:
         crowded = call.startswith("crowded")
+        rows.LONG_ROW = 0 if call.startswith("long") else 1 << 31
         seen = set()
         for what in launches(*CALLS[call]()):
             code = source(what)

@@ -85,6 +85,14 @@ def test_reads_slices_of_wider_rows(as_good_as_the_reference: Check) -> None:
     as_good_as_the_reference(windowed_sigmoid_attention, "portable", {**arguments, "q": q, "k": k, "v": v})
 
 
+def test_offsets_of_long_rows(monkeypatch: pytest.MonkeyPatch, small_tiles: Callable[[], None], as_good_as_the_reference: Check) -> None:
+    """With heads that share keys, and padding; test_beyond_2_31.py has rows that are long."""
+    small_tiles()
+    monkeypatch.setattr(portable, "LONG_ROW", 0)
+    problem = Problem(name="", B=2, T=40, H=4, G=2, window=30, past=20, start=(0, 27))
+    as_good_as_the_reference(windowed_sigmoid_attention, "portable", problem.build(slopes=True, dtype=torch.float32, device=DEVICE))
+
+
 def test_slopes_that_are_not_trained_cost_nothing() -> None:
     def gradients(slopes_too: bool) -> tuple[Tensor, ...]:
         arguments = Problem(name="", T=50, H=2, G=2, window=20).build(slopes=True, dtype=torch.float32, device=DEVICE)

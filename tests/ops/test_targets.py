@@ -14,7 +14,7 @@ from gdn.core import device as hardware
 
 DESK = (
     ["rule 128", "crowded rule 128", "rule 200", "rule 256"],
-    ["channel rule 128", "channel rule 256", "linear 256", "value gated 256", "sigmoid 128", "sigmoid 256"],
+    ["channel rule 128", "channel rule 256", "linear 256", "value gated 256", "sigmoid 128", "sigmoid 256", "long sigmoid 256"],
 )
 
 

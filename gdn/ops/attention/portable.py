@@ -28,6 +28,9 @@ from gdn.core.portable_math import int64, sigmoid
 from gdn.core.portable_rows import aligned, fresh, power_of_two, token_rows
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+LONG_ROW = 1 << 31
+"""Elements of a row of the batch from which on offsets of tokens are int64. They take registers, of which `key_gradient_kernel` has none left: for
+sm_90 it would spill 180 bytes for 76 with heads of 64 in 16 bits, and 300 for 164 with heads of 128."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,15 @@ def launches(width: int, wide: bool, room: int) -> dict[str, Launch]:
 
 
 # --- what the kernels share
+
+
+@triton.jit
+def widened(H, q_stride, k_stride, v_stride, LONG: tl.constexpr):
+    """What tokens are multiplied with in offsets, as int64 if a row is long: so are the offsets then."""
+    if LONG:
+        return int64(H), int64(q_stride), int64(k_stride), int64(v_stride)
+    else:
+        return H, q_stride, k_stride, v_stride
 
 
 @triton.jit
@@ -172,9 +184,10 @@ def _read(
 def forward_kernel(
     q, k, v, slopes, o, positions, start, T, S, blocks, window, scale, q_stride, k_stride, v_stride, H, GROUP,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    LONG: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """o of M queries of one head. Grid [rows * H * query blocks]."""
+    H, q_stride, k_stride, v_stride = widened(H, q_stride, k_stride, v_stride, LONG)
     block, head, row = place(blocks, H)
     i = block * M + tl.arange(0, M)
     token = tl.minimum(i, T - 1)
@@ -222,10 +235,11 @@ def _query_gradient(
 def query_gradient_kernel(
     q, k, v, slopes, do, dq, dslopes, positions, start, T, S, blocks, window, scale, q_stride, k_stride, v_stride, H, GROUP,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SLOPES: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    LONG: tl.constexpr, SLOPES: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of M queries of one head, and if SLOPES their part of the slope's gradient, dslopes [rows, H, query blocks].
     Grid [rows * H * query blocks]."""
+    H, q_stride, k_stride, v_stride = widened(H, q_stride, k_stride, v_stride, LONG)
     block, head, row = place(blocks, H)
     i = block * M + tl.arange(0, M)
     token = tl.minimum(i, T - 1)
@@ -372,9 +386,10 @@ def _key_gradient(
 def key_gradient_kernel(
     q, k, v, slopes, do, dk, dv, positions, documents, cu_seqlens, start, T, S, blocks, window, scale, q_stride, k_stride, v_stride, H, GROUP,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    LONG: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of N keys of one key head, summed over the query heads that read it. Grid [rows * key heads * key blocks]."""
+    H, q_stride, k_stride, v_stride = widened(H, q_stride, k_stride, v_stride, LONG)
     G = H // GROUP
     block, group, row = place(blocks, G)
     j = block * N + tl.arange(0, N)
@@ -432,6 +447,12 @@ class _Call:
     def is_wide(self) -> bool:
         return self.q.dtype == torch.float32
 
+    @property
+    def is_long(self) -> bool:
+        """Whether offsets within a row of any tensor, or of a gradient, pass an int32."""
+        (_, T, H, _), S = self.q.shape, self.k.shape[1]
+        return max(T * self.q.stride(1), T * H * self.v.shape[3], S * self.k.stride(1), S * self.v.stride(1)) >= LONG_ROW
+
     def launch_of(self, name: str) -> Launch:
         return launches(max(self.widths), self.is_wide, hardware.room(self.q.device.index or 0))[name]
 
@@ -476,7 +497,7 @@ def _forward(
     blocks = -(-q.shape[1] // use.queries)
     launch(
         forward_kernel, (q.shape[0] * q.shape[2] * blocks,), call.q, call.k, call.v, call.slopes, o, positions, start, *call.sizes(blocks),
-        use.queries, use.keys, call.is_wide, use.stages, warps=use.warps,
+        use.queries, use.keys, call.is_long, call.is_wide, use.stages, warps=use.warps,
     )  # fmt: skip
     return (o,)
 
@@ -513,14 +534,14 @@ def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -
     blocks = -(-k.shape[1] // use.keys)
     launch(
         key_gradient_kernel, (k.shape[0] * k.shape[2] * blocks,), call.q, call.k, call.v, call.slopes, do, dk, dv, positions, documents, cu_seqlens,
-        start, *call.sizes(blocks), use.queries, use.keys, call.is_wide, use.stages, warps=use.warps,
+        start, *call.sizes(blocks), use.queries, use.keys, call.is_long, call.is_wide, use.stages, warps=use.warps,
     )  # fmt: skip
     use = call.launch_of("queries")
     blocks = -(-q.shape[1] // use.queries)
     parts = torch.empty((q.shape[0], q.shape[2], blocks if train_slopes else 0), dtype=torch.float32, device=q.device)
     launch(
         query_gradient_kernel, (q.shape[0] * q.shape[2] * blocks,), call.q, call.k, call.v, call.slopes, do, dq, parts, positions, start,
-        *call.sizes(blocks), use.queries, use.keys, train_slopes, call.is_wide, use.stages, warps=use.warps,
+        *call.sizes(blocks), use.queries, use.keys, call.is_long, train_slopes, call.is_wide, use.stages, warps=use.warps,
     )  # fmt: skip
     return [dq, dk, dv, parts.sum((0, 2)).to(slopes.dtype)]
 

@@ -91,9 +91,10 @@ class Recurrence:
             q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
         if more_v:
             v = F.pad(v, (0, more_v))
-        if self.decays != "head":
-            g = F.pad(g, (0, more_v if turned else more_k))
-        if initial_state is not None:
+        more_g = {"head": 0, "key": more_k, "value": more_v}[self.decays]
+        if more_g:  # to pad by nothing is to copy
+            g = F.pad(g, (0, more_g))
+        if initial_state is not None and (more_k or more_v):
             initial_state = F.pad(initial_state, (0, more_k, 0, more_v) if turned else (0, more_v, 0, more_k))
         o, final = self._operator(q, k, v, g, beta, initial_state, *bounds_of(packing), scale)
         if not (more_k or more_v):

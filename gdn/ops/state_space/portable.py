@@ -92,7 +92,8 @@ def skip_norm_backward_kernel(
     w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
     of_weight = tl.zeros((BW,), tl.float32)
     of_skip = tl.zeros((BW,), tl.float32)
-    for t in range(part * each, tl.minimum((part + 1) * each, tokens)):
+    for token in range(part * each, tl.minimum((part + 1) * each, tokens)):
+        t = int64(token)  # of a loop to an int64 the interpreter makes an int32
         at = t * groups * W
         value, of_x, skip, z = gated_skip(y, x, gate, D, at, t * x_token, t * gate_token, c, c // P, inside)
         s = sigmoid(z)
