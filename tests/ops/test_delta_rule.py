@@ -852,6 +852,17 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "state elsewhere": (change(initial_state=lambda a: a["initial_state"].to("meta")), r"initial_state: expected on cpu like q, got meta"),
     "positive decay": (change(g=lambda a: -a["g"] + 0.5), r"g: expected a log decay, so at most 0 everywhere, got \d"),
     "packing of another total": (change(packing=lambda a: Packing.from_lengths([6, 7])), r"packing: describes 13 tokens, .* 2 x 6"),
+    "no heads": (change(q=lambda a: a["q"][:, :, :0], k=lambda a: a["k"][:, :, :0]), "q: expected at least one head, got none"),
+    "no channels": (
+        change(q=lambda a: a["q"][..., :0], k=lambda a: a["k"][..., :0], initial_state=lambda a: None),
+        "q: expected at least one channel, got none",
+    ),
+    "scale of its own gradient": (change(scale=lambda a: torch.tensor(0.5, requires_grad=True)), "scale: expected a number, got Tensor"),
+    "state in a list": (change(initial_state=lambda a: [0.0]), "initial_state: expected a tensor, got list"),
+    "eight bits": (
+        change(**{name: lambda a, name=name: a[name].to(torch.float8_e4m3fn) for name in "qkv"}),
+        "q: expected at least 16 bits a number, got torch.float8_e4m3fn",
+    ),
     "document over two rows": (change(packing=lambda a: Packing.from_lengths([5, 7])), r"packing: a document crosses the end of a row"),
     "packing elsewhere": (change(packing=lambda a: Packing.from_lengths([6, 6], device="meta")), r"packing: is on meta, .* on cpu"),
     "state of another batch": (

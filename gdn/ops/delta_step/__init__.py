@@ -6,7 +6,6 @@ from torch import Tensor
 
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
-from gdn.core.errors import ArgumentError
 from gdn.core.replay import replayed
 
 OP = Op(
@@ -69,8 +68,7 @@ def gated_delta_step(
         (2.25, 2.25)
     """
     sizes = _check(q, k, v, g, beta, state, slots)
-    if scale is None:
-        scale = sizes["K"] ** -0.5
+    scale = checks.scale(scale, sizes["K"])
     return OP.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, beta, state, scale, slots)
 
 
@@ -83,8 +81,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tens
         ("beta", beta, "B T HV"),
         ("state", state, "N HV K V"),
     )
-    if sizes["HV"] % sizes["H"]:
-        raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
+    checks.value_heads(sizes)
     checks.same_dtype(("q", q), ("k", k), ("v", v))
     checks.floating(("g", g), ("beta", beta))
     checks.memory(state, q.dtype)
