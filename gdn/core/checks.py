@@ -5,6 +5,8 @@ sizes = shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"))  
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -29,21 +31,44 @@ def shapes(*arguments: tuple[str, Tensor, str], **known: int) -> dict[str, int]:
     return sizes
 
 
+def value_heads(sizes: dict[str, int]) -> None:
+    """HV value heads must be a multiple of the H heads of q and k, of which there must be one."""
+    if sizes["H"] < 1:
+        raise ArgumentError("q: expected at least one head, got none")
+    if sizes["HV"] % sizes["H"]:
+        raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
+
+
+def scale(given: float | None, K: int) -> float:
+    """The factor on reads or scores: a number, since it has no gradient; `K ** -0.5` where none is given."""
+    if given is None:
+        if K < 1:
+            raise ArgumentError("q: expected at least one channel, got none")
+        return K**-0.5
+    if not isinstance(given, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise ArgumentError(f"scale: expected a number, got {type(given).__name__}; what has a gradient belongs to q")
+    return given
+
+
 def same_device(*arguments: tuple[str, Tensor | None]) -> None:
-    """All tensors given must be where the first one is."""
+    """All tensors given must be tensors, and where the first one is."""
     first, reference = arguments[0]
     assert reference is not None
     for name, tensor in arguments[1:]:
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor is not None and tensor.device != reference.device:
             raise ArgumentError(f"{name}: expected on {reference.device} like {first}, got {tensor.device}")
 
 
 def same_dtype(*arguments: tuple[str, Tensor | None]) -> None:
-    """All tensors given must have the floating dtype of the first."""
+    """All tensors given must have the floating dtype of the first, of 16 bits or more: with fewer torch does no arithmetic."""
     first, reference = arguments[0]
     assert reference is not None
     if not reference.dtype.is_floating_point:
         raise ArgumentError(f"{first}: expected a floating dtype, got {reference.dtype}")
+    if reference.dtype.itemsize < 2:
+        raise ArgumentError(f"{first}: expected at least 16 bits a number, got {reference.dtype}")
     for name, tensor in arguments[1:]:
         if tensor is not None and tensor.dtype != reference.dtype:
             raise ArgumentError(f"{name}: expected {reference.dtype} like {first}, got {tensor.dtype}")

@@ -58,10 +58,7 @@ class Packing:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Packing:
         """From the number of tokens of each document, in order."""
-        lengths = torch.as_tensor(lengths if len(lengths) else torch.zeros(0, dtype=torch.int64))
-        if lengths.ndim != 1 or lengths.is_floating_point():
-            raise ArgumentError(f"lengths: expected integers [N], got {lengths.dtype} {list(lengths.shape)}")
-        lengths = lengths.to("cpu", torch.int64)
+        lengths = _integers(lengths, "lengths", "[N]", (1,))
         if bool((lengths < 0).any()):
             raise ArgumentError(f"lengths: expected no negative length, got {lengths.tolist()}")
         return cls._build(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), device)
@@ -71,10 +68,9 @@ class Packing:
         """From cumulative lengths `[0, n1, n1 + n2, ...]`, as in FlashAttention. Stays on the tensor's device."""
         if device is None and isinstance(cu_seqlens, Tensor):
             device = cu_seqlens.device
-        host = torch.as_tensor(cu_seqlens)
-        if host.ndim != 1 or host.numel() < 1 or host.is_floating_point():
-            raise ArgumentError(f"cu_seqlens: expected integers [N + 1], got {host.dtype} {list(host.shape)}")
-        host = host.to("cpu", torch.int64)
+        host = _integers(cu_seqlens, "cu_seqlens", "[N + 1]", (1,))
+        if host.numel() < 1:
+            raise ArgumentError("cu_seqlens: expected integers [N + 1], got none")
         if int(host[0]) != 0 or bool((host.diff() < 0).any()):
             raise ArgumentError(f"cu_seqlens: expected 0 first and no decrease, got {_short(host)}")
         return cls._build(host, device)
@@ -84,7 +80,7 @@ class Packing:
         """From positions `[T]` or `[B, T]` that restart at each document: a document begins wherever a position is not its
         predecessor plus one, and at each row."""
         ids = _rows(position_ids, "position_ids")
-        return cls._from_breaks(ids[:, 1:] != ids[:, :-1] + 1, ids, device or position_ids.device)
+        return cls._from_breaks(ids[:, 1:] != ids[:, :-1] + 1, ids, _device(position_ids, device))
 
     @classmethod
     def from_seq_idx(cls, seq_idx: Tensor, *, device: torch.device | str | None = None) -> Packing:
@@ -92,7 +88,7 @@ class Packing:
         ids = _rows(seq_idx, "seq_idx")
         if bool((ids.diff(dim=1) < 0).any()):
             raise ArgumentError("seq_idx: expected numbers that never decrease along a row; sort each row's documents")
-        return cls._from_breaks(ids[:, 1:] != ids[:, :-1], ids, device or seq_idx.device)
+        return cls._from_breaks(ids[:, 1:] != ids[:, :-1], ids, _device(seq_idx, device))
 
     @classmethod
     def _from_breaks(cls, breaks: Tensor, ids: Tensor, device: torch.device | str) -> Packing:
@@ -197,10 +193,27 @@ def _enumerate(counts: Tensor) -> tuple[Tensor, Tensor]:
     return groups, torch.arange(groups.numel()) - first[groups]
 
 
-def _rows(ids: Tensor, name: str) -> Tensor:
-    if ids.ndim not in (1, 2) or ids.numel() == 0 or ids.is_floating_point():
-        raise ArgumentError(f"{name}: expected integers [T] or [B, T], got {ids.dtype} {list(ids.shape)}")
-    ids = ids.to("cpu", torch.int64)
+def _integers(values: Sequence[int] | Tensor, name: str, letters: str, dimensions: tuple[int, ...]) -> Tensor:
+    """int64 on the host from integers, whatever holds them."""
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise ArgumentError(f"{name}: expected integers {letters}, got {type(values).__name__}") from None
+    if found.shape == (0,):
+        found = found.long()  # an empty list makes numbers of float32
+    if found.ndim not in dimensions or found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        raise ArgumentError(f"{name}: expected integers {letters}, got {found.dtype} {list(found.shape)}")
+    return found.to("cpu", torch.int64)
+
+
+def _device(ids: Sequence[int] | Tensor, device: torch.device | str | None) -> torch.device | str:
+    return device or (ids.device if isinstance(ids, Tensor) else "cpu")
+
+
+def _rows(values: Tensor, name: str) -> Tensor:
+    ids = _integers(values, name, "[T] or [B, T]", (1, 2))
+    if ids.numel() == 0:
+        raise ArgumentError(f"{name}: expected integers [T] or [B, T], got {list(ids.shape)}")
     return ids.reshape(1, -1) if ids.ndim == 1 else ids
 
 

@@ -14,12 +14,19 @@ from gdn.core.packing import Packing
 
 A, B = torch.zeros(2, 3, 4), torch.zeros(2, 4)
 LIST: Any = [0, 20]
+TEXT: Any = "0.5"
+NUMBER: Any = torch.tensor(0.5)
 PACKING = Packing.from_lengths([20])
 
 
 def test_shapes_returns_the_size_of_each_letter() -> None:
     assert checks.shapes(("a", A, "B T K"), ("b", B, "B K")) == {"B": 2, "T": 3, "K": 4}
     assert checks.shapes(("b", B, "N W-1"), **{"W-1": 4}) == {"N": 2, "W-1": 4}
+
+
+def test_scale_is_what_was_given_or_follows_from_the_width() -> None:
+    assert checks.scale(None, 4) == 0.5
+    assert checks.scale(2, 4) == 2 and checks.scale(0.25, 0) == 0.25
 
 
 def test_nothing_given_is_nothing_wrong() -> None:
@@ -56,6 +63,13 @@ def test_gradients_are_refused_only_where_they_are_enabled() -> None:
         (lambda: checks.boundaries(LIST, 1, 20, A.device), "packing: expected a gdn.Packing, got list; make one with Packing.from_"),
         (lambda: checks.boundaries(PACKING, 1, 19, A.device), "packing: describes 20 tokens, but the input has 1 x 19"),
         (lambda: checks.same_device(("a", A), ("b", B.to("meta"))), "b: expected on cpu like a, got meta"),
+        (lambda: checks.value_heads({"H": 2, "HV": 3}), r"v: expected a multiple of 2 value heads \(the heads of q\), got 3"),
+        (lambda: checks.value_heads({"H": 0, "HV": 2}), "q: expected at least one head, got none"),
+        (lambda: checks.scale(None, 0), "q: expected at least one channel, got none"),
+        (lambda: checks.scale(NUMBER, 4), "scale: expected a number, got Tensor; what has a gradient belongs to q"),
+        (lambda: checks.scale(TEXT, 4), "scale: expected a number, got str"),
+        (lambda: checks.same_device(("a", A), ("b", LIST)), "b: expected a tensor, got list"),
+        (lambda: checks.same_dtype(("a", A.to(torch.float8_e4m3fn))), "a: expected at least 16 bits a number, got torch.float8_e4m3fn"),
         (lambda: checks.same_dtype(("a", A), ("b", B.half())), "b: expected torch.float32 like a, got torch.float16"),
         (lambda: checks.same_dtype(("a", A.int()), ("b", B.int())), "a: expected a floating dtype, got torch.int32"),
         (lambda: checks.floating(("a", A), ("b", B.bool())), "b: expected a floating dtype, got torch.bool"),

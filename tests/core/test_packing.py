@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gdn.core.errors import ArgumentError
 from gdn.core.packing import CHUNK, Packing
 
 CPU = torch.device("cpu")
+WRONG: list[Any] = [None, 5, "abc"]
 TENSORS = [f.name for f in fields(Packing) if not f.name.startswith("_")]
 
 
@@ -112,6 +114,11 @@ def test_stretched_may_be_made_in_inference_mode_and_serve_training() -> None:
     assert not any(getattr(made, name).is_inference() for name in TENSORS)
 
 
+def test_numbers_of_documents_may_come_in_lists() -> None:
+    ids: Any = [0, 0, 1]
+    assert Packing.from_seq_idx(ids).host.tolist() == Packing.from_position_ids(torch.tensor([0, 1, 0])).host.tolist() == [0, 2, 3]
+
+
 def test_check_accepts_what_it_describes() -> None:
     Packing.from_lengths([4, 0, 2, 6]).check(2, 6, CPU)
     Packing.from_lengths([4, 0, 2, 6]).check(1, 12, CPU)
@@ -132,6 +139,12 @@ def test_check_accepts_what_it_describes() -> None:
         (lambda: Packing.from_cu_seqlens([1, 3]), "cu_seqlens: expected 0 first"),
         (lambda: Packing.from_cu_seqlens([0, *range(20), 3]), r"got \[0, 0, 1, 2, 3, 4, '...', 18, 19, 3\]"),
         (lambda: Packing.from_cu_seqlens(torch.tensor([0.0, 1.0])), "cu_seqlens: expected integers"),
+        (lambda: Packing.from_cu_seqlens(torch.tensor([False, True])), r"cu_seqlens: expected integers \[N \+ 1\], got torch.bool \[2\]"),
+        (lambda: Packing.from_cu_seqlens(torch.tensor([0j, 3])), "cu_seqlens: expected integers .*, got torch.complex64"),
+        (lambda: Packing.from_cu_seqlens(WRONG[0]), r"cu_seqlens: expected integers \[N \+ 1\], got NoneType"),
+        (lambda: Packing.from_lengths(WRONG[1]), r"lengths: expected integers \[N\], got torch.int64 \[\]"),
+        (lambda: Packing.from_lengths(WRONG[2]), r"lengths: expected integers \[N\], got str"),
+        (lambda: Packing.from_position_ids(WRONG[2]), r"position_ids: expected integers \[T\] or \[B, T\], got str"),
         (lambda: Packing.from_cu_seqlens([]), r"cu_seqlens: expected integers \[N \+ 1\]"),
         (lambda: Packing.from_cu_seqlens([0, 2**31]), r"packing: expected fewer than 2\*\*31 tokens"),
         (lambda: Packing.from_lengths([3]).stretched(2**30), r"packing: expected at most 2147483647 tokens, got 3 x 1073741824"),

@@ -95,6 +95,7 @@ def test_compiles_as_one_graph(problem: Problem, as_good_as_the_reference: Calla
         ({"initial_state": torch.zeros(2, 4, 4, 3)}, r"initial_state: expected \[N=1, HV=4, K=4, V=3\], got \[2, 4, 4, 3\]"),
         ({"initial_state": torch.zeros(1, 4, 4, 3).bfloat16()}, "initial_state: expected torch.float32, got torch.bfloat16"),
         ({"packing": Packing.from_lengths([2])}, "packing: describes 2 tokens"),
+        ({"gates": (torch.zeros(4), torch.zeros(4))}, r"gates: expected GateParameters\(A_log, dt_bias, top\), got tuple"),
     ],
 )
 def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:

@@ -364,6 +364,39 @@ def test_triton_compiles_for_any_length() -> None:
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_triton_keeps_small_decays_after_large_ones() -> None:
+    """In float32: a running sum of -480 in one number would be off by more than the decays of all tokens after it may be."""
+    pytest.importorskip("triton")
+
+    def build(dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+        arguments = Problem(name="", T=64, decay=0.01).build(dtype=dtype, device=device)
+        arguments["g"].data[:, :8] = -60.25
+        return arguments
+
+    truth, rounding = (compare.run(OP, "reference", build(each)) for each in (torch.float64, torch.float32))
+    assert compare.complaints(compare.run(OP, "portable", build(torch.float32, DEVICE)), rounding, truth, torch.float32) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_triton_hands_on_what_long_keys_keep_alive(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token halves the memory and doubles it again along its key: exp(-44) of a chunk's gates alone would be as good as forgotten."""
+    portable = pytest.importorskip("gdn.ops.delta_rule.portable")
+    monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: 1)
+    portable.plan.cache_clear()
+
+    def build(dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+        arguments = Problem(name="", T=200, K=16, V=16, top=2.0, full=True, initial=True).build(dtype=dtype, device=device)
+        arguments["k"].data.zero_()[..., 0] = 1.2265625  # its square is 1.504, and 1 - 2 x 1.504 is -2.01
+        arguments["g"].data.fill_(-0.69140625)
+        return arguments
+
+    found = compare.run(OP, "portable", build(dtype, DEVICE))
+    portable.plan.cache_clear()
+    truth, rounding = (compare.run(OP, "reference", build(each)) for each in (torch.float64, dtype))
+    assert truth["initial_state"].norm() > 1
+    assert compare.complaints(found, rounding, truth, dtype) == []
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", ["k", "v", "g", "beta"])
 @pytest.mark.parametrize("impl", ["portable", "chunked", "recurrent"])
@@ -852,6 +885,17 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "state elsewhere": (change(initial_state=lambda a: a["initial_state"].to("meta")), r"initial_state: expected on cpu like q, got meta"),
     "positive decay": (change(g=lambda a: -a["g"] + 0.5), r"g: expected a log decay, so at most 0 everywhere, got \d"),
     "packing of another total": (change(packing=lambda a: Packing.from_lengths([6, 7])), r"packing: describes 13 tokens, .* 2 x 6"),
+    "no heads": (change(q=lambda a: a["q"][:, :, :0], k=lambda a: a["k"][:, :, :0]), "q: expected at least one head, got none"),
+    "no channels": (
+        change(q=lambda a: a["q"][..., :0], k=lambda a: a["k"][..., :0], initial_state=lambda a: None),
+        "q: expected at least one channel, got none",
+    ),
+    "scale of its own gradient": (change(scale=lambda a: torch.tensor(0.5, requires_grad=True)), "scale: expected a number, got Tensor"),
+    "state in a list": (change(initial_state=lambda a: [0.0]), "initial_state: expected a tensor, got list"),
+    "eight bits": (
+        change(**{name: lambda a, name=name: a[name].to(torch.float8_e4m3fn) for name in "qkv"}),
+        "q: expected at least 16 bits a number, got torch.float8_e4m3fn",
+    ),
     "document over two rows": (change(packing=lambda a: Packing.from_lengths([5, 7])), r"packing: a document crosses the end of a row"),
     "packing elsewhere": (change(packing=lambda a: Packing.from_lengths([6, 6], device="meta")), r"packing: is on meta, .* on cpu"),
     "state of another batch": (

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gdn.core.dispatch import use
 from gdn.core.errors import ArgumentError
@@ -119,11 +118,12 @@ def test_autocast_changes_nothing() -> None:
         ({"state": torch.zeros(2, 4, 4, 3).double()}, "state: expected torch.float32, torch.bfloat16 or torch.float16, got torch.float64"),
         ({"state": torch.zeros(2, 4, 4, 3, device="meta")}, "state: expected on cpu like q, got meta"),
         ({"slots": torch.tensor([0, 2])}, "slots: expected rows below 2, got 2"),
+        ({"slots": [0, 1]}, "slots: expected a tensor, got list"),
         ({"slots": torch.tensor([1, 1])}, "slots: expected each row at most once"),
         ({"k": torch.zeros(2, 1, 2, 4, requires_grad=True)}, "k: expected a tensor without gradient"),
     ],
 )
-def test_wrong_arguments_are_named(changes: dict[str, Tensor], message: str) -> None:
+def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "q": torch.zeros(2, 1, 2, 4),
         "k": torch.zeros(2, 1, 2, 4),

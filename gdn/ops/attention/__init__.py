@@ -86,7 +86,7 @@ def causal_attention(
     sizes = _check(q, k, v, start, packing)
     if window is not None:
         _check_window(window)
-    scale = sizes["K"] ** -0.5 if scale is None else scale
+    scale = checks.scale(scale, sizes["K"])
     masked = sizes["S"] == sizes["T"] and (packing is not None or (window is not None and window < sizes["S"]))
     return CAUSAL.pick(q, K=sizes["K"], V=sizes["V"], masked=bool(masked))(q, k, v, window, scale, start, packing)
 
@@ -140,7 +140,7 @@ def windowed_sigmoid_attention(
     checks.floating(("slopes", slopes))
     checks.same_device(("q", q), ("slopes", slopes))
     _check_window(window)
-    scale = sizes["K"] ** -0.5 if scale is None else scale
+    scale = checks.scale(scale, sizes["K"])
     return SIGMOID.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, slopes, window, scale, start, packing)
 
 

@@ -91,8 +91,7 @@ def channel_delta_rule(
         expected = checks.accumulate_dtype(q.dtype)
         if initial_state.dtype != expected:
             raise ArgumentError(f"initial_state: expected {expected}, got {initial_state.dtype}")
-    if scale is None:
-        scale = sizes["K"] ** -0.5
+    scale = checks.scale(scale, sizes["K"])
     return OP.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, beta, scale, initial_state, packing)
 
 
@@ -142,16 +141,14 @@ def channel_delta_step(
     checks.same_device(("q", q), ("state", state), ("slots", slots))
     checks.slots(slots, sizes["B"], state.shape[0])
     checks.no_gradient(("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta), ("state", state))
-    if scale is None:
-        scale = sizes["K"] ** -0.5
+    scale = checks.scale(scale, sizes["K"])
     return STEP.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, beta, state, scale, slots)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> dict[str, int]:
     letters = (("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"), ("g", g, "B T HV K"), ("beta", beta, "B T HV"))
     sizes = checks.shapes(*letters)
-    if sizes["HV"] % sizes["H"]:
-        raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
+    checks.value_heads(sizes)
     checks.same_dtype(("q", q), ("k", k), ("v", v))
     checks.floating(("g", g), ("beta", beta))
     checks.same_device(("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta))

@@ -96,11 +96,12 @@ def _check(
     initial_state: Tensor | None,
     packing: Packing | None,
 ) -> dict[str, int]:
+    if not isinstance(gates, GateParameters):
+        raise ArgumentError(f"gates: expected GateParameters(A_log, dt_bias, top), got {type(gates).__name__}")
     A_log, dt_bias = gates.A_log, gates.dt_bias
     sizes = checks.shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"), ("a", a, "B T HV"), ("b", b, "B T HV"))
     checks.shapes(("A_log", A_log, "HV"), ("dt_bias", dt_bias, "HV"), HV=sizes["HV"])
-    if sizes["HV"] % sizes["H"]:
-        raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
+    checks.value_heads(sizes)
     checks.same_dtype(("q", q), ("k", k), ("v", v))
     checks.same_dtype(("A_log", A_log), ("dt_bias", dt_bias))
     checks.floating(("a", a), ("b", b))

@@ -69,8 +69,7 @@ def gated_delta_rule(
         ([1.5, 2.25], 2.25)
     """
     sizes = _check(q, k, v, g, beta, initial_state, packing)
-    if scale is None:
-        scale = sizes["K"] ** -0.5
+    scale = checks.scale(scale, sizes["K"])
     return OP.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, beta, scale, initial_state, packing)
 
 
@@ -78,8 +77,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, packing: Packing | None
 ) -> dict[str, int]:
     sizes = checks.shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"), ("g", g, "B T HV"), ("beta", beta, "B T HV"))
-    if sizes["HV"] % sizes["H"]:
-        raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
+    checks.value_heads(sizes)
     checks.same_dtype(("q", q), ("k", k), ("v", v))
     checks.floating(("g", g), ("beta", beta))
     checks.same_device(("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta), ("initial_state", initial_state))

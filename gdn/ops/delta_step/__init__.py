@@ -6,7 +6,6 @@ from torch import Tensor
 
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
-from gdn.core.errors import ArgumentError
 from gdn.core.replay import replayed
 
 OP = Op(
@@ -50,7 +49,8 @@ def gated_delta_step(
         state: memories `[N, HV, K, V]`, updated in place. float32, or bfloat16 or float16 storage: the arithmetic is float32 all the same,
             rounded once a call. float64 with float64 inputs.
         scale: factor on the read. Default `K ** -0.5`.
-        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B.
+        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B. On a GPU, where values are not looked at, a
+            sequence with a slot that is not below N touches no memory, and its o is no number.
 
     Returns:
         o `[B, T, HV, V]` in the dtype of v.
@@ -69,8 +69,7 @@ def gated_delta_step(
         (2.25, 2.25)
     """
     sizes = _check(q, k, v, g, beta, state, slots)
-    if scale is None:
-        scale = sizes["K"] ** -0.5
+    scale = checks.scale(scale, sizes["K"])
     return OP.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, beta, state, scale, slots)
 
 
@@ -83,8 +82,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tens
         ("beta", beta, "B T HV"),
         ("state", state, "N HV K V"),
     )
-    if sizes["HV"] % sizes["H"]:
-        raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
+    checks.value_heads(sizes)
     checks.same_dtype(("q", q), ("k", k), ("v", v))
     checks.floating(("g", g), ("beta", beta))
     checks.memory(state, q.dtype)

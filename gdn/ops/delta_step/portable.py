@@ -23,7 +23,7 @@ LINE = 128
 """Bytes of a row of a program's block of the memory."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pool"])
 def step_kernel(
     q,
     k,
@@ -42,6 +42,7 @@ def step_kernel(
     v_batch,
     v_token,
     state_row,
+    pool,
     HV: tl.constexpr,
     GROUP: tl.constexpr,
     K: tl.constexpr,
@@ -49,7 +50,8 @@ def step_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """All tokens of one sequence, one value head and BV columns of its memory. Grid [B * HV * column blocks]."""
+    """All tokens of one sequence, one value head and BV columns of its memory. Grid [B * HV * column blocks]. A row that the pool does not
+    have is nobody's memory: what is read of it is no number."""
     blocks: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     column = program % blocks * BV + tl.arange(0, BV)
@@ -64,9 +66,10 @@ def step_kernel(
         row = int64(tl.load(slots + b))
     else:
         row = b
-    if row < 0:
+    if (row < 0) | (row >= pool):
+        nothing = tl.where(row < 0, 0.0, float("nan"))
         for t in range(T):
-            tl.store(o + int64(t) * (HV * V), tl.zeros((BV,), o.dtype.element_ty), mask=inside)
+            tl.store(o + int64(t) * (HV * V), (tl.zeros((BV,), tl.float32) + nothing).to(o.dtype.element_ty), mask=inside)
     else:
         i = tl.arange(0, BK)
         valid = (i < K)[:, None] & inside[None, :]
@@ -114,8 +117,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
     columns, warps = block(K, V, memory.element_size())
     launch(
         step_kernel, (B * HV * -(-V // columns),), q, k, v, g.contiguous(), beta.contiguous(), memory, slots, o, scale, T,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), memory.stride(0), HV, HV // H, K, V,
-        _power_of_two(K), columns, warps=warps,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), memory.stride(0), memory.shape[0],
+        HV, HV // H, K, V, _power_of_two(K), columns, warps=warps,
     )  # fmt: skip
     if memory is not state:
         state.copy_(memory)

@@ -209,8 +209,7 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments and ask the table. `gates` are the dimensions of g."""
     sizes = checks.shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"), ("g", g, gates))
-    if sizes["HV"] % sizes["H"]:
-        raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
+    checks.value_heads(sizes)
     checks.same_dtype(("q", q), ("k", k), ("v", v))
     checks.floating(("g", g))
     checks.same_device(("q", q), ("k", k), ("v", v), ("g", g), ("initial_state", initial_state))
@@ -222,6 +221,5 @@ def _call(
         expected = checks.accumulate_dtype(q.dtype)
         if initial_state.dtype != expected:
             raise ArgumentError(f"initial_state: expected {expected}, got {initial_state.dtype}")
-    if scale is None:
-        scale = sizes["K"] ** -0.5
+    scale = checks.scale(scale, sizes["K"])
     return op.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, scale, initial_state, packing)

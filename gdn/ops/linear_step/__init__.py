@@ -6,7 +6,6 @@ from torch import Tensor
 
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op
-from gdn.core.errors import ArgumentError
 
 LINEAR = Op(
     "linear_attention_step",
@@ -135,8 +134,7 @@ def _call(
 ) -> Tensor:
     """Check the arguments and ask the table. `gates` are the dimensions of g."""
     sizes = checks.shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"), ("g", g, gates), ("state", state, "N HV K V"))
-    if sizes["HV"] % sizes["H"]:
-        raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
+    checks.value_heads(sizes)
     checks.same_dtype(("q", q), ("k", k), ("v", v))
     checks.floating(("g", g))
     checks.memory(state, q.dtype)
@@ -144,6 +142,5 @@ def _call(
     checks.not_positive("g", g, "a log decay")
     checks.slots(slots, sizes["B"], sizes["N"])
     checks.no_gradient(("q", q), ("k", k), ("v", v), ("g", g), ("state", state))
-    if scale is None:
-        scale = sizes["K"] ** -0.5
+    scale = checks.scale(scale, sizes["K"])
     return op.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, state, scale, slots)

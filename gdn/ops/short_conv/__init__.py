@@ -112,7 +112,8 @@ def causal_conv1d_step(
         state: `[N, W - 1, D]`, the last inputs of each sequence, oldest first, any floating dtype. Updated in place.
         bias: `[D]`, any floating dtype.
         activation: None or "silu".
-        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B.
+        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B. On a GPU, where values are not looked at, a
+            sequence with a slot that is not below N touches no memory, and its y is no number.
 
     Returns:
         y `[B, T, D]` in the dtype of x. Sums are float32 (float64 with float64 inputs).

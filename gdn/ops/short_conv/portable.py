@@ -302,12 +302,12 @@ def ends_kernel(
             tl.store(d_initial + (n * (W - 1) + i) * D + d, total.to(d_initial.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pool"])
 def step_kernel(
-    x, weight, bias, state, slots, y, T, x_row, x_token, state_row,
+    x, weight, bias, state, slots, y, T, x_row, x_token, state_row, pool,
     D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Some more tokens of one sequence, its state moved on. Grid [B * channel blocks]."""
+    """Some more tokens of one sequence, its state moved on. Grid [B * channel blocks]. From a row that the pool does not have, no number."""
     blocks: tl.constexpr = (D + BD - 1) // BD
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     inside = d < D
@@ -318,9 +318,10 @@ def step_kernel(
         n = int64(tl.load(slots + b))
     else:
         n = b
-    if n < 0:
+    if (n < 0) | (n >= pool):
+        nothing = tl.where(n < 0, 0.0, float("nan"))
         for t in range(T):
-            tl.store(y + int64(t) * D, tl.zeros((BD,), y.dtype.element_ty), mask=inside)
+            tl.store(y + int64(t) * D, (tl.zeros((BD,), tl.float32) + nothing).to(y.dtype.element_ty), mask=inside)
     else:
         filters = taps(weight, d, inside, W)
         shift = load_bias(bias, d, inside)
@@ -479,8 +480,8 @@ def _step(x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, slots: 
     memory = state if state.stride()[1:] == (D, 1) else state.contiguous()
     BD = min(256, max(32, 1 << max(D - 1, 0).bit_length()))
     launch(
-        step_kernel, (B * -(-D // BD),), x, weight, bias, memory, slots, y, T, x.stride(0), x.stride(1), memory.stride(0), D, W, BD, silu,
-        warps=max(1, BD // 64),
+        step_kernel, (B * -(-D // BD),), x, weight, bias, memory, slots, y, T, x.stride(0), x.stride(1), memory.stride(0), memory.shape[0],
+        D, W, BD, silu, warps=max(1, BD // 64),
     )  # fmt: skip
     if memory is not state:
         state.copy_(memory)
