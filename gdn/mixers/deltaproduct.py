@@ -171,12 +171,12 @@ class DeltaProduct(Mixer):
         if mask is not None:
             qkv = qkv.masked_fill(~mask.unsqueeze(-1), 0)
         if state is not None and x.shape[1] <= STEP_LENGTH and not torch.is_grad_enabled():
-            qkv = self.conv.step(qkv, state["conv"]) if self.config.short_conv else F.silu(qkv)
+            qkv = self.conv.step(qkv, state["conv"], mask) if self.config.short_conv else F.silu(qkv)
             o = gated_delta_product_step(*self._split(qkv), g, beta, state["memory"])
         else:
             updates = {}
             if self.config.short_conv:
-                qkv, updates["conv"] = self.conv(qkv, state=None if state is None else state["conv"], packing=packing)
+                qkv, updates["conv"] = self.conv(qkv, state=None if state is None else state["conv"], packing=packing, mask=mask)
             else:
                 qkv = F.silu(qkv)
             start = None if state is None else state["memory"]
