@@ -66,7 +66,7 @@ class DeltaProduct(Mixer):
             for name in ("householders", "heads", "head_dim", "conv_size"):
                 if getattr(self, name) < 1:
                     raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-            if self.num_value_heads % self.heads:
+            if self.num_value_heads < 1 or self.num_value_heads % self.heads:
                 raise ConfigError(f"value_heads: expected a multiple of heads={self.heads}, got {self.value_heads}")
             if self.head_dim * self.expand_v != self.value_dim or self.value_dim < 1:
                 raise ConfigError(f"expand_v: expected head_dim * expand_v to be a whole number, got {self.head_dim * self.expand_v}")
