@@ -48,6 +48,9 @@ class Config:
             if isinstance(value, float) and math.isnan(value):  # passes every comparison that asks for the wrong
                 raise ConfigError(f"{f.name}: expected a number, got {value}")
         self.check()
+        for name, allowed in _choices(type(self)).items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
 
     def check(self) -> None:
         """Raise `ConfigError` if the values cannot work together. Overridden where there is something to check."""
@@ -111,6 +114,18 @@ class Config:
 
 def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cls)
+
+
+def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The values of fields that have a few only."""
+    if "_choices" not in cls.__dict__:
+        try:
+            hints = typing.get_type_hints(cls)
+        except NameError:  # names of a function that defines a class, or of a module that is not finished
+            return {}
+        fields = {f.name: hints[f.name] for f in _fields(cls)}
+        cls._choices = {n: typing.get_args(h) for n, h in fields.items() if typing.get_origin(h) is Literal}  # type: ignore[attr-defined]
+    return cls.__dict__["_choices"]
 
 
 def _join(where: str, name: str | int) -> str:

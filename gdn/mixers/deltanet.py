@@ -138,12 +138,12 @@ class DeltaNet(Mixer):
             qkv = qkv.masked_fill(~mask.unsqueeze(-1), 0)
         g = beta.new_zeros(()).expand_as(beta)
         if state is not None and x.shape[1] <= STEP_LENGTH and not torch.is_grad_enabled():
-            qkv = self.conv.step(qkv, state["conv"]) if self.config.short_conv else qkv
+            qkv = self.conv.step(qkv, state["conv"], mask) if self.config.short_conv else qkv
             o = gated_delta_step(*self._split(qkv), g, beta, state["memory"])
         else:
             updates = {}
             if self.config.short_conv:
-                qkv, updates["conv"] = self.conv(qkv, state=None if state is None else state["conv"], packing=packing)
+                qkv, updates["conv"] = self.conv(qkv, state=None if state is None else state["conv"], packing=packing, mask=mask)
             start = None if state is None else state["memory"]
             o, updates["memory"] = gated_delta_rule(*self._split(qkv), g, beta, initial_state=start, packing=packing)
             state = None if state is None else state.update(**updates)

@@ -69,7 +69,7 @@ class GatedDeltaNet(Mixer):
             for name in ("heads", "head_dim", "conv_size"):
                 if getattr(self, name) < 1:
                     raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-            if self.num_value_heads % self.heads:
+            if self.num_value_heads < 1 or self.num_value_heads % self.heads:
                 raise ConfigError(f"value_heads: expected a multiple of heads={self.heads}, got {self.value_heads}")
             if self.head_dim * self.expand_v != self.value_dim or self.value_dim < 1:
                 raise ConfigError(f"expand_v: expected head_dim * expand_v to be a whole number, got {self.head_dim * self.expand_v}")
@@ -180,9 +180,9 @@ class GatedDeltaNet(Mixer):
             qkv, b = qkv.masked_fill(hidden, 0), b.masked_fill(hidden, -math.inf)
             a = None if a is None else a.masked_fill(hidden, -math.inf)
         if state is not None and x.shape[1] <= STEP_LENGTH and not torch.is_grad_enabled():
-            o = self._step(qkv, a, b, state)
+            o = self._step(qkv, a, b, state, mask)
         else:
-            o, state = self._sequence(qkv, a, b, state, packing)
+            o, state = self._sequence(qkv, a, b, state, packing, mask)
         return self._output(o, gate), state
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -194,7 +194,7 @@ class GatedDeltaNet(Mixer):
         return found[0], b, a[0] if c.gate else None, found[1] if c.output_gate else None
 
     def _sequence(
-        self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState | None, packing: Packing | None
+        self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState | None, packing: Packing | None, mask: Tensor | None
     ) -> tuple[Tensor, MixerState | None]:
         c = self.config
         if state is None and c.short_conv and c.qk_activation == "silu" and c.qk_norm == "l2" and not is_hooked(self.conv):
@@ -203,7 +203,7 @@ class GatedDeltaNet(Mixer):
             return gated_delta_rule(q, k, v.unflatten(-1, (c.num_value_heads, -1)), g, beta, packing=packing)[0], None
         conv = memory = None
         if c.short_conv:
-            qkv, conv = self.conv(qkv, state=None if state is None else state["conv"], packing=packing)
+            qkv, conv = self.conv(qkv, state=None if state is None else state["conv"], packing=packing, mask=mask)
         q, k, v = self._split(qkv)
         start = None if state is None else state["memory"]
         if a is not None and c.qk_norm == "l2":
@@ -216,9 +216,9 @@ class GatedDeltaNet(Mixer):
             state = state.update(memory=memory, **({} if conv is None else {"conv": conv}))
         return o, state
 
-    def _step(self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState) -> Tensor:
+    def _step(self, qkv: Tensor, a: Tensor | None, b: Tensor, state: MixerState, mask: Tensor | None) -> Tensor:
         if self.config.short_conv:
-            qkv = self.conv.step(qkv, state["conv"])
+            qkv = self.conv.step(qkv, state["conv"], mask)
         q, k, v = self._split(qkv)
         g, beta = self._gates(a, b)
         return gated_delta_step(self._norm(q), self._norm(k), v, g, beta, state["memory"])

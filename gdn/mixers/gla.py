@@ -119,9 +119,9 @@ class GLA(Mixer):
         after: dict[str, Tensor] = {}
         if self.config.short_conv:
             if state is not None and in_place(x, state):
-                qkv = self.conv.step(qkv, state["conv"])
+                qkv = self.conv.step(qkv, state["conv"], mask)
             else:
-                qkv, after["conv"] = self.conv(qkv, state=None if state is None else state["conv"], packing=packing)
+                qkv, after["conv"] = self.conv(qkv, state=None if state is None else state["conv"], packing=packing, mask=mask)
         q, k, v = (t.unflatten(-1, (self.config.heads, -1)) for t in qkv.split((self.keys, self.keys, self.values), dim=-1))
         g = g.unflatten(-1, q.shape[2:])
         o, memory = PER_KEY(q, k, v, g, state=None if state is None else state["memory"], packing=packing)

@@ -58,7 +58,7 @@ class KimiDelta(Mixer):
             for name in ("heads", "head_dim", "conv_size"):
                 if getattr(self, name) < 1:
                     raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-            if self.num_value_heads % self.heads:
+            if self.num_value_heads < 1 or self.num_value_heads % self.heads:
                 raise ConfigError(f"value_heads: expected a multiple of heads={self.heads}, got {self.value_heads}")
             if self.head_dim * self.expand_v != self.value_dim or self.value_dim < 1:
                 raise ConfigError(f"expand_v: expected head_dim * expand_v to be a whole number, got {self.head_dim * self.expand_v}")
@@ -166,12 +166,12 @@ class KimiDelta(Mixer):
         if mask is not None:
             qkv = qkv.masked_fill(~mask.unsqueeze(-1), 0)
         if state is not None and x.shape[1] <= STEP_LENGTH and not torch.is_grad_enabled():
-            qkv = self.conv.step(qkv, state["conv"]) if self.config.short_conv else F.silu(qkv)
+            qkv = self.conv.step(qkv, state["conv"], mask) if self.config.short_conv else F.silu(qkv)
             o = channel_delta_step(*self._split(qkv), g, beta, state["memory"])
         else:
             updates = {}
             if self.config.short_conv:
-                qkv, updates["conv"] = self.conv(qkv, state=None if state is None else state["conv"], packing=packing)
+                qkv, updates["conv"] = self.conv(qkv, state=None if state is None else state["conv"], packing=packing, mask=mask)
             else:
                 qkv = F.silu(qkv)
             start = None if state is None else state["memory"]

@@ -143,9 +143,9 @@ class Mamba2(Mixer):
             xbc, dt = xbc.masked_fill(hidden, 0), dt.masked_fill(hidden, -math.inf)
         after: dict[str, Tensor] = {}
         if state is not None and in_place(x, state):
-            xbc = self.conv.step(xbc, state["conv"])
+            xbc = self.conv.step(xbc, state["conv"], mask)
         else:
-            xbc, after["conv"] = self.conv(xbc, state=None if state is None else state["conv"], packing=packing)
+            xbc, after["conv"] = self.conv(xbc, state=None if state is None else state["conv"], packing=packing, mask=mask)
         y, skipped, memory = self._scan(xbc, dt, None if state is None else state["memory"], packing)
         if state is not None and memory is not None:
             state = state.update(memory=memory, **after)

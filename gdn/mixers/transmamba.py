@@ -212,9 +212,9 @@ class TransMamba(Mixer):
             hidden = ~mask.unsqueeze(-1)
             qkv, dt = qkv.masked_fill(hidden, 0), dt.masked_fill(hidden, -math.inf)
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
-            qkv = self.conv.step(qkv, state["conv"])
+            qkv = self.conv.step(qkv, state["conv"], mask)
         else:
-            qkv, conv = self.conv(qkv, state=None if state is None else state["conv"], packing=packing)
+            qkv, conv = self.conv(qkv, state=None if state is None else state["conv"], packing=packing, mask=mask)
         q, k, v = qkv.unflatten(-1, (3, self.config.heads, self.config.head_dim)).unbind(2)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias, threshold=LINEAR)
         return Projections(q, k, v, dt, -self.A_log.exp() * dt), conv

@@ -164,6 +164,8 @@ class LM(nn.Module):
         """The normed output of the last block, `[B, T, width]`, and the state. Arguments as in `forward`."""
         if tokens.ndim != 2 and not (tokens.ndim == 3 and tokens.is_floating_point()):
             raise ArgumentError(f"tokens: expected [B, T], got {list(tokens.shape)}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape[:2]):
+            raise ArgumentError(f"mask: expected bool {list(tokens.shape[:2])}, got {str(mask.dtype)[6:]} {list(mask.shape)}")
         if state is not None and state.pending is not None:
             state.take_pending(tokens)
         x = self.embedding(tokens) if tokens.ndim == 2 else tokens

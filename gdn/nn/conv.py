@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn.core.packing import Packing
+from gdn.nn.cache import take
 from gdn.ops import causal_conv1d, causal_conv1d_step, convolved_qkv
 
 
@@ -31,19 +32,39 @@ class ShortConv(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, *, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
-        """Returns the output and the last `size - 1` inputs of each sequence, `[N, size - 1, channels]`."""
+    def forward(
+        self, x: Tensor, *, state: Tensor | None = None, packing: Packing | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the output and the last `size - 1` inputs of each sequence, `[N, size - 1, channels]`. `mask` is False at padding on the
+        left `[B, T]`, where x is zero: the state stands before the first token that is none, and the output at padding is zero too."""
         weight = self.weight.to(x.dtype)
-        return causal_conv1d(x, weight, bias=self.bias, activation=self.activation, initial_state=state, packing=packing)
+        if state is None or mask is None:
+            return causal_conv1d(x, weight, bias=self.bias, activation=self.activation, initial_state=state, packing=packing)
+        row = behind_padding(state.to(x.dtype), x, mask)
+        y, after = causal_conv1d(row, weight, bias=self.bias, activation=self.activation)
+        return y[:, state.shape[1] :].masked_fill(~mask.unsqueeze(-1), 0), after
 
     def qkv(self, x: Tensor, heads: int, head_dim: int, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
         """Whole sequences of queries, keys and values side by side: what `convolved_qkv` returns. Needs "silu" and no bias."""
         assert self.activation == "silu" and self.bias is None
         return convolved_qkv(x, self.weight.to(x.dtype), heads=heads, head_dim=head_dim, packing=packing)
 
-    def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """Some more tokens `[B, T, channels]` of each sequence; `state` is updated in place."""
+    def step(self, x: Tensor, state: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Some more tokens `[B, T, channels]` of each sequence; `state` is updated in place. `mask` as in `forward`."""
+        if mask is not None:
+            y, after = self(x, state=state, mask=mask)
+            state.copy_(after)
+            return y
         return causal_conv1d_step(x, self.weight.to(x.dtype), state, bias=self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, size={self.weight.shape[1]}, activation={self.activation}"
+
+
+def behind_padding(state: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """The state `[B, R, D]` and then x `[B, T, D]` in one row `[B, R + T, D]`, what is before the first token of x moved to the right of
+    the padding; zeros come before."""
+    row, pads = torch.cat([state, x], dim=1), (~mask).sum(1, keepdim=True)
+    at = torch.arange(row.shape[1], device=x.device)
+    source = torch.where(at >= state.shape[1] + pads, at, at - pads)
+    return take(row, source.clamp(min=0)).masked_fill((source < 0).unsqueeze(-1), 0)

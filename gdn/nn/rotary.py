@@ -23,6 +23,8 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, base: float = 10000.0, fraction: float = 1.0) -> None:
         super().__init__()
+        if base <= 0:
+            raise ConfigError(f"rope_base: expected above 0, got {base}")
         self.channels = rotated_channels(head_dim, fraction)
         self.base = base
 

@@ -97,6 +97,19 @@ class MixerContract:
             torch.testing.assert_close(y[:, pads:], expected, **EXACT)
             self.same_state(state, end)
 
+    def test_padding_before_further_tokens_leaves_no_trace(self) -> None:
+        """Sequences already begun, of which one goes on with fewer tokens than another in the batch."""
+        mixer, x = self.build(), self.input(batch=1, length=40)
+        for further, pads in ((0, 2), (1, 1), (3, 2), (2, 5), (31, 1), (31, 9)):
+            padded = torch.cat([x[:, :9], 7 * torch.ones(1, pads, self.width, dtype=x.dtype), x[:, 9 : 9 + further]], dim=1)
+            mask = torch.arange(pads + further).unsqueeze(0) >= pads
+            with torch.no_grad():
+                expected, end = mixer(x[:, : 9 + further], state=mixer.init_state(1))
+                _, state = mixer(padded[:, :9], state=mixer.init_state(1))
+                y, state = mixer(padded[:, 9:], state=state, mask=mask)
+            torch.testing.assert_close(y[:, pads:], expected[:, 9:], **EXACT)
+            self.same_state(state, end)
+
     def test_state_has_the_declared_size_which_is_fixed_unless_it_says_that_it_grows(self) -> None:
         mixer, x = self.build(torch.float32), self.input(3, 3 * self.length, torch.float32)
         state = mixer.init_state(3)

@@ -121,6 +121,13 @@ def test_no_number_is_no_value() -> None:
         Inner(rate=math.nan)
 
 
+def test_a_field_of_a_few_values_takes_no_other() -> None:
+    with pytest.raises(ConfigError, match=r"^mode: expected one of 'a', 'b', 3, got 'c'$"):
+        Outer(name="x", mode="c")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^mode: expected one of 'a', 'b', 3, got None$"):
+        FULL.with_(mode=None)
+
+
 def test_the_path_starts_where_it_is_told() -> None:
     with pytest.raises(ConfigError, match=r"run\.toml: missing name"):
         Outer.from_dict({}, where="run.toml")

@@ -151,8 +151,9 @@ def test_mistakes_are_named() -> None:
         Config.from_dict({"type": "deltaproduct"})
     with pytest.raises(ConfigError, match="householders: expected at least 1, got 0"):
         Config(householders=0, gate=True, allow_neg_eigval=True)
-    with pytest.raises(ConfigError, match="multiple of heads=4"):
-        Config(householders=2, gate=True, allow_neg_eigval=True, heads=4, value_heads=6)
+    for wrong in (6, 0, -4):
+        with pytest.raises(ConfigError, match=f"multiple of heads=4, got {wrong}"):
+            Config(householders=2, gate=True, allow_neg_eigval=True, heads=4, value_heads=wrong)
     mixer = SWITCHES["gated"].build(16)
     with pytest.raises(ArgumentError, match="state: cannot be given together with packing"):
         mixer(torch.randn(1, 4, 16), state=mixer.init_state(1), packing=Packing.from_lengths([4]))

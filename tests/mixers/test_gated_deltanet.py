@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -83,14 +84,15 @@ def literal_layer(mixer: GatedDeltaNet, x: torch.Tensor) -> torch.Tensor:
                 state = state @ (alpha[n, t, h] * erase) + beta[n, t, h] * torch.outer(v[n, t, h], key)
                 o[n, t, h] = state @ query
     gate = (x @ weights["g_proj.weight"].T).reshape(o.shape)
-    normed = o / torch.sqrt((o * o).mean(-1, keepdim=True) + c.norm_eps) * weights["o_norm.weight"]
-    return (normed * gate * torch.sigmoid(gate)).flatten(2) @ weights["o_proj.weight"].T
+    if c.output_norm:
+        o = o / torch.sqrt((o * o).mean(-1, keepdim=True) + c.norm_eps) * weights["o_norm.weight"]
+    return (o * gate * torch.sigmoid(gate)).flatten(2) @ weights["o_proj.weight"].T
 
 
-@pytest.mark.parametrize("value_heads", [None, 4])
-def test_equals_a_literal_transcription_of_the_paper(value_heads: int | None) -> None:
+@pytest.mark.parametrize("options", [{}, {"value_heads": 4}, {"output_norm": False}], ids=["paper", "grouped", "no norm"])
+def test_equals_a_literal_transcription_of_the_paper(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    mixer = Config(heads=2, head_dim=4, value_heads=value_heads).build(12).double()
+    mixer = Config(heads=2, head_dim=4, **options).build(12).double()
     x = torch.randn(2, 9, 12, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(mixer(x)[0], literal_layer(mixer, x), rtol=1e-10, atol=1e-12)
@@ -130,8 +132,9 @@ def test_gates_stay_float32_under_a_bf16_layer() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ConfigError, match="multiple of heads=4"):
-        Config(heads=4, value_heads=6)
+    for wrong in (6, 0, -4):
+        with pytest.raises(ConfigError, match=f"multiple of heads=4, got {wrong}"):
+            Config(heads=4, value_heads=wrong)
     with pytest.raises(ConfigError, match="whole number"):
         Config(head_dim=5, expand_v=1.5)
     mixer = Config(heads=2, head_dim=8).build(16)

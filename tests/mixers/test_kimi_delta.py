@@ -121,8 +121,9 @@ def test_initial_gates_have_the_published_statistics() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ConfigError, match="multiple of heads=4"):
-        Config(heads=4, value_heads=6)
+    for wrong in (6, 0, -4):
+        with pytest.raises(ConfigError, match=f"multiple of heads=4, got {wrong}"):
+            Config(heads=4, value_heads=wrong)
     with pytest.raises(ConfigError, match="whole number"):
         Config(head_dim=5, expand_v=1.5)
     mixer = Config(heads=2, head_dim=8).build(16)

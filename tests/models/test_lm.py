@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from gdn.core.errors import ArgumentError, CheckpointError, ConfigError
 from gdn.core.packing import Packing
+from gdn.mixers.attention import Attention
+from gdn.mixers.base import MixerConfig
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.mixers.hgrn2 import HGRN2
 from gdn.models import block
@@ -310,3 +312,12 @@ def test_a_stored_model_is_the_same_and_damage_is_named(tmp_path) -> None:
         load_model(tmp_path / "m")
     with pytest.raises(CheckpointError, match=r"holds no config.json"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 6, dtype=torch.bool)], ids=["numbers", "short"])
+@pytest.mark.parametrize("mixer", [Attention.Config(heads=2, head_dim=8), GatedDeltaNet.Config(heads=2, head_dim=8)], ids=lambda m: m.tag())
+def test_a_mask_is_bool_and_as_large_as_the_tokens(mixer: MixerConfig, mask: torch.Tensor) -> None:
+    """Numbers, as tokenizers give them, would be counted as padding the wrong way round."""
+    model = LM(LM.Config(vocab=11, width=16, layers=1, mlp=0, pattern=(mixer,)))
+    with pytest.raises(ArgumentError, match=r"mask: expected bool \[2, 7\], got (int64 \[2, 7\]|bool \[2, 6\])"):
+        model(torch.zeros(2, 7, dtype=torch.int64), mask=mask)

@@ -49,3 +49,9 @@ def test_turns_in_float32_whatever_the_dtype_and_nothing_at_fraction_zero() -> N
 def test_fractions_that_do_not_fit_are_named(fraction: float) -> None:
     with pytest.raises(ConfigError, match=f"rope_fraction: expected an even part of head_dim=8 .*got {fraction}"):
         Rotary(8, fraction=fraction)
+
+
+@pytest.mark.parametrize("base", [0.0, -1.0])
+def test_a_base_that_gives_no_angles_is_refused(base: float) -> None:
+    with pytest.raises(ConfigError, match="rope_base: expected above 0, got"):
+        Rotary(16, base=base)

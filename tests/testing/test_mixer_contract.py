@@ -46,6 +46,12 @@ def ignores(*names: str) -> Forward:
     return forward
 
 
+def begins_anew_behind_padding(self: GatedDeltaNet, x: Tensor, **options: Any) -> Outcome:
+    if options.get("mask") is not None and options.get("state") is not None:
+        options["state"]["conv"].zero_()
+    return RIGHT(self, x, **options)
+
+
 def returns_a_new_state(self: GatedDeltaNet, x: Tensor, **options: Any) -> Outcome:
     y, state = RIGHT(self, x, **options)
     return y, None if state is None else state.clone()
@@ -95,6 +101,7 @@ FORWARDS: dict[str, Forward] = {
     "stepping_equals_the_parallel_form": steps_differently,
     "packed_documents_equal_separate_ones": ignores("packing"),
     "padding_on_the_left_leaves_no_trace": ignores("mask"),
+    "padding_before_further_tokens_leaves_no_trace": begins_anew_behind_padding,
     "state_has_the_declared_size_which_is_fixed_unless_it_says_that_it_grows": returns_a_new_state,
     "snapshots_roll_back_and_sequences_reorder_exactly": remembers_outside_of_the_state,
     "every_parameter_gets_a_finite_gradient_that_is_not_zero": leaves_a_parameter_out,
