@@ -8,6 +8,7 @@ from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.core.replay import replayed
 
 OP = Op(
     "gated_delta_product",
@@ -23,6 +24,7 @@ OP = Op(
 STEP = Op(
     "gated_delta_product_step",
     (
+        Impl("portable", "gdn.ops.delta_step.portable:gated_delta_product_step", triton_gpu(K=range(1, 513))),
         Impl("torch", "gdn.ops.delta_step.plain:gated_delta_product_step"),
         Impl("reference", "gdn.ops.delta_product.reference:gated_delta_product_step"),
     ),
@@ -92,6 +94,7 @@ def gated_delta_product(
     return OP.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, beta, scale, initial_state, packing)
 
 
+@replayed
 def gated_delta_product_step(
     q: Tensor,
     k: Tensor,
