@@ -57,7 +57,8 @@ def linear_attention_step(
         state: memories `[N, HV, K, V]`, updated in place. float32, or bfloat16 or float16 storage: the arithmetic is float32 all the same,
             rounded once a call. float64 with float64 inputs.
         scale: factor on the read. Default `K ** -0.5`.
-        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B.
+        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B. On a GPU, where values are not looked at, a
+            sequence with a slot that is not below N touches no memory, and its o is no number.
 
     Returns:
         o `[B, T, HV, V]` in the dtype of v.
