@@ -75,6 +75,33 @@ def steps() -> list[Row]:
     return found
 
 
+def other_steps() -> list[Row]:
+    """Without the delta rule, with a decay a channel, with several writes a token."""
+    found = []
+    for kind, op, writes, gate in (
+        ("linear", "linear_attention_step", 0, ""),
+        ("gated linear", "gated_linear_attention_step", 0, "key"),
+        ("value gated linear", "value_gated_linear_attention_step", 0, "value"),
+        ("channel", "channel_delta_step", 0, "value"),
+        ("product", "gated_delta_product_step", 2, ""),
+    ):
+
+        def make(B: int = 32, HV: int = 32, op: str = op, writes: int = writes, gate: str = gate) -> dict[str, Any]:
+            H, K, V, each = HV // 2, 128, 128, (B, 1, writes) if writes else (B, 1)
+            q, k = (torch.nn.functional.normalize(normal(*s, H, K, dtype=f32), dim=-1).to(bf16) for s in ((B, 1), each))
+            gates = {"": (HV,), "key": (H, K), "value": (HV, V)}[gate]
+            strength = {"beta": torch.rand(*each, HV, device="cuda")} if "delta" in op else {}
+            g, v = -0.1 * torch.rand(B, 1, *gates, device="cuda"), normal(*each, HV, V)
+            return {"q": q, "k": k, "v": v, "g": g, **strength, "state": normal(B, HV, K, V, dtype=f32)}
+
+        x = make()
+        moved = size(*x.values(), x["state"]) + 2 * size(x["q"])  # o has two heads for each of q
+        name = f"{kind} step B=32{f' {writes} writes' if writes else ''}"
+        small = lambda make=make: make(3, 4)  # noqa: E731
+        found.append(Row(name, op, getattr(ops, op), x, moved, small=small))
+    return found
+
+
 def convolutions() -> list[Row]:
     found = []
     D = 8192
@@ -372,7 +399,7 @@ def main() -> None:
     )
     lines = []
     common = {"bench": "small_ops", **rows.machine(torch.device("cuda")), "copy_bytes_s": bandwidth}
-    for make in (steps, convolutions, norms, gates, losses, rules, cores):
+    for make in (steps, other_steps, convolutions, norms, gates, losses, rules, cores):
         for row in make():
             if args.only not in row.name:
                 continue

@@ -23,6 +23,7 @@ from gdn.core.portable_launch import Launch, integer_kind, through_registers
 from gdn.ops.attention import portable as rows
 from gdn.ops.delta_channel.portable import channel_delta_rule
 from gdn.ops.delta_rule.portable import gated_delta_rule
+from gdn.ops.delta_step import portable as steps
 from gdn.ops.linear_recurrence.portable import linear_attention
 from gdn.ops.linear_recurrence.portable_value_gated import value_gated_linear_attention
 
@@ -46,6 +47,22 @@ def recurrence(row: Callable[..., Any], K: int, V: int, *, T: int = 2048) -> Cal
     return row, tensors, {"scale": 0.5, "packing": None}
 
 
+def step(row: Callable[..., Any], K: int, V: int, *, T: int = 1, writes: int = 0) -> Call:
+    """Sequences with four heads of values and two of queries and keys."""
+    decays = {steps.gated_linear_attention_step: (2, K), steps.value_gated_linear_attention_step: (4, V), steps.channel_delta_step: (4, K)}
+    each = (2, T, writes) if writes else (2, T)
+    tensors = {
+        "q": torch.empty(2, T, 2, K, dtype=torch.bfloat16),
+        "k": torch.empty(*each, 2, K, dtype=torch.bfloat16),
+        "v": torch.empty(*each, 4, V, dtype=torch.bfloat16),
+        "g": torch.empty(2, T, *decays.get(row, (4,))),
+        **({"beta": torch.empty(*each, 4)} if "delta" in row.__name__ else {}),
+        "state": torch.empty(9, 4, K, V),
+        "slots": torch.empty(2, dtype=torch.int32),
+    }
+    return row, tensors, {"scale": 0.5}
+
+
 def attention(D: int) -> Call:
     tensors = {name: torch.empty(1, 256, heads, D, dtype=torch.bfloat16) for name, heads in (("q", 2), ("k", 1), ("v", 1))}
     return (
@@ -64,6 +81,13 @@ CALLS: dict[str, Callable[[], Call]] = {
     "channel rule 256": lambda: recurrence(channel_delta_rule, 256, 512, T=128),
     "linear 256": lambda: recurrence(linear_attention, 256, 512),
     "value gated 256": lambda: recurrence(value_gated_linear_attention, 256, 256),
+    "step 512": lambda: step(steps.gated_delta_step, 512, 512),
+    "four steps 128": lambda: step(steps.gated_delta_step, 128, 128, T=4),
+    "channel step 512": lambda: step(steps.channel_delta_step, 512, 512),
+    "product step 512": lambda: step(steps.gated_delta_product_step, 512, 512, T=4, writes=4),
+    "linear step 512": lambda: step(steps.linear_attention_step, 512, 512),
+    "gated linear step 200": lambda: step(steps.gated_linear_attention_step, 200, 400),
+    "value gated linear step 96": lambda: step(steps.value_gated_linear_attention_step, 96, 96),
     "sigmoid 128": lambda: attention(128),
     "sigmoid 256": lambda: attention(256),
     "long sigmoid 256": lambda: attention(256),
@@ -71,8 +95,12 @@ CALLS: dict[str, Callable[[], Call]] = {
 
 
 def launches(row: Callable[..., Any], tensors: dict[str, Tensor], rest: dict[str, Any]) -> list[Launch]:
-    """What forward and backward would launch."""
+    """What forward and backward would launch; a step has no backward."""
     THREAD.launches = found = []
+    if "state" in tensors:
+        row(**tensors, **rest)
+        THREAD.launches = None
+        return found
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     results = row(**leaves, **rest)
     results = [results] if isinstance(results, Tensor) else [x for x in results if x.numel()]

@@ -351,6 +351,33 @@ def delta_step() -> Case:
     return Case(ops.gated_delta_step, shapes(1, 1, 1), shapes(2**19 + 1, HEADS, 16400), wide="g beta state", fixed="*")
 
 
+def linear_step(call: Callable[..., Any], *decays: int) -> Case:
+    """The pool is huge, and where a channel has a decay of its own they are too."""
+
+    def shapes(B: int, H: int, N: int) -> Shapes:
+        tokens = dict.fromkeys(("q", "k", "v"), (B, 2, H, WIDTH))
+        return tokens | {"g": (B, 2, H, *decays), "state": (N, H, WIDTH, WIDTH)}
+
+    return Case(call, shapes(1, 1, 1), shapes(2**19 + 1, HEADS, 16400), fixed="*")
+
+
+def channel_step() -> Case:
+    case = linear_step(ops.channel_delta_step, WIDTH)
+    corner, whole = ({**shapes, "beta": shapes["v"][:3]} for shapes in (case.corner, case.whole))
+    return Case(case.call, corner, whole, fixed="*")
+
+
+def product_step() -> Case:
+    """The keys and values of all writes are huge."""
+
+    def shapes(B: int, H: int, N: int) -> Shapes:
+        writes = dict.fromkeys(("k", "v"), (B, 2, 2, H, WIDTH))
+        gates = {"g": (B, 2, H), "beta": (B, 2, 2, H)}
+        return {"q": (B, 2, H, WIDTH), **writes, **gates, "state": (N, H, WIDTH, WIDTH)}
+
+    return Case(ops.gated_delta_product_step, shapes(1, 1, 1), shapes(2**18 + 1, HEADS, 16400), wide="g beta", fixed="*")
+
+
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """How the loss scales its gradients."""
     return loss._scaled(x, factor, torch.bfloat16)
@@ -388,6 +415,11 @@ CASES = {
     "convolved q, k, v, rows": qkv(42000),
     "core": core(),
     "delta step": delta_step(),
+    "channel step": channel_step(),
+    "product step": product_step(),
+    "linear step": linear_step(ops.linear_attention_step),
+    "gated linear step": linear_step(ops.gated_linear_attention_step, WIDTH),
+    "value gated linear step": linear_step(ops.value_gated_linear_attention_step, WIDTH),
     "l2norm": of_heads(ops.l2norm),
     "l2norm, slices": of_heads(ops.l2norm, slices=True),
     "rms norm": norm(ops.rms_norm, "weight"),

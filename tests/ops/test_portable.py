@@ -79,31 +79,7 @@ def test_the_compiler_takes_every_kernel() -> None:
     assert set(done.stdout.split()) == kernels
 
 
-# --- the step
-
-
-@cases(
-    *steps.PROBLEMS,
-    steps.Problem(name="wide heads", B=1, T=2, H=1, HV=1, K=200, V=40),
-    steps.Problem(name="wide bfloat16 heads", B=1, T=1, H=1, HV=2, K=96, V=72, storage=torch.bfloat16),
-)
-def test_step(problem: steps.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
-    as_good_as_the_reference(gated_delta_step, "portable", build(problem, dtype))
-
-
-def test_step_reads_strided_views_and_updates_the_state_in_its_place(as_good_as_the_reference: Check) -> None:
-    arguments = build(steps.Problem(name="", B=2, T=2, H=1, HV=2, K=8, V=8), torch.float32)
-    q, k, v = (torch.cat([arguments[name]] * 2, dim=2)[:, :, : arguments[name].shape[2]] for name in ("q", "k", "v"))
-    layers = torch.randn(2, 3, 2, 8, 8, device=DEVICE)
-    for state in (layers[:, 1], layers[:, 2].mT):
-        expected = {**arguments, "state": state.contiguous()}
-        with use(gated_delta_step="reference"):
-            o = gated_delta_step(**expected)
-        before = layers.clone()
-        with use(gated_delta_step="portable"):
-            torch.testing.assert_close(gated_delta_step(**{**arguments, "q": q, "k": k, "v": v, "state": state}), o)
-        torch.testing.assert_close(state, expected["state"])
-        assert torch.equal(layers[:, 0], before[:, 0])
+# --- steps; more of those of memories is in test_step_portable.py
 
 
 def apart(x: Tensor) -> Tensor:
@@ -147,11 +123,6 @@ def test_step_clears_at_minus_infinity_and_lets_nan_through() -> None:
         assert not arguments["state"][0, 0].any()
         arguments["beta"][0, 0, 1] = float("nan")
         assert gated_delta_step(**arguments)[0, 0, 1].isnan().all()
-
-
-def test_step_compiles_as_one_graph(as_good_as_the_reference: Check) -> None:
-    compiled = torch.compile(gated_delta_step, fullgraph=True, backend="aot_eager")
-    as_good_as_the_reference(gated_delta_step, "portable", build(steps.PROBLEMS[6], torch.float32), run=compiled)
 
 
 # --- the convolution

@@ -26,6 +26,7 @@ from gdn.ops.delta_rule import problems as rules
 from gdn.ops.delta_step import problems as steps
 from gdn.ops.gates import problems as gates
 from gdn.ops.linear_recurrence import problems as linears
+from gdn.ops.linear_step import problems as linear_steps
 from gdn.ops.loss import problems as losses
 from gdn.ops.norm import problems as norms
 from gdn.ops.projection import problems as projections
@@ -51,6 +52,11 @@ def short(problems: Any, *names: str, make: str = "build", drop: tuple[str, ...]
     return [(problem.name, builder(problem)) for problem in problems.PROBLEMS if not names or problem.name in names]
 
 
+def linear_step(kind: linears.Gates, *names: str) -> list[tuple[str, Build]]:
+    problems = [problem for problem in linear_steps.PROBLEMS if problem.name in names]
+    return [(p.name, lambda seed, p=p: p.build(kind, dtype=torch.bfloat16, device=DEVICE, seed=seed)) for p in problems]
+
+
 def rule(name: str, **sizes: Any) -> tuple[str, Build]:
     return name, lambda seed: rules.Problem(name=name, **sizes).build(dtype=torch.bfloat16, device=DEVICE, seed=seed)
 
@@ -67,6 +73,11 @@ CASES: dict[str, list[tuple[str, Build]]] = {
     "skip_gated_rms_norm": short(spaces, "groups, odd", make="build_norm"),
     "causal_conv1d": short(convs, "plain", "linear with bias and state", "one tap", "packed with state", "packed rows"),
     "gated_delta_step": short(steps, "grouped values", "pool, one skipped", "float16 memory in a pool"),
+    "channel_delta_step": short(steps, "grouped values", "pool, one skipped", "bfloat16 memory", make="build_channel"),
+    "gated_delta_product_step": short(steps, "grouped values", "pool, one skipped", "bfloat16 memory", make="build_product"),
+    "linear_attention_step": linear_step("head", "grouped values", "pool, one skipped", "bfloat16 memory"),
+    "gated_linear_attention_step": linear_step("key", "grouped values", "pool, one skipped"),
+    "value_gated_linear_attention_step": linear_step("value", "grouped values", "pool, one skipped"),
     "gated_delta_rule": [
         rule("plain", B=2, T=70),
         rule("grouped", T=66, H=1, HV=2, K=16, V=24, initial=True),

@@ -17,6 +17,9 @@ DESK = (
     ["channel rule 128", "channel rule 256", "linear 256", "value gated 256", "sigmoid 128", "sigmoid 256", "long sigmoid 256"],
 )
 
+STEPS = ["step 512", "four steps 128", "channel step 512", "product step 512"]
+LINEAR_STEPS = ["linear step 512", "gated linear step 200", "value gated linear step 96"]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -26,6 +29,8 @@ DESK = (
         pytest.param(80, hardware.SMALL, DESK[1], id="desk, others"),
         pytest.param(80, hardware.AMPERE, ["crowded rule 128", "rule 256", "channel rule 256"], id="A100"),
         pytest.param(100, hardware.AMPERE, ["rule 128"], id="B200"),
+        pytest.param(80, hardware.SMALL, STEPS + LINEAR_STEPS, id="desk, steps"),
+        pytest.param(90, hardware.HOPPER, STEPS + LINEAR_STEPS, id="H200, steps"),
     ],
 )
 def test_kernels_compile_and_fit(capability: int, room: int, calls: list[str]) -> None:

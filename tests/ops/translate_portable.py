@@ -30,6 +30,7 @@ from gdn.ops.linear_recurrence.portable_gated import gated_linear_attention
 from gdn.ops.linear_recurrence.portable_value_gated import value_gated_linear_attention
 from gdn.ops.linear_recurrence.problems import Gates
 from gdn.ops.linear_recurrence.problems import Problem as Linear
+from gdn.ops.linear_step.problems import Problem as LinearStep
 from gdn.ops.loss.problems import Problem as Loss
 from gdn.ops.norm.problems import Problem as Norm
 from gdn.ops.projection.problems import PROBLEMS as PROJECTIONS
@@ -89,9 +90,15 @@ def main() -> None:
         rows[package] = module
     dtype = torch.bfloat16
     for tokens in (1, 3):
-        x = Step(name="", B=2, T=tokens, H=1, HV=2, K=24, V=40, slots=(1, 0), pool=2).build(dtype=dtype)
+        sizes = {"name": "", "B": 2, "T": tokens, "H": 1, "HV": 2, "K": 24, "V": 40, "slots": (1, 0), "pool": 2}
+        x = Step(**sizes).build(dtype=dtype)
         rows[delta_step].gated_delta_step(**x, scale=0.5)
         rows[delta_step].gated_delta_step(**{**x, "slots": None}, scale=0.5)
+        rows[delta_step].channel_delta_step(**Step(**sizes).build_channel(dtype=dtype), scale=0.5)
+        rows[delta_step].gated_delta_product_step(**Step(**sizes).build_product(dtype=dtype), scale=0.5)
+        rows[delta_step].linear_attention_step(**LinearStep(**sizes).build("head", dtype=dtype), scale=0.5)
+        rows[delta_step].gated_linear_attention_step(**LinearStep(**sizes).build("key", dtype=dtype), scale=0.5)
+        rows[delta_step].value_gated_linear_attention_step(**LinearStep(**sizes).build("value", dtype=dtype), scale=0.5)
     for conv in (
         Conv(name="", B=2, T=9, D=40, bias=True, state=True),
         Conv(name="", T=9, D=40, state=True, lengths=(4, 5)),

@@ -11,6 +11,7 @@ from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.core.replay import replayed
 
 TRITON = dataclasses.replace(triton_gpu(K=range(1, 257), V=range(1, 513)), dtypes=(torch.bfloat16, torch.float32))
 """What the Triton row needs. Not float16, as for linear attention with decay: gradients times strong decays are below its least number."""
@@ -28,6 +29,7 @@ OP = Op(
 STEP = Op(
     "channel_delta_step",
     (
+        Impl("portable", "gdn.ops.delta_step.portable:channel_delta_step", triton_gpu(K=range(1, 513))),
         Impl("torch", "gdn.ops.delta_step.plain:channel_delta_step"),
         Impl("reference", "gdn.ops.delta_channel.reference:channel_delta_step"),
     ),
@@ -95,6 +97,7 @@ def channel_delta_rule(
     return OP.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, beta, scale, initial_state, packing)
 
 
+@replayed
 def channel_delta_step(
     q: Tensor,
     k: Tensor,
@@ -119,7 +122,8 @@ def channel_delta_step(
         state: memories `[N, HV, K, V]`, updated in place. float32, or bfloat16 or float16 storage: the arithmetic is float32 all the same,
             rounded once a call. float64 with float64 inputs.
         scale: factor on the read. Default `K ** -0.5`.
-        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B.
+        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B. On a GPU, where values are not looked at, a
+            sequence with a slot that is not below N touches no memory, and its o is no number.
 
     Returns:
         o `[B, T, HV, V]` in the dtype of v.

@@ -8,6 +8,7 @@ from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.core.replay import replayed
 
 OP = Op(
     "gated_delta_product",
@@ -23,6 +24,7 @@ OP = Op(
 STEP = Op(
     "gated_delta_product_step",
     (
+        Impl("portable", "gdn.ops.delta_step.portable:gated_delta_product_step", triton_gpu(K=range(1, 513))),
         Impl("torch", "gdn.ops.delta_step.plain:gated_delta_product_step"),
         Impl("reference", "gdn.ops.delta_product.reference:gated_delta_product_step"),
     ),
@@ -92,6 +94,7 @@ def gated_delta_product(
     return OP.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, g, beta, scale, initial_state, packing)
 
 
+@replayed
 def gated_delta_product_step(
     q: Tensor,
     k: Tensor,
@@ -117,7 +120,8 @@ def gated_delta_product_step(
         state: memories `[N, HV, K, V]`, updated in place. float32, or bfloat16 or float16 storage: the arithmetic is float32 all the same,
             rounded once a call. float64 with float64 inputs.
         scale: factor on the read. Default `K ** -0.5`.
-        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B.
+        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B. On a GPU, where values are not looked at, a
+            sequence with a slot that is not below N touches no memory, and its o is no number.
 
     Returns:
         o `[B, T, HV, V]` in the dtype of v.

@@ -1,9 +1,12 @@
-"""The step in Triton, any GPU from sm_80 on: each memory is read once and written once, in its place.
+"""The steps in Triton, any GPU from sm_80 on: each memory is read once and written once, in its place.
 
 A program holds some columns of one memory in registers for all its tokens. With d = exp(g), both products with the memory are taken before
 it changes, so that neither waits for the other:
 
     u = beta (v - d k^T S)          o = scale (d q^T S + (q.k) u)          S <- d S + k u^T
+
+Without the delta rule u = v. A decay of each value has one d a column, in the same places. One of each key stands between k or q and S, and of
+several writes a token all but the first meet a memory that was changed: there S <- d S comes first, and d is 1 from then on.
 
 The columns are few: a block row of them is one 128-byte line, and one sequence already gives more programs than a GPU has multiprocessors.
 """
@@ -23,6 +26,16 @@ LINE = 128
 """Bytes of a row of a program's block of the memory."""
 
 
+@triton.jit
+def _faded(memory, decay, DECAY: tl.constexpr):
+    if DECAY == "key":
+        return decay[:, None] * memory
+    elif DECAY == "value":
+        return decay[None, :] * memory
+    else:
+        return decay * memory
+
+
 @triton.jit(do_not_specialize=["pool"])
 def step_kernel(
     q,
@@ -38,21 +51,27 @@ def step_kernel(
     q_batch,
     q_token,
     k_batch,
-    k_token,
+    k_write,
     v_batch,
-    v_token,
+    v_write,
     state_row,
     pool,
     HV: tl.constexpr,
     GROUP: tl.constexpr,
+    GATES: tl.constexpr,
+    WRITES: tl.constexpr,
+    DECAY: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
     """All tokens of one sequence, one value head and BV columns of its memory. Grid [B * HV * column blocks]. A row that the pool does not
-    have is nobody's memory: what is read of it is no number."""
+    have is nobody's memory: what is read of it is no number. Tokens have WRITES writes and one decay, DECAY ("head", "key" or "value") a
+    number, K or V for each of GATES heads. Without beta what is written is the value."""
     blocks: tl.constexpr = (V + BV - 1) // BV
+    WIDTH: tl.constexpr = K if DECAY == "key" else V if DECAY == "value" else 1
+    FADE_FIRST: tl.constexpr = DECAY == "key" or WRITES > 1
     program = tl.program_id(0)
     column = program % blocks * BV + tl.arange(0, BV)
     hv = program // blocks % HV
@@ -75,19 +94,39 @@ def step_kernel(
         valid = (i < K)[:, None] & inside[None, :]
         at = state + row * state_row + hv * (K * V) + (i[:, None] * V + column[None, :])
         memory = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-        gate = b * T * HV + hv
+        gate = b * T * (GATES * WIDTH) + hv // (HV // GATES) * WIDTH
+        strengths = b * T * (WRITES * HV) + hv
         for t in range(T):
+            write = int64(t) * WRITES + (WRITES - 1)
             query = tl.load(q + int64(t) * q_token + i, mask=i < K, other=0.0).to(tl.float32)
-            key = tl.load(k + int64(t) * k_token + i, mask=i < K, other=0.0).to(tl.float32)
-            value = tl.load(v + int64(t) * v_token, mask=inside, other=0.0).to(tl.float32)
-            decay = exp(tl.load(g + gate + int64(t) * HV).to(tl.float32))
-            strength = tl.load(beta + gate + int64(t) * HV).to(tl.float32)
-            recalled = tl.sum(key[:, None] * memory, 0)
-            read = tl.sum(query[:, None] * memory, 0)
-            update = strength * (value - decay * recalled)
-            out = scale * (decay * read + tl.sum(query * key, 0) * update)
+            key = tl.load(k + write * k_write + i, mask=i < K, other=0.0).to(tl.float32)
+            update = tl.load(v + write * v_write, mask=inside, other=0.0).to(tl.float32)
+            if DECAY == "key":
+                decay = exp(tl.load(g + gate + int64(t) * (GATES * WIDTH) + i, mask=i < K, other=0.0).to(tl.float32))
+            elif DECAY == "value":
+                decay = exp(tl.load(g + gate + int64(t) * (GATES * WIDTH) + column, mask=inside, other=0.0).to(tl.float32))
+            else:
+                decay = exp(tl.load(g + gate + int64(t) * GATES).to(tl.float32))
+            if FADE_FIRST:
+                memory = _faded(memory, decay, DECAY)
+            if WRITES > 1:
+                for earlier in range(WRITES - 1):
+                    one = int64(t) * WRITES + earlier
+                    other = tl.load(k + one * k_write + i, mask=i < K, other=0.0).to(tl.float32)
+                    value = tl.load(v + one * v_write, mask=inside, other=0.0).to(tl.float32)
+                    if beta is not None:
+                        value = tl.load(beta + strengths + one * HV).to(tl.float32) * (value - tl.sum(other[:, None] * memory, 0))
+                    memory = memory + other[:, None] * value[None, :]
+            if beta is not None:
+                strength = tl.load(beta + strengths + write * HV).to(tl.float32)
+                recalled = tl.sum(key[:, None] * memory, 0)
+                read = tl.sum(query[:, None] * memory, 0)
+                update = strength * (update - (recalled if FADE_FIRST else decay * recalled))
+            else:
+                read = tl.sum(query[:, None] * memory, 0)
+            out = scale * ((read if FADE_FIRST else decay * read) + tl.sum(query * key, 0) * update)
             tl.store(o + int64(t) * (HV * V), out.to(o.dtype.element_ty), mask=inside)
-            memory = decay * memory + key[:, None] * update[None, :]
+            memory = (memory if FADE_FIRST else _faded(memory, decay, DECAY)) + key[:, None] * update[None, :]
         tl.store(at, memory.to(state.dtype.element_ty), mask=valid)
 
 
@@ -102,23 +141,94 @@ def gated_delta_step(
     slots: Tensor | None,
 ) -> Tensor:
     """See `gdn.ops.gated_delta_step`."""
-    return _STEP(q, k, v, g, beta, state, scale, slots)
+    return _STEP(q, k, v, g, beta, state, scale, slots, "head")
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, slots: Tensor | None) -> Tensor:
-    B, T, HV, V = v.shape
-    H, K = k.shape[2:]
+def gated_delta_product_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    scale: float,
+    slots: Tensor | None,
+) -> Tensor:
+    """See `gdn.ops.gated_delta_product_step`."""
+    return _STEP(q, k, v, g, beta, state, scale, slots, "head")
+
+
+def channel_delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    scale: float,
+    slots: Tensor | None,
+) -> Tensor:
+    """See `gdn.ops.channel_delta_step`."""
+    return _STEP(q, k, v, g, beta, state, scale, slots, "key")
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    scale: float,
+    slots: Tensor | None,
+) -> Tensor:
+    """See `gdn.ops.linear_attention_step`."""
+    return _STEP(q, k, v, g, None, state, scale, slots, "head")
+
+
+def gated_linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    scale: float,
+    slots: Tensor | None,
+) -> Tensor:
+    """See `gdn.ops.gated_linear_attention_step`."""
+    return _STEP(q, k, v, g, None, state, scale, slots, "key")
+
+
+def value_gated_linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    scale: float,
+    slots: Tensor | None,
+) -> Tensor:
+    """See `gdn.ops.value_gated_linear_attention_step`."""
+    return _STEP(q, k, v, g, None, state, scale, slots, "value")
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor, scale: float, slots: Tensor | None, decay: str
+) -> Tensor:
+    """k, v and beta as in the contract of one write a token, or of several."""
+    (B, T, H, K), (HV, V) = q.shape, v.shape[-2:]
+    writes = k.shape[2] if k.ndim == 5 else 1
     o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device)
     if T == 0:
         return o
-    q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
+    q, k, v = _even(q), _even(k), _even(v)
     memory = state if state.stride()[1:] == (K * V, V, 1) else state.contiguous()
     slots = None if slots is None else slots.contiguous()
+    beta = None if beta is None else beta.contiguous()
     columns, warps = block(K, V, memory.element_size())
     launch(
-        step_kernel, (B * HV * -(-V // columns),), q, k, v, g.contiguous(), beta.contiguous(), memory, slots, o, scale, T,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), memory.stride(0), memory.shape[0],
-        HV, HV // H, K, V, _power_of_two(K), columns, warps=warps,
+        step_kernel, (B * HV * -(-V // columns),), q, k, v, g.contiguous(), beta, memory, slots, o, scale, T,
+        q.stride(0), q.stride(1), k.stride(0), _distance(k), v.stride(0), _distance(v), memory.stride(0), memory.shape[0],
+        HV, HV // H, g.shape[2], writes, decay, K, V, _power_of_two(K), columns, warps=warps,
     )  # fmt: skip
     if memory is not state:
         state.copy_(memory)
@@ -135,13 +245,21 @@ def _power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _dense_heads(x: Tensor) -> Tensor:
-    """x [B, T, heads, width], copied unless the numbers of a token are dense."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+def _even(x: Tensor) -> Tensor:
+    """x `[B, T, heads, width]` or `[B, T, n, heads, width]`, copied unless the numbers of a write are dense and its writes evenly apart."""
+    apart = x.ndim == 4 or 1 in x.shape[1:3] or x.stride(1) == x.shape[2] * x.stride(2)
+    return x if apart and x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, slots: Tensor | None) -> Tensor:
-    return v.new_empty(v.shape)
+def _distance(x: Tensor) -> int:
+    """From one write to the next."""
+    return x.stride(-3) if x.shape[-3] > 1 else x.stride(1)
 
 
-_STEP = InPlace("gdn::gated_delta_step_portable", _run, mutates=("state",), fake=_fake, replay=True)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor, scale: float, slots: Tensor | None, decay: str
+) -> Tensor:
+    return v.new_empty((*q.shape[:2], *v.shape[-2:]))
+
+
+_STEP = InPlace("gdn::delta_step_portable", _run, mutates=("state",), fake=_fake, replay=True)

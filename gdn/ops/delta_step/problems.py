@@ -1,7 +1,8 @@
-"""Named shapes of the decoding step, for tests, the doctor and benchmarks."""
+"""Named shapes of the decoding steps of the delta rules, for tests, the doctor and benchmarks."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Sizes of one call of `gated_delta_step`."""
+    """Sizes of one call of `gated_delta_step`, `channel_delta_step` or `gated_delta_product_step`."""
 
     name: str
     B: int = 1
@@ -25,6 +26,8 @@ class Problem:
     """Rows of the state, with slots."""
     storage: torch.dtype | None = None
     """Dtype of the state; None for that of the sums."""
+    writes: int = 2
+    """Of a token, for `build_product`."""
 
     def build(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
         """Arguments of `gated_delta_step`, the same numbers for every dtype and device up to rounding; keys of norm 1, beta up to 2."""
@@ -45,6 +48,19 @@ class Problem:
             "state": normal(rows, self.HV, self.K, self.V).to(device, self.storage or wide),
             "slots": None if self.slots is None else torch.tensor(self.slots, device=device),
         }
+
+    def build_channel(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Arguments of `channel_delta_step`: as `build`, with a decay for each channel of the keys."""
+        arguments = self.build(dtype=dtype, device=device, seed=seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        g = -torch.randn(self.B, self.T, self.HV, self.K, generator=generator, dtype=torch.float64).abs() / 4
+        return arguments | {"g": g.to(arguments["g"])}
+
+    def build_product(self, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Arguments of `gated_delta_product_step`: as `build`, with other keys, values and strengths for each write."""
+        arguments = self.build(dtype=dtype, device=device, seed=seed)
+        every_write = dataclasses.replace(self, T=self.T * self.writes).build(dtype=dtype, device=device, seed=seed + 1)
+        return arguments | {name: every_write[name].unflatten(1, (self.T, self.writes)) for name in ("k", "v", "beta")}
 
 
 PROBLEMS = (

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from gdn.core import checks
-from gdn.core.dispatch import Impl, Op
+from gdn.core.dispatch import Impl, Op, triton_gpu
+from gdn.core.replay import replayed
 
 LINEAR = Op(
     "linear_attention_step",
     (
+        Impl("portable", "gdn.ops.delta_step.portable:linear_attention_step", triton_gpu(K=range(1, 513))),
         Impl("torch", "gdn.ops.linear_step.plain:linear_attention_step"),
         Impl("reference", "gdn.ops.linear_step.reference:linear_attention_step"),
     ),
@@ -18,6 +20,7 @@ LINEAR = Op(
 GATED = Op(
     "gated_linear_attention_step",
     (
+        Impl("portable", "gdn.ops.delta_step.portable:gated_linear_attention_step", triton_gpu(K=range(1, 513))),
         Impl("torch", "gdn.ops.linear_step.plain:gated_linear_attention_step"),
         Impl("reference", "gdn.ops.linear_step.reference:gated_linear_attention_step"),
     ),
@@ -26,6 +29,7 @@ GATED = Op(
 VALUE_GATED = Op(
     "value_gated_linear_attention_step",
     (
+        Impl("portable", "gdn.ops.delta_step.portable:value_gated_linear_attention_step", triton_gpu(K=range(1, 513))),
         Impl("torch", "gdn.ops.linear_step.plain:value_gated_linear_attention_step"),
         Impl("reference", "gdn.ops.linear_step.reference:value_gated_linear_attention_step"),
     ),
@@ -33,6 +37,7 @@ VALUE_GATED = Op(
 """Rows of all three take `(q, k, v, g, state, scale, slots)`, write into `state` and return `o`."""
 
 
+@replayed
 def linear_attention_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, *, scale: float | None = None, slots: Tensor | None = None
 ) -> Tensor:
@@ -52,7 +57,8 @@ def linear_attention_step(
         state: memories `[N, HV, K, V]`, updated in place. float32, or bfloat16 or float16 storage: the arithmetic is float32 all the same,
             rounded once a call. float64 with float64 inputs.
         scale: factor on the read. Default `K ** -0.5`.
-        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B.
+        slots: integers `[B]` below N, no row twice. Default: row b for sequence b, then N = B. On a GPU, where values are not looked at, a
+            sequence with a slot that is not below N touches no memory, and its o is no number.
 
     Returns:
         o `[B, T, HV, V]` in the dtype of v.
@@ -73,6 +79,7 @@ def linear_attention_step(
     return _call(LINEAR, "B T HV", q, k, v, g, state, scale, slots)
 
 
+@replayed
 def gated_linear_attention_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, *, scale: float | None = None, slots: Tensor | None = None
 ) -> Tensor:
@@ -101,6 +108,7 @@ def gated_linear_attention_step(
     return _call(GATED, "B T H K", q, k, v, g, state, scale, slots)
 
 
+@replayed
 def value_gated_linear_attention_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, *, scale: float | None = None, slots: Tensor | None = None
 ) -> Tensor:
