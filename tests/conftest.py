@@ -81,8 +81,8 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def compile(what: Any, *rest: Any) -> Any:
         compiled = launch(what, *rest)
-        start, noting = compiled.run.launch, copy.copy(compiled.run)
-        noting.launch = lambda *args: (names.append(what.kernel.fn.__name__), start(*args))
+        name, start, noting = what.kernel.fn.__name__, compiled.run.launch, copy.copy(compiled.run)
+        noting.launch = lambda *args: (names.append(name), start(*args))  # `what` has tensors that would live as long
         return SimpleNamespace(function=compiled.function, packed_metadata=compiled.packed_metadata, run=noting)
 
     def interpret(what: Any, grid: tuple[int, ...], device: int) -> Any:

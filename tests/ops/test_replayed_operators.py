@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from on_gpu import gpu
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 pytest.importorskip("triton")
 
@@ -258,6 +260,38 @@ def test_operators_are_replayed_whole(name: str, replayed_here: list[str], monke
             with monkeypatch.context() as patch:
                 patch.setattr(operator, "__wrapped__", _not_again)
                 operator(**arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("_step")])
+def test_no_graph_of_autograd_outlives_a_call(name: str, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that is written down nor a replay: what accumulates gradients of a leaf is made anew by each call, on its stream."""
+    monkeypatch.setattr(checks, "not_positive", lambda *arguments: None)  # as on a GPU, where no value is looked at
+    leaves: list[Tensor] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        leaves.append(x.detach().clone().requires_grad_())
+        return leaves[-1]
+
+    arguments = changed(CASES[name][0][1](1), leaf)
+
+    def in_use() -> bool:
+        for x in leaves:
+            get_gradient_edge(x).node.metadata["seen"] = True  # kept if somebody else holds the node
+        return any("seen" in get_gradient_edge(x).node.metadata for x in leaves)
+
+    with use(**{name: "portable", "gated_delta_rule": "portable"}):
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                results = tensors_of(getattr(ops, name)(**arguments))
+                assert in_use()
+                torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
+                del results
+                assert not in_use()
+        finally:
+            gc.enable()
+    assert replayed_here
 
 
 @gpu
