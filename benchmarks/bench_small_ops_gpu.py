@@ -2,7 +2,7 @@
 
 Each row: the largest relative error of outputs and gradients against the float64 reference on a small problem, beside that of plain torch at
 the same dtype; then medians of eager calls and of CUDA-graph replays with the L2 cache flushed, and the bytes that must move over the graph's
-time as a share of the measured copy bandwidth. "host" is the processor time of an eager call, twenty in a row behind a busy GPU. Runs in under a minute.
+time as a share of the measured copy bandwidth. "host" is what an eager call takes the host, twenty in a row behind a busy GPU. Runs in under a minute.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def captured(call: Call) -> Call:
 
 
 def host_us(call: Call, calls: int = 20, repeats: int = 15) -> float:
-    """Processor time of one of `calls` eager calls in a row while the GPU lags behind: what a call costs a loop that keeps the GPU busy."""
+    """Time that the host takes for one of `calls` eager calls in a row while the GPU lags behind: what a call costs a loop that keeps the GPU busy."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()

@@ -16,6 +16,7 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
     "train": ("size", "shape"),
     "decode": ("size", "batch", "context"),
     "small_ops": ("row",),
+    "first": ("work",),
     "ops": ("op", "name", "mode", "dtype"),
     "accelerate": ("work", "length", "vocab", "layers", "dtype"),
     "accelerate_gpu": ("work", "size", "shape"),

@@ -264,6 +264,12 @@ def small(results: Sequence[Result], runs: Numbered) -> Lines:
     return ["", "### Operators around it", "", *cells(columns, lines), *failures(results)]
 
 
+def first_results(results: Sequence[Result], runs: Numbered) -> Lines:
+    lines = [[r.fact("work"), title(r.impl), number(r["first_s"]), runs([r])] for r in results]
+    note = "From the call to the result, on a machine where nothing had been compiled before: caches of kernels and graphs were empty."
+    return ["", "### First results", "", note, "", *cells(["", "implementation", "seconds", "run"], lines)]
+
+
 def processor_ops(results: Sequence[Result], runs: Numbered) -> Lines:
     lines = []
     for problem, found in groups(results).items():
@@ -310,7 +316,7 @@ def accelerated_on_a_gpu(results: Sequence[Result], runs: Numbered) -> Lines:
 
 
 SECTIONS: dict[str, Callable[[Sequence[Result], Numbered], Lines]] = {
-    "delta_rule": rule, "layer": layers, "train": training, "decode": decoding, "small_ops": small, "ops": processor_ops,
+    "delta_rule": rule, "layer": layers, "train": training, "decode": decoding, "small_ops": small, "first": first_results, "ops": processor_ops,
     "accelerate": accelerated, "accelerate_gpu": accelerated_on_a_gpu,
 }  # fmt: skip
 """The part of each benchmark, in order."""
