@@ -13,6 +13,8 @@ The columns are few: a block row of them is one 128-byte line, and one sequence 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -130,87 +132,6 @@ def step_kernel(
         tl.store(at, memory.to(state.dtype.element_ty), mask=valid)
 
 
-def gated_delta_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    scale: float,
-    slots: Tensor | None,
-) -> Tensor:
-    """See `gdn.ops.gated_delta_step`."""
-    return _STEP(q, k, v, g, beta, state, scale, slots, "head")
-
-
-def gated_delta_product_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    scale: float,
-    slots: Tensor | None,
-) -> Tensor:
-    """See `gdn.ops.gated_delta_product_step`."""
-    return _STEP(q, k, v, g, beta, state, scale, slots, "head")
-
-
-def channel_delta_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    scale: float,
-    slots: Tensor | None,
-) -> Tensor:
-    """See `gdn.ops.channel_delta_step`."""
-    return _STEP(q, k, v, g, beta, state, scale, slots, "key")
-
-
-def linear_attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    state: Tensor,
-    scale: float,
-    slots: Tensor | None,
-) -> Tensor:
-    """See `gdn.ops.linear_attention_step`."""
-    return _STEP(q, k, v, g, None, state, scale, slots, "head")
-
-
-def gated_linear_attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    state: Tensor,
-    scale: float,
-    slots: Tensor | None,
-) -> Tensor:
-    """See `gdn.ops.gated_linear_attention_step`."""
-    return _STEP(q, k, v, g, None, state, scale, slots, "key")
-
-
-def value_gated_linear_attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    state: Tensor,
-    scale: float,
-    slots: Tensor | None,
-) -> Tensor:
-    """See `gdn.ops.value_gated_linear_attention_step`."""
-    return _STEP(q, k, v, g, None, state, scale, slots, "value")
-
-
 def _run(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor, scale: float, slots: Tensor | None, decay: str
 ) -> Tensor:
@@ -263,3 +184,29 @@ def _fake(
 
 
 _STEP = InPlace("gdn::delta_step_portable", _run, mutates=("state",), fake=_fake, replay=True)
+
+
+def _corrected(decay: str) -> Callable[..., Tensor]:
+    """A row of the delta rule."""
+
+    def row(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, slots: Tensor | None) -> Tensor:
+        return _STEP(q, k, v, g, beta, state, scale, slots, decay)
+
+    return row
+
+
+def _summed(decay: str) -> Callable[..., Tensor]:
+    """A row of linear attention."""
+
+    def row(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float, slots: Tensor | None) -> Tensor:
+        return _STEP(q, k, v, g, None, state, scale, slots, decay)
+
+    return row
+
+
+# See `gdn.ops`, by these names.
+gated_delta_step = gated_delta_product_step = _corrected("head")
+channel_delta_step = _corrected("key")
+linear_attention_step = _summed("head")
+gated_linear_attention_step = _summed("key")
+value_gated_linear_attention_step = _summed("value")
