@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def step(row: Callable[..., Any], K: int, V: int, *, T: int = 1, writes: int = 0
         "k": torch.empty(*each, 2, K, dtype=torch.bfloat16),
         "v": torch.empty(*each, 4, V, dtype=torch.bfloat16),
         "g": torch.empty(2, T, *decays.get(row, (4,))),
-        **({"beta": torch.empty(*each, 4)} if "delta" in row.__name__ else {}),
+        **({"beta": torch.empty(*each, 4)} if "beta" in signature(row).parameters else {}),
         "state": torch.empty(9, 4, K, V),
         "slots": torch.empty(2, dtype=torch.int32),
     }
