@@ -2,7 +2,8 @@
 
 Each row: the largest relative error of outputs and gradients against the float64 reference on a small problem, beside that of plain torch at
 the same dtype; then medians of eager calls and of CUDA-graph replays with the L2 cache flushed, and the bytes that must move over the graph's
-time as a share of the measured copy bandwidth. "host" is what an eager call takes the host, twenty in a row behind a busy GPU. Runs in under a minute.
+time as a share of the measured copy bandwidth. "host" is what an eager call takes the host by the clock, and "processor" what it takes of its
+processors, twenty in a row behind a busy GPU. Runs in under a minute.
 """
 
 from __future__ import annotations
@@ -314,18 +315,20 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
-def host_us(call: Call, calls: int = 20, repeats: int = 15) -> float:
-    """Time that the host takes for one of `calls` eager calls in a row while the GPU lags behind: what a call costs a loop that keeps the GPU busy."""
-    times = []
+def host(call: Call, calls: int = 20, repeats: int = 15) -> dict[str, float]:
+    """What one of `calls` eager calls in a row takes the host while the GPU lags behind, as in a loop that keeps the GPU busy: microseconds by
+    the clock, and of the processor in all threads (a backward pass has one of its own)."""
+    clock, processor = [], []
     for _ in range(repeats):
         torch.cuda.synchronize()
         torch.cuda._sleep(LAG)
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         for _ in range(calls):
             call()
-        times.append((time.perf_counter() - start) / calls)
+        clock.append((time.perf_counter() - start) / calls)
+        processor.append((time.process_time() - used) / calls)
     torch.cuda.synchronize()
-    return 1e6 * statistics.median(times)
+    return {"host_us": 1e6 * statistics.median(clock), "processor_us": 1e6 * statistics.median(processor)}
 
 
 def copy_bandwidth(flush: Tensor) -> float:
@@ -345,7 +348,7 @@ def measure(row: Row, impl: str, flush: Tensor, bandwidth: float, repeats: int) 
         first = time.perf_counter() - start
         for _ in range(2):
             call()
-        found = {"impl": impl, "first_s": first, "eager_ms": median_ms(call, flush, repeats), "host_us": host_us(call)}
+        found = {"impl": impl, "first_s": first, "eager_ms": median_ms(call, flush, repeats)} | host(call)
         try:
             found["graph_ms"] = median_ms(captured(call), flush, repeats)
         except RuntimeError as problem:
@@ -395,7 +398,7 @@ def main() -> None:
         sweep(flush, bandwidth)
         return
     print(
-        f"{'':38s} {'error':>8s} {'plain':>8s} {'bits':>5s} {'eager us':>9s} {'graph us':>9s} {'host us':>8s} {'of copy':>8s} {'first s':>8s}"
+        f"{'':38s} {'error':>8s} {'plain':>8s} {'bits':>5s} {'eager us':>9s} {'graph us':>9s} {'host us':>8s} {'processor':>9s} {'of copy':>8s} {'first s':>8s}"
     )
     lines = []
     common = {"bench": "small_ops", **rows.machine(torch.device("cuda")), "copy_bytes_s": bandwidth}
@@ -427,7 +430,7 @@ def show(row: Row, checked: dict[str, Any], found: dict[str, Any]) -> None:
     bits = "same" if checked["same_bits"] else "DIFF"
     print(
         f"{name:38s} {checked['error']:8.1e} {checked['plain_error']:8.1e} {bits:>5s} {1e3 * found['eager_ms']:9.1f} {graph}"
-        f" {found['host_us']:8.1f} {speed:>8s} {found['first_s']:8.2f}",
+        f" {found['host_us']:8.1f} {found['processor_us']:9.1f} {speed:>8s} {found['first_s']:8.2f}",
         flush=True,
     )
 
