@@ -90,6 +90,20 @@ def not_positive(name: str, tensor: Tensor, meaning: str) -> None:
         raise ArgumentError(f"{name}: expected {meaning}, so at most 0 everywhere, got {float(largest):.4g}")
 
 
+def padding(mask: Tensor | None, batch: int, length: int) -> None:
+    """A mask must be bool `[batch, length]` and False on the left only. Looks at the values where `not_positive` does."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.shape != (batch, length):
+        raise ArgumentError(f"mask: expected bool {[batch, length]}, got {str(mask.dtype)[6:]} {list(mask.shape)}")
+    if torch.compiler.is_compiling() or mask.device.type != "cpu":
+        return
+    wrong = (mask[:, :-1] & ~mask[:, 1:]).any(1)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ArgumentError(f"mask: expected padding on the left only, row {row} has a token before padding; move it to the left")
+
+
 def boundaries(packing: Packing | None, batch: int, length: int, device: torch.device) -> None:
     """Packed documents, if there are any, must be those of `[batch, length]` tokens on `device`."""
     if packing is None:

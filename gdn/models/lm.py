@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gdn.core import checks
 from gdn.core.config import Config as BaseConfig
 from gdn.core.errors import ArgumentError, ConfigError
 from gdn.core.packing import Packing
@@ -164,8 +165,7 @@ class LM(nn.Module):
         """The normed output of the last block, `[B, T, width]`, and the state. Arguments as in `forward`."""
         if tokens.ndim != 2 and not (tokens.ndim == 3 and tokens.is_floating_point()):
             raise ArgumentError(f"tokens: expected [B, T], got {list(tokens.shape)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape[:2]):
-            raise ArgumentError(f"mask: expected bool {list(tokens.shape[:2])}, got {str(mask.dtype)[6:]} {list(mask.shape)}")
+        checks.padding(mask, *tokens.shape[:2])
         if state is not None and state.pending is not None:
             state.take_pending(tokens)
         x = self.embedding(tokens) if tokens.ndim == 2 else tokens

@@ -314,6 +314,14 @@ def test_a_stored_model_is_the_same_and_damage_is_named(tmp_path) -> None:
         load_model(tmp_path)
 
 
+def test_padding_on_the_right_is_refused() -> None:
+    """It would be read as tokens of nothing, and the state would stand behind it."""
+    model = LM(LM.Config(vocab=11, width=16, layers=1, mlp=0, pattern=(GatedDeltaNet.Config(heads=2, head_dim=8),)))
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    with pytest.raises(ArgumentError, match="mask: expected padding on the left only, row 1 has a token before padding"):
+        model(torch.zeros(2, 3, dtype=torch.int64), mask=mask)
+
+
 @pytest.mark.parametrize("mask", [torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 6, dtype=torch.bool)], ids=["numbers", "short"])
 @pytest.mark.parametrize("mixer", [Attention.Config(heads=2, head_dim=8), GatedDeltaNet.Config(heads=2, head_dim=8)], ids=lambda m: m.tag())
 def test_a_mask_is_bool_and_as_large_as_the_tokens(mixer: MixerConfig, mask: torch.Tensor) -> None:
