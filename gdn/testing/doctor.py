@@ -53,7 +53,7 @@ class Finding:
 
 
 def examine(device: str = "auto", seconds: float = 55) -> int:
-    """Print the machine and the findings; the exit status is 1 when a row that runs is wrong.
+    """Print the machine and the findings; the exit status is 1 when a row that runs is wrong or nothing was examined.
 
     Args:
         device: "auto", "cpu" or "cuda".
@@ -116,10 +116,12 @@ def _verdict(findings: list[Finding], console: Console, seconds: float) -> int:
         console.print(f"[yellow]{len(left)} operators not examined[/]: again, or with --seconds 0; what was compiled is kept")
     if wrong:
         console.print(f"[red]{len(wrong)} wrong[/], after {seconds:.0f} s")
+    elif len(left) == len(findings):
+        console.print(f"[red]nothing was examined[/], after {seconds:.0f} s")
     else:
         what = "every implementation that was examined" if left else "every implementation that runs here"
         console.print(f"[green]{what} agrees with float64[/], after {seconds:.0f} s")
-    return 1 if wrong else 0
+    return 1 if wrong or len(left) == len(findings) else 0
 
 
 def _truth(name: str) -> compare.Results:

@@ -56,11 +56,21 @@ def test_a_row_that_raises_anything_is_a_finding(monkeypatch: pytest.MonkeyPatch
 
 def test_operators_are_not_begun_after_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "EXAMPLES", {name: doctor.EXAMPLES[name] for name in ("l2norm", "rms_norm")})
-    assert doctor.examine("cpu", seconds=1e-6) == 0
+    assert doctor.examine("cpu", seconds=1e-6) == 1
     shown = capsys.readouterr().out
-    assert "2 operators not examined" in shown and "every implementation that was examined agrees" in shown
+    assert "2 operators not examined" in shown and "nothing was examined" in shown and "agree" not in shown
     assert doctor.examine("cpu", seconds=0) == 0
     assert "every implementation that runs here agrees" in capsys.readouterr().out
+
+
+def test_what_was_examined_in_time_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "EXAMPLES", {name: doctor.EXAMPLES[name] for name in ("l2norm", "rms_norm")})
+    clock, examine_op = [0.0], doctor.examine_op
+    monkeypatch.setattr(doctor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(doctor, "examine_op", lambda *args: (examine_op(*args), clock.__setitem__(0, 60.0))[0])
+    assert doctor.examine("cpu", seconds=55) == 0
+    shown = capsys.readouterr().out
+    assert "1 operators not examined" in shown and "every implementation that was examined agrees" in shown
 
 
 def test_skipped_rows_say_why_and_times_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
