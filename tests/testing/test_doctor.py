@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -66,7 +69,7 @@ def test_operators_are_not_begun_after_the_time(monkeypatch: pytest.MonkeyPatch,
 def test_what_was_examined_in_time_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "EXAMPLES", {name: doctor.EXAMPLES[name] for name in ("l2norm", "rms_norm")})
     clock, examine_op = [0.0], doctor.examine_op
-    monkeypatch.setattr(doctor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(doctor, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter))
     monkeypatch.setattr(doctor, "examine_op", lambda *args: (examine_op(*args), clock.__setitem__(0, 60.0))[0])
     assert doctor.examine("cpu", seconds=55) == 0
     shown = capsys.readouterr().out
