@@ -33,6 +33,8 @@ class Config:
 
     variants: ClassVar[str | None] = None
     _tags: ClassVar[dict[str, type[Config]]] = {}
+    _choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Of each class, once its annotations can be read."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,7 +118,7 @@ def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cls)
 
 
-def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
+def _choices(cls: type[Config]) -> dict[str, tuple[Any, ...]]:
     """The values of fields that have a few only."""
     if "_choices" not in cls.__dict__:
         try:
@@ -124,8 +126,8 @@ def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
         except NameError:  # names of a function that defines a class, or of a module that is not finished
             return {}
         fields = {f.name: hints[f.name] for f in _fields(cls)}
-        cls._choices = {n: typing.get_args(h) for n, h in fields.items() if typing.get_origin(h) is Literal}  # type: ignore[attr-defined]
-    return cls.__dict__["_choices"]
+        cls._choices = {n: typing.get_args(h) for n, h in fields.items() if typing.get_origin(h) is Literal}
+    return cls._choices
 
 
 def _join(where: str, name: str | int) -> str:

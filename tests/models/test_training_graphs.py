@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from on_gpu import gpu
 from torch import Tensor
 
 from gdn import Packing
 from gdn.mixers import Attention, DeltaProduct, GatedDeltaNet, Mamba2, MixerConfig
 from gdn.models import LM
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 VOCAB, LENGTHS = 64, (70, 58)
 PATTERNS: dict[str, tuple[MixerConfig, ...]] = {
@@ -46,6 +45,7 @@ def trainer(name: str) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
     return step, list(model.parameters())
 
 
+@gpu
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_graph_trains_as_single_steps_do(name: str) -> None:
     batches = torch.randint(VOCAB, (6, 1, sum(LENGTHS) + 1), generator=torch.Generator().manual_seed(1)).cuda()
@@ -71,6 +71,7 @@ def test_a_graph_trains_as_single_steps_do(name: str) -> None:
         torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-3)
 
 
+@gpu
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_host_never_waits(name: str) -> None:
     step, _ = trainer(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_gpu import gpu
 from torch import Tensor
 
 from gdn.core.dispatch import use
@@ -138,8 +139,7 @@ def test_no_queries_and_no_keys() -> None:
     assert not any(g.any() for g in torch.autograd.grad(o.sum(), [arguments[name] for name in ("q", "k", "v", "slopes")]))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@gpu
 def test_every_run_gives_the_same_bits_and_a_graph_replays_them() -> None:
     arguments = Problem(name="", B=2, T=500, H=4, G=2, K=64, V=64, window=200).build(slopes=True, dtype=torch.bfloat16, device="cuda")
     leaves = [arguments[name] for name in ("q", "k", "v", "slopes")]

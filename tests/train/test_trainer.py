@@ -16,6 +16,7 @@ import interrupted
 import numpy as np
 import pytest
 import torch
+from on_gpu import gpu
 
 from gdn.core.errors import CheckpointError, ConfigError, NonFiniteError
 from gdn.data import Loader, load_tokenizer
@@ -314,8 +315,7 @@ def test_bf16_runs_and_resumes(tiny: Tiny) -> None:
     assert rows(config) == rows(run(tiny("whole", precision="bf16", schedule=Schedule(warmup=1, final_fraction=1.0))))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gpu_trains_and_resumes(tiny: Tiny, precision: str) -> None:
     flat = Schedule(warmup=1, final_fraction=1.0)
