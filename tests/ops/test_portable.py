@@ -99,19 +99,16 @@ def test_steps_take_slots_and_a_bias_that_are_columns_of_a_table(name: str, as_g
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_leave_what_lies_behind_the_pool_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slot too large, which nobody looks at on a GPU: the memory there is another tensor's."""
+def test_a_convolution_step_leaves_what_lies_behind_the_pool_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot too large, which nobody looks at on a GPU: the inputs there are another tensor's."""
     monkeypatch.setattr(checks, "slots", lambda *arguments: None)
-    arguments = build(steps.Problem(name="", B=3, T=2, H=1, HV=2, K=8, V=8, slots=(3, -1, 1), pool=5), dtype)
     x, weight = torch.randn(3, 2, 6, device=DEVICE, dtype=dtype), torch.randn(6, 4, device=DEVICE)
-    everything, inputs = arguments["state"], torch.randn(5, 3, 6, device=DEVICE)
-    before = everything.clone(), inputs.clone()
-    with use(gated_delta_step="portable", causal_conv1d_step="portable"):
-        o = gated_delta_step(**{**arguments, "state": everything[:3]})
-        y = causal_conv1d_step(x, weight, inputs[:3], slots=arguments["slots"])
-    for out, now, then in ((o, everything, before[0]), (y, inputs, before[1])):
-        assert out[0].isnan().all() and not out[1].any() and out[2].isfinite().all()
-        assert [bool((a == b).all()) for a, b in zip(now, then)] == [True, False, True, True, True]
+    inputs, slots = torch.randn(5, 3, 6, device=DEVICE), torch.tensor([3, -1, 1], device=DEVICE)
+    before = inputs.clone()
+    with use(causal_conv1d_step="portable"):
+        y = causal_conv1d_step(x, weight, inputs[:3], slots=slots)
+    assert y[0].isnan().all() and not y[1].any() and y[2].isfinite().all()
+    assert [bool((a == b).all()) for a, b in zip(inputs, before)] == [True, False, True, True, True]
 
 
 def test_step_clears_at_minus_infinity_and_lets_nan_through() -> None:
