@@ -74,7 +74,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime import interpreter
 
-    from gdn.core import portable_launch, replay
+    from gdn.core import portable_launch, replay_known
 
     names: list[str] = []
     launch = portable_launch._launch
@@ -111,7 +111,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(portable_launch, "_launch", interpret)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
-        monkeypatch.setattr(replay, "FIRST_DEVICE", -1)
-    replay.forget()
+        monkeypatch.setattr(replay_known, "FIRST_DEVICE", -1)
+    replay_known.forget()
     yield names
-    replay.forget()
+    replay_known.forget()

@@ -29,7 +29,7 @@ import torch
 
 from gdn.core import device as hardware
 from gdn.core.errors import ImplementationError, nearest
-from gdn.core.replay import forget
+from gdn.core.replay_known import forget
 
 logger = logging.getLogger("gdn.dispatch")
 

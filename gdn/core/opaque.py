@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gdn.core import replay_known
 from gdn.core.foresight import Launches, begin, foreseeing, written
-from gdn.core.replay import FIRST_DEVICE, Recording, Table, distinct, record, signature, witness
+from gdn.core.replay import Recording, record, witness
+from gdn.core.replay_known import MISS, Known, Table, distinct, signature
 
 Arguments = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
@@ -185,7 +187,7 @@ class Opaque(_Kernels):
     def _compile_ahead(self, args: Arguments) -> None:
         parts = [(*a.shape, *a.stride()) if isinstance(a, Tensor) else (a,) for a in args]
         device = _first_tensor(args).get_device()
-        if device < FIRST_DEVICE or any(isinstance(n, (torch.SymInt, torch.SymFloat)) for part in parts for n in part):
+        if device < replay_known.FIRST_DEVICE or any(isinstance(n, (torch.SymInt, torch.SymFloat)) for part in parts for n in part):
             return
         key = (device, *parts, *[a.dtype for a in args if isinstance(a, Tensor)])
         if key not in self._begun:
@@ -322,15 +324,19 @@ class _Call:
         self.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
         self.replay_forward: Callable[[Sequence[Tensor]], Any] | None = None
         """Once it is known."""
+        self._recording: Recording | None = None
         self.first_saved, without = (owner.first_saved, owner.without) if isinstance(owner, Opaque) else (owner.results, {})
         self.is_kept = tuple(is_tensor and i not in without for i, is_tensor in enumerate(self.is_tensor))
-        self._backwards: dict[Any, Callable[[Sequence[Tensor]], Any] | None] = {}
+        self._backwards = Table(lasting=False)
 
     def first(self, tensors: Sequence[Tensor]) -> Tensors:
         return _Function.apply(self, *tensors) if self.keep else self.forward(tensors)
 
     def again(self) -> Callable[[Sequence[Tensor]], Tensors]:
         return self._recorded if self.keep else self.replay_forward or self.forward
+
+    def launches(self) -> Recording | None:
+        return self._recording if self._recording is not None and self._recording.launches_only and not self.keep else None
 
     def _recorded(self, tensors: Sequence[Tensor]) -> Tensors:
         return _apply(self, *tensors)
@@ -341,9 +347,9 @@ class _Call:
             return self.replay_forward(tensors)
         if not (self.replay and distinct(tensors)):
             return self._host(tensors)
-        results, recording = record(lambda: self._host(tensors), tensors)
-        self.replay = recording is not None
-        self.replay_forward = None if recording is None else _replaying(recording)
+        results, self._recording = record(lambda: self._host(tensors), tensors)
+        self.replay = self._recording is not None
+        self.replay_forward = None if self._recording is None else _known(self._recording).run
         return results
 
     def _host(self, tensors: Sequence[Tensor]) -> Tensors:
@@ -363,17 +369,24 @@ class _Call:
 
     def backward(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """A gradient, or None, for each tensor."""
-        found = signature((*stored, *grads)) if self.replay else None
+        if not self.replay:
+            return self._backward_host(stored, grads)
+        given = (*stored, *grads)
+        gradients = self._backwards.replay(given)
+        if gradients is not MISS:
+            return gradients
+        found = signature(given)
         if found is None:
             return self._backward_host(stored, grads)
         key, tensors = found
-        if key in self._backwards:
-            again = self._backwards[key]
-            return self._backward_host(stored, grads) if again is None else again(tensors)
+        known = self._backwards.get(key)
+        if known is not None:
+            self._backwards.hasten(key, given)
+            return known.run(tensors) if known else self._backward_host(stored, grads)
         if not distinct(tensors):
             return self._backward_host(stored, grads)
         gradients, recording = record(lambda: self._backward_host(stored, grads), tensors)
-        self._backwards[key] = None if recording is None else _replaying(recording)
+        self._backwards.keep(key, recording is not None and _known(recording))
         return gradients
 
     def _backward_host(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -383,8 +396,9 @@ class _Call:
         return [gradient for gradient, is_tensor in zip(gradients, self.is_tensor, strict=True) if is_tensor]
 
 
-def _replaying(recording: Recording) -> Callable[[Sequence[Tensor]], Any]:
-    return recording.run if recording.launches_only else _without_autocast(recording.run)
+def _known(recording: Recording) -> Known:
+    known = recording.known()
+    return known if known.body is not None else Known(_without_autocast(known.run))
 
 
 class _Function(torch.autograd.Function):

@@ -18,108 +18,30 @@ in a replay they live as long as the call. A call that raises leaves nothing beh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from gdn.core.foresight import without_modes
-from gdn.core.replay_source import Run, Source
+from gdn.core.replay_known import MISS, Known, Table, distinct, signature
+from gdn.core.replay_source import Body, Source, replaying
 
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound=Sequence[Tensor | None])
 Tensors = Sequence[Tensor]
 
-FIRST_DEVICE = 0
-"""The CPU is device -1."""
-MOST = 1024
-"""Signatures in a table; it is emptied when full. One of a forward and its backward takes up to 40 KB."""
-
-_VALUES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
 _TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
+_SMALL, _ALIGNMENT = 1 << 20, 256
+"""Bytes."""
 _UNFORESEEABLE = {getattr(torch.Tag, name) for name in _TAGS}
-_TABLES: list[Table] = []
-# Each look-up of a name in a module takes as long as one of these calls.
-_modes, _transforms, _grad = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch.is_grad_enabled
-
-
-class Table(dict[tuple[Any, ...], Any]):
-    """What is known by signature."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emptied = 0
-        """How often `forget` has emptied it."""
-        _TABLES.append(self)
-
-    def keep(self, key: tuple[Any, ...], value: Any, emptied: int) -> None:
-        """Unless the table has been emptied since it had been so often: what another thread found out before does not hold any more."""
-        if emptied != self.emptied:
-            return
-        if len(self) >= MOST:
-            self.clear()
-        self[key] = value
-
-
-def forget() -> None:
-    """Empty all tables."""
-    for table in _TABLES:
-        table.emptied += 1
-        table.clear()
-
-
-def signature(values: Iterable[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
-    """What a call with these arguments depends on apart from the contents of tensors, and the tensors; None if it must not be replayed.
-
-    Objects take part whose type has a method `replay_parts` that lists their tensors and values.
-    """
-    if _modes() or _transforms() or forward_ad._current_level >= 0:
-        return None
-    key: list[Any] = [_grad()]
-    tensors: list[Tensor] = []
-    for value in values:
-        kind = type(value)
-        if kind is Tensor or kind is Parameter:
-            device = value.get_device()
-            if device < FIRST_DEVICE:
-                return None
-            tensors.append(value)
-            strides = value.is_contiguous() or value.stride()  # of contiguous ones, which are alike in memory whatever they are
-            key += (value.shape, strides, value.dtype, device, value.data_ptr() & 15, value.requires_grad)
-        elif kind in _VALUES:
-            key += (kind, value)  # True == 1 == 1.0, but kernels differ
-        elif hasattr(kind, "replay_parts"):
-            inside = signature(value.replay_parts())
-            if inside is None:
-                return None
-            key += (kind, inside[0])
-            tensors += inside[1]
-        else:
-            return None
-    return tuple(key), tensors
-
-
-def distinct(tensors: Tensors) -> bool:
-    """Whether no tensor comes twice. Only then is it clear which one a kernel was given."""
-    return len(set(map(id, tensors))) == len(tensors)
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What a host did with tensors."""
-
-    run: Run
-    """Does it with others of the same signature."""
-    launches_only: bool
 
 
 def record(host: Callable[[], S], tensors: Tensors) -> tuple[S, Recording | None]:
@@ -149,6 +71,9 @@ class _Launch:
     arguments: list[Address | list[Any]]
     """An address, or a list of one constant."""
 
+    def tensors(self) -> list[int]:
+        return [a[0] for a in self.arguments if isinstance(a, tuple)]
+
 
 @dataclass(frozen=True)
 class _Operator:
@@ -159,6 +84,63 @@ class _Operator:
     """Which argument is which tensor."""
     makes: int | None
     """A new tensor; or it writes into an argument."""
+
+
+class _Fresh(NamedTuple):
+    """A tensor that is allocated."""
+
+    like: Tensor
+    """Of its dtype, shape and device: one number, expanded."""
+    strides: tuple[int, ...] | None
+    """None if it is dense."""
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a host did with tensors. They are numbered, those that it was given first."""
+
+    device: int
+    given: int
+    count: int
+    fresh: dict[int, _Fresh]
+    steps: Sequence[_Launch | _Operator]
+    results: int | list[int | None]
+
+    @property
+    def launches_only(self) -> bool:
+        return all(isinstance(step, _Launch) for step in self.steps)
+
+    def body(self) -> Body:
+        """It, done again. An allocation takes half as long as a launch: small tensors that only kernels see are parts of one."""
+        source = Source(self.device, self.given)
+        launched = {i for step in self.steps if isinstance(step, _Launch) for i in step.tensors()}
+        seen = {i for step in self.steps if isinstance(step, _Operator) for _, i in step.tensors}
+        seen |= {self.results} if isinstance(self.results, int) else set(self.results)
+        parts = [i for i, x in self.fresh.items() if i in launched - seen and x.bytes <= _SMALL]
+        if len(parts) > 1:
+            size = 0
+            for i in parts:
+                source.part(i, self.count, size)
+                size += -(-self.fresh[i].bytes // _ALIGNMENT) * _ALIGNMENT
+            source.allocate(self.count, _element(torch.uint8, self.fresh[parts[0]].like.device).expand(size), None)
+            launched -= {*parts}
+        for i, x in self.fresh.items():
+            if i in launched | seen:
+                source.allocate(i, x.like, x.strides)
+        for step in self.steps:
+            if isinstance(step, _Launch):
+                arguments = [source.address(*a) if isinstance(a, tuple) else source.constant(a[0]) for a in step.arguments]
+                source.launch(step.start, step.grid, step.between, arguments, step.packed)
+            else:
+                tensors = dict(step.tensors)
+                arguments = [f"x{tensors[n]}" if n in tensors else source.constant(a) for n, a in enumerate(step.arguments)]
+                source.operator(step.makes, getattr(step.function, "_op", step.function), arguments, step.named)  # an overload calls this
+        return source.finish(self.results)
+
+    def known(self) -> Known:
+        body = self.body()
+        return Known(replaying(body, self.given), body if self.launches_only else None)
 
 
 class _Mode(TorchDispatchMode):
@@ -208,29 +190,8 @@ class Recorder(_Mode):
         places = [None if x is None else self._place(x) for x in results]
         if self.refused:
             return None
-        source = Source(self._held[0].get_device(), self._given)
-        used = self._used(places)
-        for i in self._fresh:
-            if i in used:
-                source.allocate(i, *_template(self._held[i]))
-        for step in self._steps:
-            if isinstance(step, _Launch):
-                arguments = [source.address(*a) if isinstance(a, tuple) else source.constant(a[0]) for a in step.arguments]
-                source.launch(step.start, step.grid, step.between, arguments, step.packed)
-            else:
-                tensors = dict(step.tensors)
-                arguments = [f"x{tensors[n]}" if n in tensors else source.constant(a) for n, a in enumerate(step.arguments)]
-                source.operator(step.makes, getattr(step.function, "_op", step.function), arguments, step.named)  # an overload calls this
-        return Recording(source.finish(places), all(isinstance(step, _Launch) for step in self._steps))
-
-    def _used(self, results: Sequence[int | None]) -> set[int | None]:
-        """Tensors that anything needs."""
-        used = set(results)
-        for step in self._steps:
-            used.update(
-                [a[0] for a in step.arguments if isinstance(a, tuple)] if isinstance(step, _Launch) else [i for _, i in step.tensors]
-            )
-        return used
+        fresh = {i: _fresh(self._held[i]) for i in self._fresh}
+        return Recording(self._held[0].get_device(), self._given, len(self._held), fresh, self._steps, places)
 
     def _hold(self, x: Tensor) -> int:
         """One more tensor, and it is known by itself and by its memory, if that is its alone."""
@@ -293,8 +254,9 @@ def _bytes_before(x: Tensor) -> int:
     return int(x.storage_offset()) * x.element_size()
 
 
-def _template(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
-    return _element(x.dtype, x.device).expand(x.shape), None if x.is_contiguous() else x.stride()
+def _fresh(x: Tensor) -> _Fresh:
+    like = _element(x.dtype, x.device).expand(x.shape)
+    return _Fresh(like, None if x.is_contiguous() else x.stride(), x.untyped_storage().nbytes())
 
 
 @functools.cache
@@ -315,28 +277,61 @@ class Call(Protocol):
         """How to do it with other tensors of the same signature, after the first time."""
         ...
 
+    def launches(self) -> Recording | None:
+        """What it does, if that is launches alone."""
+        ...
 
-Outline = Callable[[list[Tensor]], Any]
-"""What an operator did with its tensors."""
+
+Calls = list[tuple[Call, list[int]]]
+"""Each with its tensors; the results of each are numbered after all tensors before."""
 
 
-def _outline(calls: list[tuple[Call, list[int]]], given: int, results: int | list[int]) -> Outline:
-    """Each call with its tensors; the results of each are numbered after all tensors before."""
+def _outline(calls: Calls, given: int, results: int | list[int]) -> Known:
+    """What an operator did with its tensors."""
+    recording = _joined(calls, given, results)
+    if recording is not None:
+        return recording.known()
     steps = [(call.again(), places) for call, places in calls]
     if len(steps) == 1 and steps[0][1] == list(range(given)) and isinstance(results, int) and results >= given:
-        return _one_result(steps[0][0], results - given)
+        return Known(_one_result(steps[0][0], results - given))
 
-    def run(tensors: list[Tensor]) -> Any:
+    def run(tensors: Tensors) -> Any:
+        held = list(tensors)
         for again, places in steps:
-            tensors += again([tensors[i] for i in places])
-        return tensors[results] if isinstance(results, int) else tuple([tensors[i] for i in results])
+            held += again([held[i] for i in places])
+        return held[results] if isinstance(results, int) else tuple([held[i] for i in results])
 
-    return run
+    return Known(run)
 
 
-def _one_result(again: Callable[[Tensors], Results], result: int) -> Outline:
+def _one_result(again: Callable[[Tensors], Results], result: int) -> Callable[[Tensors], Tensor]:
     """Of the only call, which takes the tensors as they are."""
     return lambda tensors: again(tensors)[result]
+
+
+def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | None:
+    """All calls as one, if they launch and do nothing else."""
+    held: list[int | None] = list(range(given))
+    fresh: dict[int, _Fresh] = {}
+    steps: list[_Launch] = []
+    device = -1
+    for call, places in calls:
+        recording = call.launches()
+        if recording is None:
+            return None
+        device = recording.device
+        number = {i: held[place] for i, place in enumerate(places)}
+        for i, x in recording.fresh.items():
+            number[i] = given + len(fresh)
+            fresh[given + len(fresh)] = x
+        for step in recording.steps:
+            assert isinstance(step, _Launch)
+            arguments = [(number[a[0]] or 0, a[1]) if isinstance(a, tuple) else a for a in step.arguments]
+            steps.append(replace(step, arguments=arguments))
+        assert isinstance(recording.results, list)
+        held += [None if i is None else number[i] for i in recording.results]
+    ends = [held[i] for i in ([results] if isinstance(results, int) else results)]
+    return Recording(device, given, given + len(fresh), fresh, steps, (ends[0] or 0) if isinstance(results, int) else ends)
 
 
 class Witness(_Mode):
@@ -364,7 +359,7 @@ class Witness(_Mode):
         self._hold(results)
         return results
 
-    def finish(self, results: Any) -> Outline | None:
+    def finish(self, results: Any) -> Known | None:
         ends = self._place(results) if isinstance(results, Tensor) else [self._place(x) for x in results]
         return None if self._refused or not self._calls else _outline(self._calls, self._given, ends)
 
@@ -391,16 +386,20 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: Any, **named: Any) -> Any:
         if is_compiling():
             return function(*args, **named)
+        results = outlines.replay(args, named)
+        if results is not MISS:
+            return results
         found = signature((len(args), *args, *named, *named.values()))
         if found is None:
             return written(*args, **named)
         key, tensors = found
+        emptied = outlines.emptied
         outline = outlines.get(key)
         if outline is not None:
-            return outline(tensors) if outline else written(*args, **named)
+            outlines.hasten(key, args, named, emptied)
+            return outline.run(tensors) if outline else written(*args, **named)
         if not distinct(tensors):
             return written(*args, **named)
-        emptied = outlines.emptied
         with Witness(tensors) as seen:
             results = written(*args, **named)
         outlines.keep(key, seen.finish(results) or False, emptied)

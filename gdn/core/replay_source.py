@@ -1,9 +1,10 @@
 """Straight-line Python for a replay: what a loop over steps would look up in lists is a name. Half of the time of such a loop.
 
-    source = Source(device=0, given=1)
+    source = Source(device=0)
     source.allocate(1, like, None)
     source.launch(start, (8, 1, 1), between, [source.address(0), source.constant(2.5), source.address(1)], packed=False)
-    run = source.finish([1, None])                  # run([x]) -> (a new tensor, None)
+    body = source.finish([1, None])
+    run = replaying(body, given=1)                  # run([x]) -> (a new tensor, None)
 
 Numbers of the calls are not in the text but in the globals of the function, so one text, compiled once, serves all shapes.
 """
@@ -13,25 +14,31 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Run = Callable[[Sequence[Tensor]], tuple[Tensor | None, ...]]
+Run = Callable[[Sequence[Tensor]], Any]
+INDENT = "\n    "
 
-_INDENT = "\n    "
+
+class Body(NamedTuple):
+    """Lines of a function that knows tensors by number, as `x0`, and addresses of those given, as `a0`; and the values of other names."""
+
+    lines: tuple[str, ...]
+    values: dict[str, Any]
 
 
 class Source:
-    """The text of one function, a line for each step. Tensors are numbered, those given first.
+    """The text of one body, a line for each step. Tensors are numbered, those given first.
 
     Args:
         device: index of the GPU on which everything happens.
-        given: number of tensors of a call.
+        given: tensors whose addresses are known when the body begins: those below this number.
     """
 
-    def __init__(self, device: int, given: int) -> None:
+    def __init__(self, device: int, given: int = 0) -> None:
         self._values: dict[str, Any] = {
             "C": torch._C,
             "on": torch.cuda.device,
@@ -40,8 +47,10 @@ class Source:
             "empty_strided": torch.empty_strided,
             "dense": torch.contiguous_format,
         }
-        self._lines = [f"{''.join(f'x{i}, ' for i in range(given))}= tensors"]
+        self._lines: list[str] = []
+        self._given = given
         self._addresses: set[int] = set()
+        self._parts: dict[int, tuple[int, int]] = {}
         self._streams = False
 
     def constant(self, value: Any) -> str:
@@ -51,10 +60,11 @@ class Source:
 
     def address(self, tensor: int, offset: int = 0) -> str:
         """Of a tensor, or so many bytes after it."""
-        if tensor not in self._addresses:
-            self._addresses.add(tensor)
-            self._lines.append(f"a{tensor} = x{tensor}.data_ptr()")
-        return f"a{tensor} + {self.constant(offset)}" if offset else f"a{tensor}"
+        whole, before = self._parts.get(tensor, (tensor, 0))
+        if whole >= self._given and whole not in self._addresses:
+            self._addresses.add(whole)
+            self._lines.append(f"a{whole} = x{whole}.data_ptr()")
+        return f"a{whole} + {self.constant(before + offset)}" if before + offset else f"a{whole}"
 
     def allocate(self, tensor: int, like: Tensor, strides: tuple[int, ...] | None) -> None:
         """One of the shape and dtype of `like`, dense unless it has strides."""
@@ -63,6 +73,10 @@ class Source:
         else:
             kind = self.constant(like.shape), self.constant(strides), self.constant(like.dtype), self.constant(like.device)
             self._lines.append(f"x{tensor} = empty_strided({kind[0]}, {kind[1]}, dtype={kind[2]}, device={kind[3]})")
+
+    def part(self, tensor: int, whole: int, offset: int) -> None:
+        """A tensor that is nothing but an address: so many bytes after the beginning of another."""
+        self._parts[tensor] = whole, offset
 
     def launch(
         self, start: Callable[..., None], grid: Sequence[int], between: Sequence[Any], arguments: Sequence[str], packed: bool
@@ -80,13 +94,26 @@ class Source:
         given = [*arguments, *[f"{name}={self.constant(value)}" for name, value in named.items()]]
         self._lines.append(f"{'' if makes is None else f'x{makes} = '}{self.constant(function)}({', '.join(given)})")
 
-    def finish(self, results: Sequence[int | None]) -> Run:
-        """The function, which returns these tensors."""
-        returned = "".join("None, " if i is None else f"x{i}, " for i in results)
-        elsewhere = "if C._cuda_getDevice() != device:\n        with on(device):\n            return run(tensors)"
-        lines = _INDENT.join([elsewhere, *self._lines, f"return ({returned})"])
-        exec(_compiled(f"def run(tensors):{_INDENT}{lines}\n"), self._values)
-        return self._values["run"]
+    def finish(self, results: int | Sequence[int | None]) -> Body:
+        """The body, which returns this tensor, or these."""
+        names = f"x{results}" if isinstance(results, int) else f"({''.join('None, ' if i is None else f'x{i}, ' for i in results)})"
+        return Body((*self._lines, f"return {names}"), self._values)
+
+
+def replaying(body: Body, given: int) -> Run:
+    """The function of a list of so many tensors."""
+    tensors = [f"{''.join(f'x{i}, ' for i in range(given))}= tensors"]
+    return function("tensors", [*tensors, *[f"a{i} = x{i}.data_ptr()" for i in range(given)]], body)
+
+
+def function(parameters: str, head: Sequence[str], body: Body) -> Any:
+    """The function that begins with these lines and goes on with the body on its device."""
+    device = [f"if C._cuda_getDevice() != device:{INDENT}    with on(device):{INDENT}        return again({parameters})"]
+    values = dict(body.values)
+    exec(
+        _compiled(f"def again({parameters}):{INDENT}{INDENT.join([*head, *(device if 'device' in values else []), *body.lines])}\n"), values
+    )
+    return values["again"]
 
 
 @functools.lru_cache(maxsize=1024)

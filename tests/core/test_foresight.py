@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdn.core import foresight, opaque
+from gdn.core import foresight, opaque, replay_known
 from gdn.core.foresight import THREAD, foreseeing, taken, without_data, written
 from gdn.core.opaque import Arguments, Opaque
 
@@ -117,7 +117,7 @@ def test_a_forward_knows_its_backward(grad: bool, monkeypatch: pytest.MonkeyPatc
 def test_compilation_begins_while_torch_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of forward and backward, once for each signature, and not for sizes that are symbols."""
     begun: list[list[Any]] = []
-    monkeypatch.setattr(opaque, "FIRST_DEVICE", -1)
+    monkeypatch.setattr(replay_known, "FIRST_DEVICE", -1)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(opaque, "begin", lambda launches, device: begun.append([name for some in launches for name, *_ in some]))
     torch._dynamo.reset()

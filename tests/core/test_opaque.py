@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 
-from gdn.core import replay
+from gdn.core import replay_known
 from gdn.core.opaque import Arguments, InPlace, Opaque, Tensors
 
 KEPT: list[bool] = []
@@ -242,11 +242,11 @@ COUNT = InPlace("gdn::toy_count", _count, mutates=("state",), fake=lambda state,
 )  # torch's own decompositions, loaded with the first tangent
 def test_a_tangent_is_refused(needs_gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward-mode derivatives have no formula; without a look at the argument the tangent would be lost where no gradient is needed."""
-    monkeypatch.setattr(replay, "FIRST_DEVICE", -1)
-    assert replay.signature((torch.ones(3),)) is not None
+    monkeypatch.setattr(replay_known, "FIRST_DEVICE", -1)
+    assert replay_known.signature((torch.ones(3),)) is not None
     with forward_ad.dual_level():
         x = forward_ad.make_dual(torch.ones(3, requires_grad=needs_gradient), torch.ones(3))
         with pytest.raises(RuntimeError, match="gdn::toy has no forward-mode derivative"):
             TOY(x, None, 1.0)
         assert TOY(torch.ones(3), None, 1.0)[0].tolist() == [1.0, 1.0, 1.0]
-        assert replay.signature((torch.ones(3),)) is None
+        assert replay_known.signature((torch.ones(3),)) is None

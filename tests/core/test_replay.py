@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from gdn.core import dispatch, opaque, portable_launch, replay  # noqa: E402
+from gdn.core import dispatch, opaque, portable_launch, replay, replay_known  # noqa: E402
 from gdn.core.dispatch import Impl, Op, use  # noqa: E402
 from gdn.core.errors import ArgumentError  # noqa: E402
 from gdn.core.opaque import Arguments, InPlace, Opaque  # noqa: E402
@@ -298,7 +298,7 @@ def test_a_part_of_an_argument_is_a_part_of_the_argument_in_its_place() -> None:
     for x, bias in ((both[:8], both[8:]), (both[8:], both[:8]), (numbers(1, 8), numbers(2, 8))):
         assert torch.equal(ends(x, bias)[0], x[4:] + bias[4:])
     assert hosts() == ["forward"] * 3
-    replay.forget()
+    replay_known.forget()
     for seed in range(3):
         x, bias = numbers(seed, 8), numbers(seed + 5, 8)
         assert torch.equal(ends(x, bias)[0], x[4:] + bias[4:])
@@ -339,6 +339,52 @@ def test_calls_hand_on_their_results() -> None:
         torch.testing.assert_close(z, 3 * y + x)
         torch.testing.assert_close(torch.autograd.grad(z.sum(), (x, bias)), (torch.full((5,), 4.0), torch.full((5,), 6.0)))
     assert hosts() == ["twice", "contract", "forward", "forward", "backward", "backward"]
+
+
+def test_calls_of_an_operator_are_one_with_one_allocation_for_what_is_between(
+    replayed_here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies between is never seen: one that is seen, or large, has memory of its own."""
+    allocated: list[int] = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kind: (allocated.append(x.numel()), empty_like(x, **kind))[1])
+
+    @replayed
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        one = SCALE(x, None, 2.0)[0]
+        other = SCALE(one, x, 3.0)[0]
+        return SCALE(other, one, 0.5)[0], one
+
+    for seed in range(4):
+        x = numbers(seed)
+        allocated.clear()
+        y, one = both(x)
+        assert torch.equal(one, 2 * x)
+        torch.testing.assert_close(y, 5.5 * x)
+        assert len(replayed_here) == 6 * seed
+        if seed:  # each part of the buffer is one of 256 bytes: three of twice the numbers, and what comes second
+            assert sorted(allocated) == [5, 5, 4 * 256]
+    x = numbers(9).requires_grad_()
+    for _ in range(3):
+        assert torch.equal(torch.autograd.grad(both(x)[0].sum(), x)[0], torch.full((5,), 5.5))
+
+
+def test_large_tensors_have_memory_of_their_own() -> None:
+    def host(x: Tensor) -> list[Tensor]:
+        small, large, end, other = x.new_empty(5), x.new_empty(2**18 + 1), x.new_empty(5), x.new_empty(70)
+        launch(scale_kernel, (1,), x, None, small, 2.0, 5, 1, 16)
+        launch(scale_kernel, (1,), small, None, other[65:], 2.0, 5, 1, 16)
+        launch(scale_kernel, (1,), other[65:], small, large, 1.0, 5, 1, 16)
+        launch(scale_kernel, (1,), large, x, end, 1.0, 5, 1, 16)
+        return [end]
+
+    x, y = numbers(0), numbers(1)
+    results, recording = replay.record(lambda: host(x), [x])
+    assert recording is not None
+    torch.testing.assert_close([results[0], recording.known().run([y])[0]], [7 * x, 7 * y])
+    sizes = sorted(value.numel() for value in recording.body().values.values() if isinstance(value, Tensor))
+    assert sizes == [5, 256 + 512, 2**18 + 1]
+
 
 
 @pytest.mark.parametrize("harm", ["value", "random", "between", "device", "shape"])
@@ -437,10 +483,10 @@ def test_nothing_is_replayed_under_modes_or_transforms_or_for_subclasses() -> No
 
 
 def test_nothing_is_written_down_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "FIRST_DEVICE", 0)
+    monkeypatch.setattr(replay_known, "FIRST_DEVICE", 0)
     for _ in range(2):
         assert_replayed(lambda: scaled(numbers()), 2 * numbers(), ["contract", "forward"])
-    assert not any(replay._TABLES)
+    assert not any(replay_known._TABLES)
 
 
 def test_autocast_does_not_reach_inside_a_replay() -> None:
@@ -487,10 +533,10 @@ def test_packed_rows_are_looked_at_once_a_packing() -> None:
 
 
 def test_a_table_is_emptied_when_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "MOST", 3)
+    monkeypatch.setattr(replay_known, "MOST", 3)
     for n in range(1, 10):
         scaled(numbers(n=n))
-    assert max(len(table) for table in replay._TABLES) == 3
+    assert max(len(table) for table in replay_known._TABLES) == 3
     hosts()
     assert_replayed(lambda: scaled(numbers(n=9)), 2 * numbers(n=9))
     assert_replayed(lambda: scaled(numbers(n=1)), 2 * numbers(n=1), ["contract", "forward"])
@@ -501,13 +547,13 @@ def test_what_was_found_out_before_all_was_forgotten_is_not_kept(op: Op, monkeyp
     x, finish = numbers(), replay.Witness.finish
 
     def forget_first(self: replay.Witness, results: Any) -> Any:
-        replay.forget()
+        replay_known.forget()
         return finish(self, results)
 
     with monkeypatch.context() as patch:
         patch.setattr(replay.Witness, "finish", forget_first)
         scaled(x)
-        assert not any(replay._TABLES)
+        assert not any(replay_known._TABLES)
 
 
 def test_copies_of_an_operator_are_the_operator() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn.core.replay_source import Run, Source
+from gdn.core.replay_source import Run, Source, replaying
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def source_of(handed: list[Any], factor: float, shape: tuple[int, ...], *, packe
     source.operator(4, torch.add, ["x0", source.constant(2)], {"alpha": 3})
     source.operator(None, torch.Tensor.zero_, ["x1"], {})
     source.launch(lambda *given: handed.append(given), (1, 2, 3), (), [source.address(4)], packed)
-    return source.finish([4, None, 2, 3])
+    return replaying(source.finish([4, None, 2, 3]), given=2)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn import Packing
-from gdn.core import checks, replay
+from gdn.core import checks, replay_known
 from gdn.core.dispatch import use
 from gdn.mixers import GatedDeltaNet
 from gdn.models import LM
@@ -52,7 +52,7 @@ def test_the_same_bits(recompute: Literal["none", "block"], replayed_here: list[
     monkeypatch.setattr(checks, "not_positive", lambda *arguments: None)  # as on a GPU, where no value is looked at
     with use(**ROWS):
         with monkeypatch.context() as patch:
-            patch.setattr(replay, "FIRST_DEVICE", 99)
+            patch.setattr(replay_known, "FIRST_DEVICE", 99)
             expected = results(recompute)
         assert not replayed_here
         actual = results(recompute)

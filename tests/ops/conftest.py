@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gdn.core.device import has_package, interprets_triton
 from gdn.core.dispatch import use
-from gdn.core.replay import forget
+from gdn.core.replay_known import forget
 
 Arguments = dict[str, Any]
 

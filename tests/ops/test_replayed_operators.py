@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 pytest.importorskip("triton")
 
 from gdn import ops
-from gdn.core import checks, foresight, opaque, portable_launch, replay
+from gdn.core import checks, foresight, opaque, portable_launch, replay_known
 from gdn.core.dispatch import use
 from gdn.core.packing import Packing
 from gdn.ops.attention import problems as attentions
@@ -140,7 +140,7 @@ def test_replays_give_the_bits_of_calls_as_written(
     with use(**{name: "portable", "gated_delta_rule": "portable"}):
         expected = []
         for seed in (1, 2):
-            replay.forget()
+            replay_known.forget()
             expected.append(run(name, build, seed, gradient))
         assert not replayed_here
         monkeypatch.setattr(opaque._Call, "_host", _not_again)
@@ -166,7 +166,7 @@ def test_segments_and_slabs_are_replayed(
     expected = []
     with use(gated_delta_rule="portable"):
         for seed in (1, 2):
-            replay.forget()
+            replay_known.forget()
             expected.append(run("gated_delta_rule", build, seed, "all"))
         assert not replayed_here
         for right, actual in zip(expected, [run("gated_delta_rule", build, seed, "all") for seed in (1, 2)], strict=True):

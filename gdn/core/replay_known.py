@@ -1,0 +1,231 @@
+"""Which call is like one before: tables of what is known by the `signature` of arguments, and a quick look whether it is the same again.
+
+    table = Table()
+    results = table.replay(args, named)             # of a call like one of the last few, else MISS
+    found = signature(values)                       # what a call depends on, and its tensors
+    table.keep(key, Known(run), emptied)
+    table.hasten(key, args, named, emptied)         # from now on `replay` knows it
+
+A signature takes 1.5 microseconds for each tensor, for many as long as all that follows it. The quick look asks torch, which compares them
+in C with what they were, as torch.compile does before it runs what it has compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from gdn.core.replay_source import Body, Run, function
+
+FIRST_DEVICE = 0
+"""The CPU is device -1."""
+MOST = 1024
+"""Signatures in a table; it is emptied when full. One of a forward and its backward takes up to 40 KB."""
+FEW = 4
+"""Calls that are looked at quickly."""
+MISS = object()
+"""In place of the results of a call that is not known."""
+
+Quick = Callable[[Sequence[Any], Any], Any]
+"""Of arguments and named ones: what a call with them returns, or MISS."""
+
+_VALUES = frozenset({int, float, bool, str, type(None), torch.dtype})
+_TABLES: list[Table] = []
+# Each look-up of a name in a module takes as long as one of these calls.
+_modes, _transforms, _grad = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch.is_grad_enabled
+
+
+@dataclass(frozen=True)
+class Known:
+    """How to do a call again."""
+
+    run: Run
+    """With other tensors of the same signature."""
+    body: Body | None = None
+    """What `run` does, if that is launches alone."""
+
+
+class Table(dict[tuple[Any, ...], Any]):
+    """What is known by signature.
+
+    Args:
+        lasting: `forget` empties it; one that does not last goes with what holds it.
+    """
+
+    def __init__(self, *, lasting: bool = True) -> None:
+        super().__init__()
+        self.emptied = 0
+        """How often `forget` has emptied it."""
+        self._quick: dict[tuple[Any, ...], Quick | None] = {}
+        self._recent: tuple[Quick, ...] = ()
+        if lasting:
+            _TABLES.append(self)
+
+    def keep(self, key: tuple[Any, ...], value: Any, emptied: int = 0) -> None:
+        """Unless the table has been emptied since it had been so often: what another thread found out before does not hold any more."""
+        if emptied != self.emptied:
+            return
+        if len(self) >= MOST:
+            self.clear()
+        self[key] = value
+
+    def clear(self) -> None:
+        super().clear()
+        self._quick.clear()
+        self._recent = ()
+
+    def replay(self, args: Sequence[Any], named: dict[str, Any] | None = None) -> Any:
+        """What a call like one of the last few returns; MISS for another."""
+        for quick in self._recent:
+            results = quick(args, named)
+            if results is not MISS:
+                return results
+        return MISS
+
+    def hasten(self, key: tuple[Any, ...], args: Sequence[Any], named: dict[str, Any] | None = None, emptied: int = 0) -> None:
+        """Have `replay` look for calls like this one, which is known by `key`."""
+        known = self.get(key)
+        if not isinstance(known, Known) or emptied != self.emptied:
+            return
+        if key not in self._quick:
+            self._quick[key] = quick_look(known, args, named)
+        quick = self._quick[key]
+        if quick is not None:
+            self._recent = (quick, *[other for other in self._recent if other is not quick][: FEW - 1])
+
+
+def forget() -> None:
+    """Empty all tables."""
+    for table in _TABLES:
+        table.emptied += 1
+        table.clear()
+
+
+def signature(values: Iterable[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
+    """What a call with these arguments depends on apart from the contents of tensors, and the tensors; None if it must not be replayed.
+
+    Objects take part whose type has a method `replay_parts` that lists their tensors and values.
+    """
+    if _modes() or _transforms() or forward_ad._current_level >= 0:
+        return None
+    key: list[Any] = [_grad()]
+    tensors: list[Tensor] = []
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            device = value.get_device()
+            if device < FIRST_DEVICE:
+                return None
+            tensors.append(value)
+            strides = value.is_contiguous() or value.stride()  # of contiguous ones, which are alike in memory whatever they are
+            key += (value.shape, strides, value.dtype, device, value.data_ptr() & 15, value.requires_grad)
+        elif kind in _VALUES:
+            key += (kind, value)  # True == 1 == 1.0, but kernels differ
+        elif hasattr(kind, "replay_parts"):
+            inside = signature(value.replay_parts())
+            if inside is None:
+                return None
+            key += (kind, inside[0])
+            tensors += inside[1]
+        else:
+            return None
+    return tuple(key), tensors
+
+
+def distinct(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor comes twice. Only then is it clear which one a kernel was given."""
+    return len(set(map(id, tensors))) == len(tensors)
+
+
+class _Look:
+    """The text that takes the tensors out of arguments like these, and returns MISS for any others."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.values: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self._names = 0
+
+    def constant(self, value: Any) -> str:
+        name = f"k{len(self.values)}"
+        self.values[name] = value
+        return name
+
+    def miss(self, *conditions: str) -> None:
+        self.lines.append(f"if {' or '.join(conditions)}: return MISS")
+
+    def take(self, values: Sequence[Any], source: str) -> None:
+        """As many values as these, each of its kind. Tensors are numbered in the order of a `signature`."""
+        names, conditions = list[str](), list[str]()
+        before, self.lines = self.lines, []  # what is inside of objects can be taken when they have been
+        for value in values:
+            if isinstance(value, Tensor):
+                names.append(f"x{len(self.tensors)}")
+                self.tensors.append(value)
+                continue
+            self._names += 1
+            name, kind = f"v{self._names}", self.constant(type(value))
+            names.append(name)
+            if type(value) in _VALUES:
+                known = self.constant(value)
+                conditions.append(f"({name} is not {known} and (type({name}) is not {kind} or {name} != {known}))")
+            else:
+                conditions.append(f"type({name}) is not {kind}")
+                self.lines.append(f"p{name} = {name}.replay_parts()")
+                self.take(value.replay_parts(), f"p{name}")
+        inside, self.lines = self.lines, before
+        self.miss(f"len({source}) != {len(values)}")
+        if names:
+            self.lines.append(f"{', '.join(names)}, = {source}")
+        if conditions:
+            self.miss(*conditions)
+        self.lines += inside
+
+
+def quick_look(known: Known, args: Sequence[Any], named: dict[str, Any] | None) -> Quick | None:
+    """For calls like this one; None where this torch cannot compare tensors in C."""
+    look = _Look()
+    if named:
+        look.miss(f"tuple(named) != {look.constant(tuple(named))}")
+    else:
+        look.miss("named")
+    look.take(args, "args")
+    if named:
+        look.lines.append("rest = named.values()")
+        look.take(list(named.values()), "rest")
+    same = _same(look.tensors)
+    if same is None:
+        return None
+    grad = f"grad() is not {look.constant(_grad())}"
+    tensors = [f"x{i}" for i in range(len(look.tensors))]
+    look.miss(grad, "modes()", "transforms()", "forward_ad._current_level >= 0", f"not same({', '.join(tensors)})")
+    look.lines += [f"a{i} = x{i}.data_ptr()" for i in range(len(tensors))]
+    over = [x.data_ptr() & 15 for x in look.tensors]
+    addresses = [f"a{i}" for i in range(len(tensors))]
+    if any(over):
+        look.miss(*[f"{a} & 15 != {look.constant(n)}" for a, n in zip(addresses, over, strict=True)])
+    else:
+        look.miss(f"({' | '.join(addresses)}) & 15")
+    look.values |= {"MISS": MISS, "same": same, "grad": _grad, "modes": _modes, "transforms": _transforms, "forward_ad": forward_ad}
+    body = known.body or Body((f"return run([{', '.join(tensors)}])",), {"run": known.run})
+    return function("args, named", look.lines, Body(body.lines, body.values | look.values))
+
+
+def _same(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """Whether tensors have the types, dtypes, devices, shapes, strides and needs of gradients that these have, under modes as now.
+
+    Torch keeps it to itself: None if it has none, or takes other arguments by now.
+    """
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    try:
+        return guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=[list(x.shape) for x in tensors], dynamic_dims_strides=[list(x.stride()) for x in tensors]
+        ).check
+    except (AttributeError, TypeError):
+        return None
