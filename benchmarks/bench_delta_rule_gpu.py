@@ -215,7 +215,7 @@ def measure(problem: Problem, table: str, kind: str, impl: str, args: argparse.N
         if impl == "ours" and args.kernels:
             found["kernels_us"] = {k: round(v, 1) for k, v in kernels(call).items()}
     if not args.no_errors:
-        found |= errors(rule, x, do, (problem, kind, training, device, x[0].dtype))
+        found |= rows.compared(lambda: errors(rule, x, do, (problem, kind, training, device, x[0].dtype)))
     return found
 
 
@@ -223,12 +223,8 @@ def measured(problem: Problem, table: str, kind: str, impl: str, args: argparse.
     return tuning.ahead(functools.partial(measure, problem, table, kind, impl, args), args, tunes=impl in ("fla", "fla padded"))
 
 
-def errors(rule: Rule, x: list[Tensor], do: Tensor | None, of: tuple[Any, ...]) -> dict[str, Any]:
-    """Errors by name. A failure to compare does not take the times of the row with it."""
-    try:
-        return {"errors": {n: error(a, b) for n, a, b in zip(NAMES, results_of(rule, x, do), truth(*of))}}
-    except Exception as failure:
-        return {"errors_missing": f"{type(failure).__name__}: {failure}"[:200]}
+def errors(rule: Rule, x: list[Tensor], do: Tensor | None, of: tuple[Any, ...]) -> dict[str, float]:
+    return {n: error(a, b) for n, a, b in zip(NAMES, results_of(rule, x, do), truth(*of))}
 
 
 def timed_call(rule: Rule, x: list[Tensor], do: Tensor | None) -> Callable[[], Any]:

@@ -2,8 +2,11 @@
 
 For each mixer: ours as it is called, FLA's (when `fla` can be imported), ours compiled. "step" is forward and backward with gradients of the
 input and of every parameter, "forward" is without gradients; medians of single calls in eager mode and, with `--graph`, as a CUDA graph. Peak
-memory is what a step takes beyond weights and input. Parameter counts stand beside each other: equal ones say that the widths are. "error"
-gives both layers the same weights and says how far their outputs are from ours in fp32.
+memory is what a step takes beyond weights and input. Parameter counts stand beside each other: equal ones say that the widths are.
+
+Errors are those of the output (y), of the gradient of the input (dx) and of the worst gradient of a parameter (dw): relative in norm, against
+our layer in float64 on the reference rows with the same weights, FLA's too. They are of the first 256 tokens of the last sequence, in a step
+at the shape that is timed, so that nothing is compiled or tuned for them; TransMamba is all attention there.
 
 Every command prints what it cannot run and goes on. FLA compiles hundreds of configurations to tune a new layer; `--compilers` of them at once
 (benchmarks/tuning.py), then it times them, which takes a minute. For an H200: `--budget 540 --out results.jsonl`.
@@ -12,11 +15,12 @@ Every command prints what it cannot run and goes on. FLA compiles hundreds of co
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +39,13 @@ from gdn import mixers
 from gdn.hf.families import family
 from gdn.mixers.base import MixerConfig
 from gdn.models.lm import LM
+from gdn.ops import ops, use
+from gdn.testing import compare
 
 Layer = Callable[[Tensor], Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHORT = 256
+"""Tokens that errors are of."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ PAIRS: dict[str, Pair] = {
 }  # fmt: skip
 """In the order in which they are measured."""
 
-IMPLS = ("ours", "fla", "ours compiled", "error")
+IMPLS = ("ours", "fla", "ours compiled")
 FORMATS = {name: name for name in ("gated_deltanet", "gla", "gsa", "retnet", "hgrn2", "mamba2")}
 FORMATS |= {"deltanet": "delta_net", "deltaproduct": "gated_deltaproduct", "kimi_delta": "kda", "attention": "gated_deltanet"}
 """The checkpoint format that says how a mixer's weights are laid out in FLA's layer."""
@@ -112,10 +120,10 @@ def fla(pair: Pair, width: int, device: torch.device, dtype: torch.dtype) -> tup
     return module, lambda x: module(x)[0]
 
 
-def their_weights(name: str, config: MixerConfig, module: nn.Module, width: int) -> dict[str, Tensor]:
-    """The weights of our layer, named and laid out as in FLA's."""
-    model = LM.Config(vocab=8, width=width, layers=1, mlp=0, pattern=(config,))
-    mine, found = {f"blocks.0.mixer.{key}": value for key, value in module.state_dict().items()}, {}
+def as_theirs(name: str, width: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of our layer, or their gradients, named and laid out as in FLA's."""
+    model = LM.Config(vocab=8, width=width, layers=1, mlp=0, pattern=(PAIRS[name].ours(width),))
+    mine, found = {f"blocks.0.mixer.{key}": value for key, value in tensors.items()}, {}
     for rule in family(FORMATS[name]).rules(model):
         if all(key in mine for key in rule.ours):
             # after "model.layers.0.attn." or "backbone.layers.0.mixer."
@@ -125,18 +133,42 @@ def their_weights(name: str, config: MixerConfig, module: nn.Module, width: int)
     return found
 
 
-def errors(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """How far the outputs of both layers with the same weights are from ours in fp32: root mean squares, relative."""
+def results(module: nn.Module, layer: Layer, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The output, and the gradients of the input and of the parameters by name."""
+    names, leaves = zip(*((name, p) for name, p in module.named_parameters() if p.requires_grad))
+    y = layer(x)
+    dx, *dw = torch.autograd.grad(y, [x, *leaves], dy, materialize_grads=True)
+    return y.detach(), dx, dict(zip(names, dw))
+
+
+def errors(name: str, impl: str, module: nn.Module, layer: Layer, args: argparse.Namespace) -> dict[str, float]:
+    """Largest relative errors of the output and of gradients. FLA's layer is given our weights.
+
+    No layer looks ahead or at another sequence: where nothing is asked of the other tokens, a step at the full shape does what one on the
+    short part alone does.
+    """
     pair, dtype, device = PAIRS[name], DTYPES[args.dtype], torch.device(args.device)
-    torch.manual_seed(0)
-    module, mine = ours(pair, args.width, device, dtype, False)
-    other, theirs = fla(pair, args.width, device, dtype)
-    other.load_state_dict(their_weights(name, pair.ours(args.width), module, args.width))
-    x = torch.randn(*args.shape, args.width, device=device, dtype=dtype)
-    with torch.no_grad():
-        found = {"error_ours": mine(x).float(), "error_fla": theirs(x).float()}
-        truth = module.float()(x.float())[0]
-    return {key: float((y - truth).norm() / truth.norm()) for key, y in found.items()} | footnote(pair)
+    truth, exact = ours(pair, args.width, device, dtype, False)
+    for weight in truth.parameters():
+        weight.data = weight.data.to(dtype)  # decays too, which FLA's layer does not keep in float32
+    truth.double()
+    if impl == "fla":
+        module.load_state_dict(as_theirs(name, args.width, truth.state_dict()))
+    else:
+        truth.load_state_dict(module.state_dict())
+    x = torch.randn(*args.shape, args.width, device=device, dtype=dtype, requires_grad=True)
+    short, dy = x[-1:, :SHORT].detach().double().requires_grad_(), torch.zeros_like(x)
+    dy[-1:, :SHORT] = torch.randn_like(dy[-1:, :SHORT])
+    y, dx, dw = results(module, layer, x, dy)
+    with use(**dict.fromkeys(ops(), "reference")):
+        true_y, true_dx, true_dw = results(truth, exact, short, dy[-1:, :SHORT].double())
+    if impl == "fla":
+        true_dw = as_theirs(name, args.width, true_dw)
+    return {
+        "y": compare.error(y[-1:, :SHORT].double(), true_y),
+        "dx": compare.error(dx[-1:, :SHORT].double(), true_dx),
+        "dw": max(compare.error(dw[key].double(), true) for key, true in true_dw.items()),
+    }
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
@@ -183,15 +215,17 @@ def measure(name: str, impl: str, args: argparse.Namespace) -> dict[str, Any]:
     found["tokens_per_s"] = round(batch * length / found["eager_ms"] * 1e3)
     forward()
     found["forward_ms"] = clock.median_ms(forward, device, args.repeats)
+    found |= rows.compared(lambda: errors(name, impl, module, layer, args))
     return found | (footnote(pair) if impl == "fla" else {})
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Milliseconds of a step side by side."""
+    """Milliseconds of a step side by side, and the largest errors."""
+    heads = ("ours ms", "compiled", "FLA ms", "FLA/ours", "compiled")
     lines = [
-        f"{'mixer':16s} {'parameters':>22s} {'ours ms':>9s} {'compiled':>9s} {'FLA ms':>9s} {'FLA/ours':>9s} {'compiled':>9s} {'MiB':>13s}"
+        f"{'mixer':16s} {'parameters':>22s} {' '.join(f'{head:>9s}' for head in heads)} {'MiB':>13s} {'errors ours/compiled/FLA':>25s}"
     ]
-    for name in dict.fromkeys(r["mixer"] for r in results if r["impl"] != "error"):
+    for name in dict.fromkeys(r["mixer"] for r in results):
         mine, compiled, peer = (
             {r["impl"]: r for r in results if r["mixer"] == name}.get(impl, {}) for impl in ("ours", "ours compiled", "fla")
         )
@@ -200,21 +234,15 @@ def table(results: list[dict[str, Any]]) -> str:
         parameters = f"{mine.get('parameters', '-')}/{peer.get('parameters', '-')}"
         memory = f"{mine.get('peak_MiB', '-')}/{peer.get('peak_MiB', '-')}"
         numbers = [*(f"{t:9.3f}" if t else f"{'-':>9s}" for t in times), *(f"{r:9.2f}" if r else f"{'-':>9s}" for r in ratios)]
-        lines.append(f"{name:16s} {parameters:>22s} {' '.join(numbers)} {memory:>13s}")
-    for r in results:
-        if "error_fla" in r:
-            lines.append(
-                f"{r['mixer']:16s} relative error of outputs with the same weights: ours {r['error_ours']:.2e}, FLA {r['error_fla']:.2e}"
-            )
+        worst = "/".join(f"{max(r['errors'].values()):.1e}" if r.get("errors") else "-" for r in (mine, compiled, peer))
+        lines.append(f"{name:16s} {parameters:>22s} {' '.join(numbers)} {memory:>13s} {worst:>25s}")
     return "\n".join(lines)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixers", type=rows.chosen(list(PAIRS)), default=list(PAIRS), help="comma list of " + ", ".join(PAIRS))
-    parser.add_argument(
-        "--impls", type=rows.chosen(IMPLS), default=list(IMPLS), help='comma list of "ours", "fla", "ours compiled", "error"'
-    )
+    parser.add_argument("--impls", type=rows.chosen(IMPLS), default=list(IMPLS), help='comma list of "ours", "fla", "ours compiled"')
     parser.add_argument("--width", type=int, default=1024, help="channels of the residual stream (default %(default)s)")
     parser.add_argument("--shape", type=rows.batch_by_length, default=(8, 4096), help="batch x length (default 8x4096)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -232,10 +260,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measured(name: str, impl: str, args: argparse.Namespace) -> dict[str, Any]:
-    def measurement() -> dict[str, Any]:
-        return errors(name, args) if impl == "error" else measure(name, impl, args)
-
-    return tuning.ahead(measurement, args, tunes=impl in ("fla", "error"))
+    return tuning.ahead(functools.partial(measure, name, impl, args), args, tunes=impl == "fla")
 
 
 def plan(args: argparse.Namespace) -> list[rows.Row]:
@@ -246,7 +271,7 @@ def plan(args: argparse.Namespace) -> list[rows.Row]:
             lambda name=name, impl=impl: measured(name, impl, args),
         )
         for name in args.mixers for impl in args.impls
-        if impl not in ("fla", "error") or PAIRS[name].name
+        if impl != "fla" or PAIRS[name].name
     ]  # fmt: skip
 
 

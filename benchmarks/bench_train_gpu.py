@@ -5,6 +5,10 @@ from building the model to the end of the first step (everything compiled on the
 memory, and the share of the data sheet's dense bfloat16 rate that is used: `mfu` by the operations of the model at that length (three times the
 forward pass, recurrence and attention scores included), `mfu_6n` by 6 a parameter and token.
 
+Errors are those of the loss and of all gradients together, relative (in norm), against our model in float64 with the same weights, FLA's too.
+They are taken after the timed steps, from one whose loss is that of the first 512 tokens of the last sequence alone: its shape is the one that
+is timed, so nothing is compiled or tuned for them, and float64 needs no more than these tokens.
+
 The default shapes are those of the paper's throughput figure. FLA compiles and tunes for three minutes in its first step, for less than
 two and a half where sixteen processes compile (`--compilers`; its row says so, 0 gives the step as a user has it); all defaults take about 8
 minutes with a cold cache. The Transformer++ is our model with full attention through torch's flash kernel.
@@ -18,7 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +35,15 @@ import torch
 import tuning
 from torch import Tensor, nn
 
+from gdn.hf.families import family
 from gdn.mixers import Attention, GatedDeltaNet
 from gdn.models import LM
 from gdn.models.sizes import SIZES
 
-Loss = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of tokens and their targets, `[B, T]`; a target of -100 counts for nothing."""
+SHORT = 512
+"""Tokens that errors are of."""
 DENSE_BF16 = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "B200": 2250e12}
 """Floating-point operations a second in NVIDIA's data sheets, without sparsity."""
 
@@ -80,7 +88,7 @@ def gdn(model: str, size: str, device: str) -> tuple[nn.Module, Loss]:
     run = torch.compile(module, fullgraph=True) if model.endswith("compiled") else module
     if model.endswith("blocks"):
         module.compile_blocks()
-    return module, lambda tokens: run(tokens, targets=torch.roll(tokens, -1, 1)).loss
+    return module, lambda tokens, targets: run(tokens, targets=targets).loss
 
 
 def fla(model: str, size: str, device: str) -> tuple[nn.Module, Loss]:
@@ -88,7 +96,7 @@ def fla(model: str, size: str, device: str) -> tuple[nn.Module, Loss]:
 
     with torch.device(device):
         module = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(vocab_size=32000, **FLA[size])).to(torch.bfloat16)
-    return module, lambda tokens: module(input_ids=tokens, labels=tokens).loss
+    return module, lambda tokens, targets: module(input_ids=tokens, labels=torch.roll(targets, 1, 1)).loss
 
 
 def measure(model: str, size: str, batch: int, length: int, steps: int, device: str) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def measure(model: str, size: str, batch: int, length: int, steps: int, device: 
         tokens = torch.randint(config(model, size).vocab, (batch, length), device=where)
         clock.synchronize(where)
         begin = time.perf_counter()
-        found = loss(tokens)
+        found = loss(tokens, torch.roll(tokens, -1, 1))
         found.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -122,7 +130,50 @@ def measure(model: str, size: str, batch: int, length: int, steps: int, device: 
     if where.type == "cuda":
         result["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
         result |= utilisation(config(model, size), length, parameters, batch * length / median, torch.cuda.get_device_name())
-    return result
+    return result | rows.compared(lambda: errors(module, loss, torch.randint_like(tokens, config(model, size).vocab)))
+
+
+def errors(module: Any, loss: Loss, tokens: Tensor) -> dict[str, float]:
+    """Of the loss and of all gradients, where only the first tokens of the last sequence have targets: no others take part in either."""
+    n = min(SHORT, tokens.shape[1] - 1)
+    targets = torch.full_like(tokens, -100)
+    targets[-1, :n] = tokens[-1, 1 : n + 1]
+    module.zero_grad(set_to_none=True)
+    value = loss(tokens, targets)
+    value.backward()
+    weights, gradients = module.state_dict(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    if isinstance(module, LM):
+        model = module.config
+    else:
+        model = family("gated_deltanet").read_config(module.config.to_dict())
+        weights, gradients = (as_ours(model, tensors) for tensors in (weights, gradients))
+    truth = in_float64(model, weights)
+    exact = truth(tokens[-1:, :n], targets=targets[-1:, :n]).loss
+    exact.backward()
+    squares = [
+        torch.stack([(gradients[name].double() - p.grad).square().sum(), p.grad.square().sum()]) for name, p in truth.named_parameters()
+    ]
+    wrong, whole = torch.stack(squares).sum(0).sqrt().tolist()
+    return {"loss": float(abs(value.detach().double() - exact.detach()) / exact.detach()), "gradients": wrong / whole}
+
+
+def in_float64(model: LM.Config, weights: Mapping[str, Tensor]) -> LM:
+    """The model with these weights; no kernel of Triton serves it."""
+    with torch.device("meta"):
+        found = LM(model)
+    found.load_state_dict({name: weight.double() for name, weight in weights.items()}, assign=True)
+    return found
+
+
+def as_ours(model: LM.Config, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of FLA's model, or their gradients, named and laid out as in ours."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LM(model).state_dict().items()}
+    found: dict[str, Tensor] = {}
+    for rule in family("gated_deltanet").rules(model):
+        parts = rule.read([theirs[name] for name in rule.theirs], [shapes[name][0] for name in rule.ours])
+        found |= zip(rule.ours, parts)
+    return found
 
 
 def utilisation(model: LM.Config, length: int, parameters: int, tokens_per_s: float, device: str) -> dict[str, float]:
@@ -135,7 +186,7 @@ def utilisation(model: LM.Config, length: int, parameters: int, tokens_per_s: fl
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Thousands of tokens a second: a line for each model, a column for each shape."""
+    """Thousands of tokens a second, memory, utilisation, error of the gradients: a line for each model, a column for each shape."""
     shapes = list(dict.fromkeys(r["shape"] for r in results))
     lines = [f"{'thousand tokens/s':22s}" + "".join(f"{shape:>22s}" for shape in shapes)]
     for model in dict.fromkeys(r["impl"] for r in results):
@@ -148,7 +199,9 @@ def cell(result: dict[str, Any]) -> str:
     if "failed" in result:
         return result["failed"][:20]
     memory = f" {result['peak_GiB']:.0f}G" if "peak_GiB" in result else ""
-    return f"{result['tokens_per_s'] / 1e3:.1f}{memory}" + (f" {result['mfu']:.0%}" if "mfu" in result else "")
+    share = f" {result['mfu']:.0%}" if "mfu" in result else ""
+    error = f" {result['errors']['gradients']:.0e}" if "errors" in result else ""
+    return f"{result['tokens_per_s'] / 1e3:.1f}{memory}{share}{error}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

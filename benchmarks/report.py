@@ -123,6 +123,12 @@ def worst(result: Result | None) -> str:
     return f"{max(errors.values()):.1e}" if errors else ""
 
 
+def dashed(errors: Iterable[str]) -> str:
+    """Several in one cell, with a dash for each that was not measured, and one if none was."""
+    found = list(errors)
+    return " / ".join(error or "-" for error in found) if any(found) else "-"
+
+
 def failures(results: Sequence[Result]) -> Lines:
     """Why, under a table with rows that failed."""
     found = [f"- {title(r.impl)}, {' '.join(str(p) for p in r.problem if p is not None)}: {r.failed}" for r in results if r.failed]
@@ -204,14 +210,17 @@ def layers(results: Sequence[Result], runs: Numbered) -> Lines:
                 *map(time_of, (mine, compiled, fla)),
                 *ratios,
                 memory,
+                dashed(worst(r) for r in (mine, compiled, fla) if r),
                 runs(found.values()),
             ]
         )
     notes = dict.fromkeys(f"- {r.fact('mixer')}: {r['note']}" for r in results if r.get("note"))
-    columns = ["", "parameters gdn / FLA", "gdn", "gdn, compiled", "FLA", "FLA / gdn", "FLA / compiled", "MiB gdn / compiled / FLA", "run"]
+    columns = ["", "parameters gdn / FLA", "gdn", "gdn, compiled", "FLA", "FLA / gdn", "FLA / compiled"]
+    columns += [f"{what} gdn / compiled / FLA" for what in ("MiB", "error")] + ["run"]
     return [
         "", "### One layer, forward and backward", "",
-        f"Milliseconds, eager (/ CUDA graph), at a width of {', '.join(sorted({str(r.fact('width')) for r in results}))}.", "",
+        f"Milliseconds, eager (/ CUDA graph), at a width of {', '.join(sorted({str(r.fact('width')) for r in results}))}. The error is the largest of the"
+        " output, the gradient of the input and that of any parameter, relative in norm, against float64 with the same weights; a dash where none was measured.", "",
         *cells(columns, lines), *(["", *notes] if notes else []), *failures(results),
     ]  # fmt: skip
 
@@ -223,16 +232,20 @@ def training(results: Sequence[Result], runs: Numbered) -> Lines:
             r = found[impl]
             size = f"{problem[0]} {problem[1]}"
             if r.failed:
-                lines.append([size, title(impl), "", "failed", *[""] * 5, runs([r])])
+                lines.append([size, title(impl), "", "failed", *[""] * 6, runs([r])])
                 continue
             share = [f"{r[name]:.1%}" if name in r.values else "" for name in ("mfu", "mfu_6n")]
             figures = [number(r["tokens_per_s"]), number(r["step_ms"]), *share, number(r.get("peak_GiB")), number(r["first_s"])]
-            lines.append([size, title(impl), f"{r['parameters'] / 1e9:.3f}", *figures, runs([r])])
-    columns = ["", "model", "parameters, 10⁹", "tokens/s", "ms a step", "utilisation", "6 N", "peak GiB", "first step, s", "run"]
+            errors = r.get("errors") or {}
+            error = dashed(f"{errors[name]:.1e}" if name in errors else "" for name in ("loss", "gradients"))
+            lines.append([size, title(impl), f"{r['parameters'] / 1e9:.3f}", *figures, error, runs([r])])
+    columns = ["", "model", "parameters, 10⁹", "tokens/s", "ms a step", "utilisation", "6 N", "peak GiB", "first step, s"]
+    columns += ["error of loss / gradients", "run"]
     return [
         "", "### Training a language model", "",
         "Forward, loss, backward and AdamW, bfloat16. Utilisation is the share of the data sheet's dense bfloat16 rate that the model's own operations"
-        " make; 6 N counts 6 operations a parameter and token instead.", "",
+        " make; 6 N counts 6 operations a parameter and token instead. Errors are relative (of all gradients together, in norm), against float64 with the"
+        " same weights; a dash where none was measured.", "",
         *cells(columns, lines), *failures(results),
     ]  # fmt: skip
 
@@ -259,9 +272,9 @@ def small(results: Sequence[Result], runs: Numbered) -> Lines:
             speed = f"{r['of_copy']:.0%}" if "of_copy" in r.values else f"{number(r['TFLOP_s'])} TFLOP/s" if "TFLOP_s" in r.values else ""
             times = [number(1e3 * r[n]) if n in r.values else "" for n in ("eager_ms", "graph_ms")] if not r.failed else ["failed", ""]
             errors = [f"{r[n]:.1e}" if n in r.values else "" for n in ("error", "plain_error")]
-            host = [number(r.get(n)) for n in ("host_us", "processor_us")]
+            host = [number(r.get(n)) for n in ("host_us", "host_first_us")]
             lines.append([problem[0], title(impl), *times, *host, speed, *errors, runs([r])])
-    measured = ["eager µs", "graph µs", "host µs", "processor µs", "of copy bandwidth", "error", "plain torch's error"]
+    measured = ["eager µs", "graph µs", "host µs", "host µs after a wait", "of copy bandwidth", "error", "plain torch's error"]
     columns = ["", "implementation", *measured, "run"]
     return ["", "### Operators around it", "", *cells(columns, lines), *failures(results)]
 

@@ -102,7 +102,7 @@ def run(bench: str, rows: Sequence[Row], args: argparse.Namespace, device: torch
         print(f"{describe(row)}: {json.dumps({k: v for k, v in result.items() if k not in facts and k not in row.problem})}", flush=True)
         if args.out:
             append(Path(args.out), result)
-        if index + 1 < len(rows) and "failed" in result and lost(torch.device(device)):
+        if index + 1 < len(rows) and ("failed" in result or "errors_missing" in result) and lost(torch.device(device)):
             print("the device is lost; starting again at the next row", flush=True)
             os.environ[FROM], os.environ[ENDS] = str(index + 1), str(ends)
             os.execv(sys.executable, sys.orig_argv)
@@ -121,6 +121,14 @@ def attempt(row: Row, limit: float) -> dict[str, Any]:
         found = {"failed": f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:400]}
     release()
     return {**found, "took_s": round(time.perf_counter() - started, 1)}
+
+
+def compared(errors: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """Errors by name, to three digits. A failure to compare does not take the times of the row with it."""
+    try:
+        return {"errors": {name: float(f"{error:.3g}") for name, error in errors().items()}}
+    except Exception as failure:
+        return {"errors_missing": f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:200]}
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 from pathlib import Path
@@ -11,6 +10,9 @@ import rows
 import torch
 
 from gdn import mixers
+from gdn.hf.families import family
+from gdn.models.lm import LM
+from gdn.ops import ops
 
 
 def test_every_mixer_has_a_row():
@@ -26,13 +28,15 @@ def test_a_run_measures_every_mixer_of_ours(tmp_path):
     assert [r["mixer"] for r in found] == list(bench.PAIRS)
     assert not [r for r in found if "failed" in r]
     assert all(r["parameters"] > 0 and r["eager_ms"] > 0 and r["forward_ms"] > 0 for r in found)
+    assert all(list(r["errors"]) == ["y", "dx", "dw"] and 0 < max(r["errors"].values()) < 1e-4 for r in found)
     assert [json.loads(text)["mixer"] for text in out.read_text().splitlines()] == list(bench.PAIRS)
 
 
 def test_the_table_shows_ratios_and_gaps():
     both = [{"mixer": "gla", "impl": impl, "eager_ms": ms, "parameters": 7} for impl, ms in (("ours", 2.0), ("fla", 3.0))]
+    both[0]["errors"] = {"y": 1e-3, "dx": 4e-3, "dw": 2e-3}
     text = bench.table([*both, {"mixer": "swat", "impl": "ours", "failed": "broken"}]).splitlines()
-    assert "1.50" in text[1] and "7/7" in text[1]
+    assert "1.50" in text[1] and "7/7" in text[1] and text[1].endswith("4.0e-03/-/-")
     assert text[2].startswith("swat") and "1.50" not in text[2]
 
 
@@ -50,40 +54,101 @@ def test_no_pair_shares_a_config_by_accident():
     assert all(inspect.getmodule(type(config)).__name__ == f"gdn.mixers.{name}" for name, config in built.items())
 
 
+def measured(impl="ours", name="gated_deltanet", more=""):
+    (row,) = bench.plan(bench.parse(f"--device cpu --width 128 --shape 2x12 --repeats 3 --mixers {name} --impls {impl} {more}".split()))
+    return row.measure()
+
+
+class Played:
+    """FLA's layer of a mixer, played by ours: weights under FLA's names and in FLA's layout, laid back whenever it runs."""
+
+    def __init__(self, name, dtype, scale):
+        self.name, self.scale, self.inner = name, scale, bench.PAIRS[name].ours(128).build(128).to(dtype)
+        weights = bench.as_theirs(name, 128, self.inner.state_dict())
+        self.weights = {key: torch.zeros_like(weight, dtype=dtype).requires_grad_() for key, weight in weights.items()}
+
+    def load_state_dict(self, weights):
+        assert weights.keys() == self.weights.keys()
+        with torch.no_grad():
+            for key, weight in weights.items():
+                self.weights[key].copy_(weight)
+
+    def named_parameters(self):
+        return self.weights.items()
+
+    def parameters(self):
+        return self.weights.values()
+
+    def __call__(self, x):
+        model = LM.Config(vocab=8, width=128, layers=1, mlp=0, pattern=(bench.PAIRS[self.name].ours(128),))
+        ours, found = {f"blocks.0.mixer.{key}": weight for key, weight in self.inner.state_dict().items()}, {}
+        for rule in family(bench.FORMATS[self.name]).rules(model):
+            if all(key in ours for key in rule.ours):
+                theirs = [self.weights[key.split(".", 4)[-1]] for key in rule.theirs]
+                found |= zip(rule.ours, rule.read(theirs, [len(ours[key]) for key in rule.ours]))
+        found = {key.removeprefix("blocks.0.mixer."): weight.to(ours[key].dtype) for key, weight in found.items()}  # decays in float32
+        return self.scale * torch.func.functional_call(self.inner, found, (x,))[0]
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Let `Played` stand in for FLA's layer of a mixer, with its output scaled."""
+
+    def playing(name, scale=1.0):
+        def fla(pair, width, device, dtype):
+            module = Played(name, dtype, scale)
+            return module, module
+
+        monkeypatch.setattr(bench, "fla", fla)
+
+    return playing
+
+
 @pytest.mark.parametrize("name", bench.FORMATS)
-def test_errors_are_those_of_layers_with_the_same_weights(name, monkeypatch):
-    """FLA's layer is played by ours, with the weights that are handed over laid back."""
+def test_errors_of_flas_layer_are_those_with_our_weights(name, play):
+    play(name)
+    errors = measured("fla", name, "--dtype fp32")["errors"]
+    assert all(0 < error < 1e-4 for error in errors.values()), errors
 
-    class Played(torch.nn.Module):
-        def load_state_dict(self, theirs):
-            self.theirs = theirs
 
-    played, handed = Played(), []
-    monkeypatch.setattr(bench, "fla", lambda pair, width, device, dtype: (played, lambda x: handed[0](x)[0]))
-    real = bench.their_weights
+def test_a_scaled_output_of_flas_layer_is_seen(play):
+    play("gated_deltanet", 1.1)
+    assert measured("fla")["errors"] == pytest.approx({"y": 0.1, "dx": 0.1, "dw": 0.1}, abs=0.02)
 
-    def seen(name, config, module, width):
-        handed.append(copy.deepcopy(module))
-        return real(name, config, module, width)
 
-    monkeypatch.setattr(bench, "their_weights", seen)
-    args = bench.parse(["--device", "cpu", "--width", "128", "--shape", "1x16"])
-    found = bench.errors(name, args)
-    assert 0 < found["error_ours"] == found["error_fla"] < 0.05
-    assert sum(w.numel() for w in played.theirs.values()) == sum(w.numel() for w in handed[0].state_dict().values())
+def test_a_scaled_output_of_an_operator_is_seen(monkeypatch):
+    """The reference rows that errors are against know nothing of it."""
+    op = ops()["gated_delta_rule"]
+    rule = op.function("chunked")
+
+    def scaled(*arguments, **options):
+        o, state = rule(*arguments, **options)
+        return torch.cat([o[:-1], 1.1 * o[-1:]]), state  # of the last sequence alone
+
+    sound = measured(more="--dtype fp32")["errors"]
+    monkeypatch.setitem(op._functions, "chunked", scaled)
+    faulty = measured(more="--dtype fp32")["errors"]
+    assert max(sound.values()) < 1e-4 and max(faulty.values()) > 0.01, (sound, faulty)
+
+
+def test_a_comparison_that_fails_keeps_the_times(monkeypatch):
+    def broken(*_):
+        raise torch.OutOfMemoryError("no room for float64")
+
+    monkeypatch.setattr(bench, "errors", broken)
+    found = measured()
+    assert found["eager_ms"] > 0 and found["errors_missing"] == "OutOfMemoryError: no room for float64"
 
 
 def test_a_weight_without_a_place_is_named():
-    module = bench.PAIRS["gla"].ours(128).build(128)
-    module.register_buffer("extra", torch.zeros(1))
+    weights = bench.PAIRS["gla"].ours(128).build(128).state_dict()
     with pytest.raises(ValueError, match=r"the format gla has no place for blocks\.0\.mixer\.extra"):
-        bench.their_weights("gla", bench.PAIRS["gla"].ours(128), module, 128)
+        bench.as_theirs("gla", 128, weights | {"extra": torch.zeros(1)})
 
 
-@pytest.mark.parametrize(("impl", "processes"), [("ours", 0), ("ours compiled", 0), ("fla", 3), ("error", 3)])
+@pytest.mark.parametrize(("impl", "processes"), [("ours", 0), ("ours compiled", 0), ("fla", 3)])
 def test_only_what_fla_tunes_is_compiled_ahead(impl, processes, monkeypatch, asked_ahead):
     monkeypatch.setattr(bench, "measure", lambda *arguments: {"note": "no flash-attn"})
-    monkeypatch.setattr(bench, "errors", lambda *arguments: {"note": "no flash-attn"})
     args = bench.parse(["--device", "cpu", "--mixers", "gla", "--compilers", "3", "--compile-limit", "40", "--impls", impl])
     (row,) = bench.plan(args)
     found = row.measure()

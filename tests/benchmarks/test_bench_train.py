@@ -1,8 +1,18 @@
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import bench_train_gpu as bench
 import pytest
 import rows
+import torch
+
+from gdn.hf.families import family
+from gdn.models import LM
+from gdn.ops import ops
+
+FORMAT = family("gated_deltanet")
 
 
 def test_our_model_and_the_transformer_train_and_a_missing_peer_is_a_row(tmp_path):
@@ -15,8 +25,90 @@ def test_our_model_and_the_transformer_train_and_a_missing_peer_is_a_row(tmp_pat
             assert "failed" in result
         else:
             assert result["tokens_per_s"] > 0 and 0 < result["loss"] < 20
+            assert 0 < result["errors"]["loss"] < 1e-2 and 0 < result["errors"]["gradients"] < 0.2
     text = bench.table(found).splitlines()
     assert len(text) == 4 and "2x16" in text[0] and "1x32" in text[0]
+
+
+def errors(model="ours", length=200):
+    """Of the tiny model at two sequences of that length, in float32."""
+    module, loss = bench.gdn(model, "tiny", "cpu")
+    return bench.errors(module.float(), loss, torch.randint(256, (2, length)))
+
+
+@pytest.mark.parametrize("length", [200, bench.SHORT + 100])
+@pytest.mark.parametrize("model", ["ours", "transformer"])
+def test_errors_are_those_of_the_first_tokens_of_the_last_sequence(model, length):
+    """The other tokens have no part in loss and gradients."""
+    assert max(errors(model, length).values()) < 1e-4
+
+
+def test_a_scaled_output_of_an_operator_is_seen(monkeypatch):
+    """Where float64 is served by another row, as it is on a GPU."""
+    op = ops()["gated_delta_rule"]
+    rule = op.function("chunked")
+
+    def scaled(q, *arguments, **options):
+        o, state = rule(q, *arguments, **options)
+        return (o if q.dtype == torch.float64 else 1.1 * o), state
+
+    monkeypatch.setitem(op._functions, "chunked", scaled)
+    assert errors()["gradients"] > 0.001
+
+
+class Played:
+    """FLA's model, played by ours: weights under FLA's names and in FLA's layout, laid back whenever it runs."""
+
+    def __init__(self, scale):
+        config = bench.OURS["tiny"]
+        config = config.with_(pattern=(config.pattern[0].with_(beta_bias=False, norm_eps=1e-5),))
+        values = FORMAT.write_config(config)
+        self.config = SimpleNamespace(to_dict=lambda: values)
+        self.inner, self.scale = LM(config), scale
+        ours = self.inner.state_dict()
+        pairs = [pair for rule in FORMAT.rules(config) for pair in zip(rule.theirs, rule.write([ours[name] for name in rule.ours]))]
+        self.weights = {name: weight.clone().requires_grad_() for name, weight in pairs}
+
+    def state_dict(self):
+        return self.weights
+
+    def named_parameters(self):
+        return self.weights.items()
+
+    def parameters(self):
+        return self.weights.values()
+
+    def zero_grad(self, set_to_none):
+        for weight in self.weights.values():
+            weight.grad = None
+
+    def to(self, dtype):
+        return self
+
+    def __call__(self, input_ids, labels):
+        """A label is asked of the token before it, as in transformers."""
+        weights, targets = bench.as_ours(self.inner.config, self.weights), torch.full_like(labels, -100)
+        targets[:, :-1] = labels[:, 1:]
+        loss = torch.func.functional_call(self.inner, weights, (input_ids,), {"targets": targets}).loss
+        return SimpleNamespace(loss=self.scale * loss)
+
+
+@pytest.mark.parametrize(("scale", "error"), [(1.0, 0.0), (1.1, 0.1)])
+def test_the_errors_of_flas_model_are_against_ours_with_its_weights(scale, error, monkeypatch):
+    models = SimpleNamespace(GatedDeltaNetConfig=dict, GatedDeltaNetForCausalLM=lambda config: Played(scale))
+    monkeypatch.setitem(sys.modules, "fla.models", models)
+    monkeypatch.setitem(bench.FLA, "tiny", {})
+    (row,) = bench.plan(bench.parse(["--device", "cpu", "--size", "tiny", "--shapes", "2x40", "--steps", "1", "--models", "fla"]))
+    assert row.measure()["errors"] == pytest.approx({"loss": error, "gradients": error}, abs=1e-4)
+
+
+def test_a_comparison_that_fails_keeps_the_times(monkeypatch):
+    def broken(*_):
+        raise torch.OutOfMemoryError("no room for float64")
+
+    monkeypatch.setattr(bench, "in_float64", broken)
+    found = bench.measure("ours", "tiny", 2, 16, 1, "cpu")
+    assert found["step_ms"] > 0 and found["errors_missing"] == "OutOfMemoryError: no room for float64"
 
 
 def test_compared_models_are_of_equal_size():

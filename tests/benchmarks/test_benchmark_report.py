@@ -97,6 +97,25 @@ def test_old_forms_are_read(tmp_path):
     assert ("flash-linear-attention", "0.6.0") in found.run.versions
 
 
+def test_layers_and_models_have_errors_beside_times(tmp_path):
+    layer = {"bench": "layer", "mixer": "gla", "width": 1024, "shape": "8x4096", "dtype": "bf16", "eager_ms": 1.0}
+    model = {"bench": "train", "size": "like_fla", "tokens_per_s": 64000, "step_ms": 510.0, "first_s": 9.0, "parameters": 1_300_000_000}
+    known, both = {"y": 3e-3, "dx": 4e-3, "dw": 5e-3}, {"loss": 1e-5, "gradients": 7e-3}
+    rows = [
+        row(**layer, errors=known),
+        row("fla", **layer, errors_missing="KeyError: 'A_log'"),
+        row(**layer | {"mixer": "swat"}),
+        row(**model, shape="8x4096", errors=both),
+        row(**model, shape="2x16384"),
+    ]
+    text = report.text(load(tmp_path, *rows))
+    assert "| error gdn / compiled / FLA | run |" in text and "| error of loss / gradients | run |" in text
+    for line in ("| gla, 8x4096", "| 5.0e-03 / - | 1 |"), ("| swat, 8x4096", "| - | 1 |"):
+        assert any(found.startswith(line[0]) and found.endswith(line[1]) for found in text.splitlines())
+    for line in ("| like_fla 8x4096", "| 9.00 | 1.0e-05 / 7.0e-03 | 1 |"), ("| like_fla 2x16384", "| 9.00 | - | 1 |"):
+        assert any(found.startswith(line[0]) and found.endswith(line[1]) for found in text.splitlines())
+
+
 def test_every_section_is_written(tmp_path):
     some = {"eager_ms": 1.0, "parameters": 7}
     rows = [
@@ -114,7 +133,7 @@ def test_every_section_is_written(tmp_path):
         ),
         row("fla", "train", size="like_fla", shape="8x4096", failed="more than 300 s"),
         row(bench="decode", size="gdn_1.3b", batch=32, context=64, tokens_per_s=3000, ms_per_token=10.7),
-        row(bench="small_ops", row="l2norm", eager_ms=0.07, host_us=64.0, of_copy=0.9, error=1e-3, plain_error=1e-3),
+        row(bench="small_ops", row="l2norm", eager_ms=0.07, host_us=64.0, host_first_us=99.0, of_copy=0.9, error=1e-3, plain_error=1e-3),
         row(what="errors", kind="still", errors={"o": 1e-3, "dq": 2e-3}),
     ]
     text = report.text(load(tmp_path, *rows))

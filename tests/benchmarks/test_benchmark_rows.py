@@ -85,7 +85,12 @@ def test_rows_beyond_the_budget_are_named_and_not_measured(tmp_path, capsys):
     assert "budget is spent: 3x3 ours" in capsys.readouterr().out
 
 
-def test_a_lost_device_starts_the_process_again_at_the_next_row(tmp_path, monkeypatch):
+def lost_in_a_comparison():
+    return {"x": 2} | rows.compared(fails)
+
+
+@pytest.mark.parametrize("loses", [fails, lost_in_a_comparison])
+def test_a_lost_device_starts_the_process_again_at_the_next_row(loses, tmp_path, monkeypatch):
     class Started(BaseException):
         pass
 
@@ -98,7 +103,7 @@ def test_a_lost_device_starts_the_process_again_at_the_next_row(tmp_path, monkey
     for name in (rows.FROM, rows.ENDS):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv(rows.ENDS, str(time.time() + 60))
-    plan = [row(lambda: {"x": 1}), row(fails), row(lambda: {"x": 3})]
+    plan = [row(lambda: {"x": 1}), row(loses), row(lambda: {"x": 3})]
     with pytest.raises(Started):
         rows.run("demo", plan, args, "cpu")
     assert os.environ[rows.FROM] == "2"
