@@ -34,9 +34,10 @@ def shapes(*arguments: tuple[str, Tensor, str], **known: int) -> dict[str, int]:
 
 
 def value_heads(sizes: dict[str, int]) -> None:
-    """HV value heads must be a multiple of the H heads of q and k, of which there must be one."""
-    if sizes["H"] < 1:
-        raise ArgumentError("q: expected at least one head, got none")
+    """HV value heads must be a multiple of the H heads of q and k, of which there must be one. Nor may heads be without channels."""
+    for name, letter, what in (("q", "H", "head"), ("q", "K", "channel"), ("v", "HV", "head"), ("v", "V", "channel")):
+        if sizes[letter] < 1:
+            raise ArgumentError(f"{name}: expected at least one {what}, got none")
     if sizes["HV"] % sizes["H"]:
         raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
 
