@@ -165,7 +165,7 @@ def _known(base: type[Config]) -> list[str]:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type, or `ConfigError`. Only the types that configurations use."""
+    """`value` as the annotated type, or `ConfigError`. Looks into the types that our configurations use; of any other all values are taken."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Union or origin is types.UnionType:
         return _convert_union(value, args, where)
@@ -183,7 +183,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value if isinstance(value, hint) else hint.from_dict(value, where=where)
     if hint is int or hint is float:
         return _convert_number(value, hint, where)
-    if hint is Any or isinstance(value, hint):
+    if hint is Any or not isinstance(hint, type) or isinstance(value, hint):  # `list[int]` of a configuration from elsewhere is no type
         return value
     raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -160,6 +160,18 @@ def test_values_given_by_name_become_what_a_dictionary_makes_of_them() -> None:
     assert config.pair == (1, 2.0) and config == Outer.from_dict(json.loads(json.dumps(config.to_dict())))
     assert [type(value) for value in (config.maybe, *config.pair, config.inner.rate)] == [int, int, float, float]
     assert hash(config.more) == hash(())
+
+
+def test_types_that_say_more_than_can_be_checked_take_what_comes() -> None:
+    class Elsewhere(Config):
+        items: list[int]
+        call: Callable[[int], int] = abs
+        size: int = 0
+
+    config = Elsewhere(items=[1], size=np.int64(2))
+    assert config == Elsewhere.from_dict({"items": [1], "size": 2}) and config.call(-3) == 3
+    with pytest.raises(ConfigError, match=r"^size: expected int, got '2'$"):
+        config.with_(size="2")
 
 
 @pytest.mark.parametrize("cls", [LM.Config, *MixerConfig.members().values()], ids=lambda cls: cls.tag())
