@@ -165,7 +165,7 @@ def _known(base: type[Config]) -> list[str]:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type, or `ConfigError`. Looks into the types that our configurations use; of any other all values are taken."""
+    """`value` as the annotated type, or `ConfigError`. Only the types that our configurations use; others take anything."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Union or origin is types.UnionType:
         return _convert_union(value, args, where)
