@@ -5,7 +5,9 @@ sizes = shapes(("q", q, "B T H K"), ("k", k, "B T H K"), ("v", v, "B T HV V"))  
 
 from __future__ import annotations
 
+import math
 import numbers
+import sys
 
 import torch
 from torch import Tensor
@@ -32,9 +34,10 @@ def shapes(*arguments: tuple[str, Tensor, str], **known: int) -> dict[str, int]:
 
 
 def value_heads(sizes: dict[str, int]) -> None:
-    """HV value heads must be a multiple of the H heads of q and k, of which there must be one."""
-    if sizes["H"] < 1:
-        raise ArgumentError("q: expected at least one head, got none")
+    """HV value heads must be a multiple of the H heads of q and k, of which there must be one. Nor may heads be without channels."""
+    for name, letter, what in (("q", "H", "head"), ("q", "K", "channel"), ("v", "HV", "head"), ("v", "V", "channel")):
+        if sizes[letter] < 1:
+            raise ArgumentError(f"{name}: expected at least one {what}, got none")
     if sizes["HV"] % sizes["H"]:
         raise ArgumentError(f"v: expected a multiple of {sizes['H']} value heads (the heads of q), got {sizes['HV']}")
 
@@ -45,9 +48,42 @@ def scale(given: float | None, K: int) -> float:
         if K < 1:
             raise ArgumentError("q: expected at least one channel, got none")
         return K**-0.5
-    if not isinstance(given, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise ArgumentError(f"scale: expected a number, got {type(given).__name__}; what has a gradient belongs to q")
-    return given
+    if isinstance(given, Tensor):
+        raise ArgumentError("scale: expected a number, got Tensor; what has a gradient belongs to q")
+    return number("scale", given)
+
+
+def number(name: str, given: float, *, above: float = -math.inf, most: float = math.inf) -> float:
+    """A finite number above one bound and at most the other. No tensor: its value would have to be read from the device."""
+    if isinstance(given, bool) or not isinstance(given, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise ArgumentError(f"{name}: expected a number, got {_kind(given)}")
+    if not -sys.float_info.max <= given <= sys.float_info.max:
+        raise ArgumentError(f"{name}: expected a finite number, got {given}")
+    if not above < given <= most:
+        raise ArgumentError(f"{name}: expected above {above}{f' and at most {most}' if most < math.inf else ''}, got {given}")
+    return given if isinstance(given, (torch.SymFloat, torch.SymInt)) else float(given)
+
+
+def integer(name: str, given: int, *, least: int, most: int = 2**63 - 1) -> int:
+    """An integer between two bounds. No tensor, as for `number`; and no float, not even one without a fraction."""
+    if isinstance(given, bool) or not isinstance(given, (numbers.Integral, torch.SymInt)):
+        raise ArgumentError(f"{name}: expected an integer, got {_kind(given)}")
+    if given < least:
+        raise ArgumentError(f"{name}: expected at least {least}, got {given}")
+    if given > most:
+        raise ArgumentError(f"{name}: expected at most {most}, got {given}")
+    return given if isinstance(given, torch.SymInt) else int(given)
+
+
+def _kind(given: object) -> str:
+    return "Tensor; take its value with .item()" if isinstance(given, Tensor) else type(given).__name__
+
+
+def tensors(*arguments: tuple[str, Tensor]) -> None:
+    """What `shapes` says of arguments without dimensions of known number."""
+    for name, tensor in arguments:
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
 def same_device(*arguments: tuple[str, Tensor | None]) -> None:

@@ -6,7 +6,8 @@
 
     Adam.from_dict({"lr": 3e-4}).with_(betas=(0.9, 0.99)).to_dict()
 
-A subclass is a frozen dataclass by itself. `check` is called after construction and raises `ConfigError` for values that cannot work.
+A subclass is a frozen dataclass by itself. Values take the types of their fields when it is constructed, as `from_dict` gives them; what
+cannot is a `ConfigError`. Then `check` is called, which raises `ConfigError` for values that cannot work.
 
 Families: a base class with `variants = "package"` (mixers) is polymorphic. Each subclass carries a tag, the name of the module that
 defines it, written as `"type"` in the dictionary; `from_dict` on the base finds the subclass by that tag, importing
@@ -19,6 +20,7 @@ import dataclasses
 import importlib
 import importlib.util
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -33,8 +35,8 @@ class Config:
 
     variants: ClassVar[str | None] = None
     _tags: ClassVar[dict[str, type[Config]]] = {}
-    _choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Of each class, once its annotations can be read."""
+    _hints: ClassVar[dict[str, Any]] = {}
+    """The types of each class's fields, once its annotations can be read."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,14 +47,9 @@ class Config:
             cls._tags[cls.tag()] = cls
 
     def __post_init__(self) -> None:
-        for f in _fields(type(self)):
-            value = getattr(self, f.name)
-            if isinstance(value, float) and math.isnan(value):  # passes every comparison that asks for the wrong
-                raise ConfigError(f"{f.name}: expected a number, got {value}")
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _convert(getattr(self, name), hint, name))
         self.check()
-        for name, allowed in _choices(type(self)).items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
 
     def check(self) -> None:
         """Raise `ConfigError` if the values cannot work together. Overridden where there is something to check."""
@@ -118,16 +115,15 @@ def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cls)
 
 
-def _choices(cls: type[Config]) -> dict[str, tuple[Any, ...]]:
-    """The values of fields that have a few only."""
-    if "_choices" not in cls.__dict__:
+def _hints(cls: type[Config]) -> dict[str, Any]:
+    """The types of fields."""
+    if "_hints" not in cls.__dict__:
         try:
             hints = typing.get_type_hints(cls)
         except NameError:  # names of a function that defines a class, or of a module that is not finished
             return {}
-        fields = {f.name: hints[f.name] for f in _fields(cls)}
-        cls._choices = {n: typing.get_args(h) for n, h in fields.items() if typing.get_origin(h) is Literal}
-    return cls._choices
+        cls._hints = {f.name: hints[f.name] for f in _fields(cls)}
+    return cls._hints
 
 
 def _join(where: str, name: str | int) -> str:
@@ -169,7 +165,7 @@ def _known(base: type[Config]) -> list[str]:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type, or `ConfigError`. Only the types that configurations use."""
+    """`value` as the annotated type, or `ConfigError`. Only the types that our configurations use; others take anything."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Union or origin is types.UnionType:
         return _convert_union(value, args, where)
@@ -185,11 +181,21 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return {key: _convert(item, args[1], _join(where, key)) for key, item in value.items()}
     if isinstance(hint, type) and issubclass(hint, Config):
         return value if isinstance(value, hint) else hint.from_dict(value, where=where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+    if hint is int or hint is float:
+        return _convert_number(value, hint, where)
+    if hint is Any or not isinstance(hint, type) or isinstance(value, hint):  # `list[int]` of a configuration from elsewhere is no type
         return value
     raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+
+
+def _convert_number(value: Any, hint: type[int] | type[float], where: str) -> float:
+    """Of other libraries too: theirs cannot be written as JSON."""
+    kind: Any = numbers.Integral if hint is int else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+    if hint is float and math.isnan(value):  # passes every comparison that asks for the wrong
+        raise ConfigError(f"{where}: expected a number, got {value}")
+    return hint(value)
 
 
 def _convert_union(value: Any, options: tuple[Any, ...], where: str) -> Any:

@@ -27,9 +27,12 @@ from gdn.models.store import CONFIG, INDEX, ORIGIN, model_folder, read_json
 SHARD_BYTES = 4 << 30
 """Largest weights file; one tensor that is larger has a file of its own."""
 
+TOKENS = "tokenizer_config.json"
+"""Where transformers reads which tokens end a document and pad."""
+
 COMPANIONS = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENS,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -39,6 +42,9 @@ COMPANIONS = (
     "generation_config.json",
 )
 """Files that go along as they are."""
+
+PAD = "<|padding|>"
+"""How the token of padding is spelled, as in Pythia and OLMo."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class Conversion:
 
 def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int = SHARD_BYTES) -> Conversion:
     """Write a checkpoint in another family's names, layout and configuration. Bytes of weights are moved, not computed.
+
+    Where a run's model has a row beyond its tokenizer's, transformers' tokenizer and configuration are told that it is for padding: the end
+    of a document, which would have to pad otherwise, would count nothing in a loss.
 
     Args:
         source: a folder of any known family, or a training run.
@@ -80,15 +89,20 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
             writer.add(name, tensor)
         unused = files.finish(theirs)
         writer.finish()
+    padding = None
     if mine.name not in _PLAIN:
         if not (values.get("dtype") or values.get("torch_dtype")):
             values["dtype"] = writer.dtype
         if theirs.name == "run":
             values |= _ends(source)
+            padding = _padding(source, config.vocab)
+            values |= {} if padding is None else {"pad_token_id": padding}
     (target / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if padding is not None:
+        (target / TOKENS).write_text(json.dumps({**read_json(source / TOKENS), "pad_token": PAD}, indent=1) + "\n")
     if to == "gdn":
         add_remote_code(target)
     return Conversion(theirs.name, mine.name, config, writer.tensors, writer.bytes, unused)
@@ -258,6 +272,19 @@ def _configuration(given: dict[str, Any], theirs: Family, mine: Family, config: 
 def _ends(source: Path) -> dict[str, int]:
     """The token that ends a document, for a run: its configuration does not say, its tokenizer does."""
     return {"eos_token_id": load_tokenizer(source).end_id} if (source / TOKENIZER).is_file() else {}
+
+
+def _padding(source: Path, vocab: int) -> int | None:
+    """The token that `PAD` is for transformers, which counts on from a run's tokenizer. None where the model has no row for it."""
+    if not (source / TOKENIZER).is_file() or not (source / TOKENS).is_file() or "pad_token" in read_json(source / TOKENS):
+        return None
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(source / TOKENIZER))
+    taken = tokenizer.get_vocab()
+    tokenizer.add_special_tokens([PAD])
+    padding = tokenizer.get_vocab()[PAD]
+    return padding if padding < vocab and (PAD in taken or padding not in taken.values()) else None
 
 
 _PLAIN = ("run", "nvlabs")

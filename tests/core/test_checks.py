@@ -16,6 +16,7 @@ A, B = torch.zeros(2, 3, 4), torch.zeros(2, 4)
 LIST: Any = [0, 20]
 TEXT: Any = "0.5"
 NUMBER: Any = torch.tensor(0.5)
+HEADS = {"H": 2, "HV": 4, "K": 8, "V": 8}
 PACKING = Packing.from_lengths([20])
 
 
@@ -63,8 +64,11 @@ def test_gradients_are_refused_only_where_they_are_enabled() -> None:
         (lambda: checks.boundaries(LIST, 1, 20, A.device), "packing: expected a gdn.Packing, got list; make one with Packing.from_"),
         (lambda: checks.boundaries(PACKING, 1, 19, A.device), "packing: describes 20 tokens, but the input has 1 x 19"),
         (lambda: checks.same_device(("a", A), ("b", B.to("meta"))), "b: expected on cpu like a, got meta"),
-        (lambda: checks.value_heads({"H": 2, "HV": 3}), r"v: expected a multiple of 2 value heads \(the heads of q\), got 3"),
-        (lambda: checks.value_heads({"H": 0, "HV": 2}), "q: expected at least one head, got none"),
+        (lambda: checks.value_heads(HEADS | {"HV": 3}), r"v: expected a multiple of 2 value heads \(the heads of q\), got 3"),
+        (lambda: checks.value_heads(HEADS | {"H": 0}), "q: expected at least one head, got none"),
+        (lambda: checks.value_heads(HEADS | {"HV": 0}), "v: expected at least one head, got none"),
+        (lambda: checks.value_heads(HEADS | {"K": 0}), "q: expected at least one channel, got none"),
+        (lambda: checks.value_heads(HEADS | {"V": 0}), "v: expected at least one channel, got none"),
         (lambda: checks.scale(None, 0), "q: expected at least one channel, got none"),
         (lambda: checks.scale(NUMBER, 4), "scale: expected a number, got Tensor; what has a gradient belongs to q"),
         (lambda: checks.scale(TEXT, 4), "scale: expected a number, got str"),

@@ -6,14 +6,18 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import pytest
+import torch
 
 from gdn.core.config import Config
 from gdn.core.errors import ConfigError
+from gdn.mixers import MixerConfig
+from gdn.models import LM
 
 
 class Inner(Config):
@@ -117,8 +121,69 @@ def test_wrong_dictionaries_say_where_and_what(values: dict[str, Any], message: 
 
 def test_no_number_is_no_value() -> None:
     """NaN is neither too small nor too large."""
-    with pytest.raises(ConfigError, match=r"^rate: expected a number, got nan$"):
-        Inner(rate=math.nan)
+    for nan in (math.nan, np.float32(math.nan)):
+        with pytest.raises(ConfigError, match=r"^rate: expected a number, got nan$"):
+            Inner(rate=nan)
+    with pytest.raises(ConfigError, match=r"^pair\.1: expected a number, got nan$"):
+        FULL.with_(pair=(1, math.nan))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"maybe": "8"}, "maybe: expected int, got '8'"),
+        ({"maybe": 8.0}, "maybe: expected int, got 8.0"),
+        ({"maybe": True}, "maybe: expected int, got True"),
+        ({"maybe": torch.tensor(8)}, r"maybe: expected int, got tensor\(8\)"),
+        ({"flag": 1}, "flag: expected bool, got 1"),
+        ({"flag": None}, "flag: expected bool, got None"),
+        ({"pair": (1, "2")}, "pair.1: expected float, got '2'"),
+        ({"pair": (True, 2)}, "pair.0: expected int, got True"),
+        ({"more": (5,)}, "more.0: expected a dictionary, got 5"),
+        ({"name": 5}, "name: expected str, got 5"),
+    ],
+)
+def test_values_given_by_name_have_the_types_of_their_fields(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        FULL.with_(**changes)
+
+
+def test_values_given_by_name_become_what_a_dictionary_makes_of_them() -> None:
+    given: dict[str, Any] = {
+        "name": "x",
+        "maybe": np.int64(3),
+        "pair": [np.int32(1), 2],
+        "inner": FULL.inner.with_(rate=np.float32(2)),
+        "more": [],
+    }
+    config = Outer(**given)
+    assert config.pair == (1, 2.0) and config == Outer.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert [type(value) for value in (config.maybe, *config.pair, config.inner.rate)] == [int, int, float, float]
+    assert hash(config.more) == hash(())
+
+
+def test_types_that_say_more_than_can_be_checked_take_what_comes() -> None:
+    class Elsewhere(Config):
+        items: list[int]
+        call: Callable[[int], int] = abs
+        size: int = 0
+
+    config = Elsewhere(items=[1], size=np.int64(2))
+    assert config == Elsewhere.from_dict({"items": [1], "size": 2}) and config.call(-3) == 3
+    with pytest.raises(ConfigError, match=r"^size: expected int, got '2'$"):
+        config.with_(size="2")
+
+
+@pytest.mark.parametrize("cls", [LM.Config, *MixerConfig.members().values()], ids=lambda cls: cls.tag())
+def test_every_number_of_a_model_is_checked(cls: type[Config]) -> None:
+    fields: list[dataclasses.Field[Any]] = list(dataclasses.fields(cast("Any", cls)))
+    samples = {"int": 1, "bool": True, "float": 1.0}
+    required = {f.name: samples.get(str(f.type), ()) for f in fields if f.default is dataclasses.MISSING}
+    numbers = {f.name: str(f.type).split(" | ")[0] for f in fields if str(f.type).split(" | ")[0] in samples}
+    assert len(numbers) > 1
+    for name, kind in numbers.items():
+        with pytest.raises(ConfigError, match=f"^{name}: expected {kind}, got '8'$"):
+            cls(**required | {name: "8"})
 
 
 def test_a_field_of_a_few_values_takes_no_other() -> None:

@@ -22,6 +22,7 @@ from transformers import (
 
 from gdn.cli import main
 from gdn.core.errors import CheckpointError, ConfigError
+from gdn.data import load_tokenizer
 from gdn.data.bpe import train_bpe
 from gdn.hf.convert import convert, load
 from gdn.hf.families import FAMILIES, family, find
@@ -284,6 +285,31 @@ def test_generation_ends_where_documents_end(tmp_path: Path) -> None:
         assert model.config.eos_token_id == model.generation_config.eos_token_id == ours.end_id
     convert(tmp_path / "gdn", tmp_path / "back", "run")
     assert (tmp_path / "back" / "config.json").read_text() == (run / "config.json").read_text()
+
+
+def test_a_row_beyond_the_tokenizers_is_for_padding(tmp_path: Path) -> None:
+    ours = train_bpe(["an end of a document, and an ending of another one"], 300, tmp_path)
+    for vocab in (ours.vocab_size, ours.vocab_size + 1, ours.vocab_size + 9):
+        run = tmp_path / f"run{vocab}"
+        save_model(LM(PLAIN.with_(vocab=vocab)), run)
+        ours.save(run)
+        for to in ("gdn", "qwen3_5_text"):
+            there = tmp_path / f"{to}{vocab}"
+            convert(run, there, to)
+            theirs = AutoTokenizer.from_pretrained(there, trust_remote_code=True)
+            model = AutoModelForCausalLM.from_pretrained(there, trust_remote_code=True).eval()
+            assert theirs.eos_token_id == ours.end_id and load_tokenizer(there).fingerprint == ours.fingerprint
+            if vocab == ours.vocab_size:
+                assert theirs.pad_token_id is model.config.pad_token_id is None
+                continue
+            assert theirs.pad_token_id == model.config.pad_token_id == ours.vocab_size
+            texts = ["an end of", "an ending of a document"]
+            batch = theirs(texts, padding=True, padding_side="left", return_tensors="pt")
+            assert (batch.input_ids == ours.vocab_size).sum() == (1 - batch.attention_mask).sum() > 0
+            alone = model(torch.from_numpy(ours.encode(texts[0])).unsqueeze(0)).logits
+            together = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            torch.testing.assert_close(together[:1, -alone.shape[1] :], alone, atol=1e-5, rtol=1e-5)
+        assert "pad_token" not in (run / "tokenizer_config.json").read_text()
 
 
 def test_a_small_vocabulary_has_no_row_for_olmos_padding(tmp_path: Path) -> None:

@@ -890,6 +890,14 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         change(q=lambda a: a["q"][..., :0], k=lambda a: a["k"][..., :0], initial_state=lambda a: None),
         "q: expected at least one channel, got none",
     ),
+    "values without channels": (
+        change(v=lambda a: a["v"][..., :0], initial_state=lambda a: None),
+        "v: expected at least one channel, got none",
+    ),
+    "no value heads": (
+        change(**{name: lambda a, name=name: a[name][:, :, :0] for name in ("v", "g", "beta")}, initial_state=lambda a: None),
+        "v: expected at least one head, got none",
+    ),
     "scale of its own gradient": (change(scale=lambda a: torch.tensor(0.5, requires_grad=True)), "scale: expected a number, got Tensor"),
     "state in a list": (change(initial_state=lambda a: [0.0]), "initial_state: expected a tensor, got list"),
     "eight bits": (

@@ -45,6 +45,26 @@ def test_is_the_printed_equation(impl: str) -> None:
         torch.testing.assert_close(windowed_sigmoid_attention(q, k, v, slopes, window=window), expected, **EXACT)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("bad", [slice(0, 9), slice(9, 20), slice(20, 30)])
+def test_what_is_no_number_stays_in_its_document(impl: str, bad: slice) -> None:
+    others = torch.ones(30, dtype=torch.bool)
+    others[bad] = False
+    clean, dirty = (Problem(name="", T=30, window=25, lengths=(9, 11, 10)).build(slopes=True, dtype=torch.float32) for _ in range(2))
+    results = []
+    for arguments in (clean, dirty):
+        leaves, do = [arguments[n] for n in ("q", "k", "v")], torch.ones_like(arguments["v"])
+        if arguments is dirty:
+            for x in (*leaves, do):
+                x.data[:, bad] = torch.nan
+        with use(windowed_sigmoid_attention=impl):
+            o = windowed_sigmoid_attention(**arguments)
+        results.append([o, *torch.autograd.grad(o, leaves, do)])
+    for expected, got in zip(*results):
+        assert got[:, bad].isnan().any()
+        torch.testing.assert_close(got[:, others], expected[:, others], rtol=0, atol=0)
+
+
 def test_gradients_by_finite_differences() -> None:
     arguments = Problem(name="", T=7, H=4, G=2, K=2, V=3, window=3, past=2, lengths=None).build(slopes=True)
     leaves = [arguments.pop(n) for n in ("q", "k", "v", "slopes")]

@@ -85,7 +85,7 @@ def causal_attention(
     """
     sizes = _check(q, k, v, start, packing)
     if window is not None:
-        _check_window(window)
+        window = checks.integer("window", window, least=1)
     scale = checks.scale(scale, sizes["K"])
     masked = sizes["S"] == sizes["T"] and (packing is not None or (window is not None and window < sizes["S"]))
     return CAUSAL.pick(q, K=sizes["K"], V=sizes["V"], masked=bool(masked))(q, k, v, window, scale, start, packing)
@@ -139,7 +139,7 @@ def windowed_sigmoid_attention(
     checks.shapes(("slopes", slopes, "H"), H=sizes["H"])
     checks.floating(("slopes", slopes))
     checks.same_device(("q", q), ("slopes", slopes))
-    _check_window(window)
+    window = checks.integer("window", window, least=1)
     scale = checks.scale(scale, sizes["K"])
     return SIGMOID.pick(q, K=sizes["K"], V=sizes["V"])(q, k, v, slopes, window, scale, start, packing)
 
@@ -163,8 +163,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, packing: Packi
         if start.dtype not in (torch.int32, torch.int64):
             raise ArgumentError(f"start: expected int32 or int64, got {start.dtype}")
     return sizes
-
-
-def _check_window(window: int) -> None:
-    if window < 1:
-        raise ArgumentError(f"window: expected at least 1, got {window}")

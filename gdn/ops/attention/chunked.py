@@ -1,6 +1,7 @@
 """Windowed sigmoid attention by blocks of queries, in plain torch, on any device: forward and backward hold one block's scores at a time.
 
-A block of C queries reads the `C + window - 1` keys that its windows reach. Nothing is saved but the arguments: the weights of a block,
+A block of C queries reads the `C + window - 1` keys that its windows reach. Packed documents come one after another: a weight of zero times
+what is no number, in a document that shares a block, would be no number. Nothing is saved but the arguments: the weights of a block,
 which need no normalisation over the row, are computed again in the backward pass. Formulas: README.md.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ def windowed_sigmoid_attention(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, window: int, scale: float, start: Tensor | None, packing: Packing | None
 ) -> Tensor:
     """See `gdn.ops.windowed_sigmoid_attention`."""
-    o = _OPAQUE(q, k, v, slopes, first_keys(q, k, start, packing), window, scale)[0]
+    host = None if packing is None else packing.host
+    o = _OPAQUE(q, k, v, slopes, first_keys(q, k, start, None), host, window, scale)[0]
     return without_padding(o, k.shape[1] - q.shape[1], start)
 
 
@@ -40,6 +43,17 @@ class _Block:
     """sigmoid of the scores, zero where a query does not see a key: `[B, G, R * C, n]`."""
     distance: Tensor
     """`[C, n]`, in tokens."""
+
+
+def _documents(host: Tensor | None, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """The tensors `[B, T, ...]` as they are, or what they hold of each document with boundaries `host`, `[1, tokens, ...]`."""
+    if host is None:
+        yield list(tensors)
+        return
+    flat = [x.flatten(0, 1).unsqueeze(0) for x in tensors]
+    for begin, end in pairwise(host.tolist()):
+        if end > begin:
+            yield [x[:, begin:end] for x in flat]
 
 
 def _by_head(x: Tensor, groups: int) -> Tensor:
@@ -64,21 +78,37 @@ def _blocks(q: Tensor, k: Tensor, slopes: Tensor, first: Tensor | None, window: 
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, first: Tensor | None, window: int, scale: float, keep: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    first: Tensor | None,
+    host: Tensor | None,
+    window: int,
+    scale: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The outputs; nothing is saved beside the arguments."""
-    groups = k.shape[2]
-    queries, keys, values = _by_head(q, groups), _by_head(k, groups)[:, :, 0], _by_head(v, groups)[:, :, 0]
-    o = _empty_output(q, v)
-    steep = slopes.to(queries.dtype).view(groups, -1, 1, 1)
-    for block in _blocks(queries, keys, steep, first, window, scale):
-        read = (block.weights @ values[:, :, block.keys]).unflatten(2, (queries.shape[2], -1))
-        o[:, block.queries] = read.permute(0, 3, 1, 2, 4).flatten(2, 3).to(o.dtype)
+    groups, o = k.shape[2], _empty_output(q, v)
+    steep = slopes.to(accumulate_dtype(q.dtype)).view(groups, -1, 1, 1)
+    for some_q, some_k, some_v, some_o in _documents(host, q, k, v, o):
+        queries, keys, values = _by_head(some_q, groups), _by_head(some_k, groups)[:, :, 0], _by_head(some_v, groups)[:, :, 0]
+        for block in _blocks(queries, keys, steep, first, window, scale):
+            read = (block.weights @ values[:, :, block.keys]).unflatten(2, (queries.shape[2], -1))
+            some_o[:, block.queries] = read.permute(0, 3, 1, 2, 4).flatten(2, 3).to(o.dtype)
     return o, q.new_empty(0)
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, first: Tensor | None, window: int, scale: float, keep: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    first: Tensor | None,
+    host: Tensor | None,
+    window: int,
+    scale: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     return _empty_output(q, v), q.new_empty(0)
 
@@ -88,13 +118,34 @@ def _empty_output(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    q, k, v, slopes, first, window, scale = args
+    q, k, v, slopes, first, host, window, scale = args
     (do,) = grads
     assert do is not None
     groups = k.shape[2]
-    queries, outs = _by_head(q, groups), _by_head(do, groups)
-    keys, values = _by_head(k, groups)[:, :, 0], _by_head(v, groups)[:, :, 0]
-    steep = slopes.to(queries.dtype).view(groups, -1, 1, 1)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    steep = slopes.to(accumulate_dtype(q.dtype)).view(groups, -1, 1, 1)
+    dslopes = torch.zeros_like(steep)
+    for *some, some_dq, some_dk, some_dv in _documents(host, q, k, v, do, dq, dk, dv):
+        heads = [_by_head(x, groups) for x in some]
+        parts = _gradients(heads[0], heads[1][:, :, 0], heads[2][:, :, 0], heads[3], steep, first, window, scale)
+        some_dq.copy_(parts[0].permute(0, 3, 1, 2, 4).flatten(2, 3))
+        some_dk.copy_(parts[1].transpose(1, 2))
+        some_dv.copy_(parts[2].transpose(1, 2))
+        dslopes += parts[3]
+    return [dq, dk, dv, dslopes.flatten().to(slopes.dtype)]
+
+
+def _gradients(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    outs: Tensor,
+    steep: Tensor,
+    first: Tensor | None,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of queries, keys, values and slopes, in their shapes."""
     dq, dk, dv, dslopes = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (queries, keys, values, steep))
     for block in _blocks(queries, keys, steep, first, window, scale):
         out, query = (x[:, :, :, block.queries].flatten(2, 3) for x in (outs, queries))
@@ -104,12 +155,7 @@ def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[
         dscores *= scale
         dq[:, :, :, block.queries] = (dscores @ keys[:, :, block.keys]).unflatten(2, (queries.shape[2], -1))
         dk[:, :, block.keys] += dscores.mT @ query
-    return [
-        dq.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype),
-        dk.transpose(1, 2).to(k.dtype),
-        dv.transpose(1, 2).to(v.dtype),
-        dslopes.flatten().to(slopes.dtype),
-    ]
+    return dq, dk, dv, dslopes
 
 
 _OPAQUE = Opaque("gdn::windowed_sigmoid_attention", _forward, _backward, fake=_fake, results=1, differentiable=("q", "k", "v", "slopes"))

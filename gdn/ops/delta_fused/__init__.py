@@ -107,8 +107,7 @@ def _check(
     checks.floating(("a", a), ("b", b))
     if A_log.dtype != checks.accumulate_dtype(A_log.dtype):
         raise ArgumentError(f"A_log: expected float32 (the gate loses its precision otherwise), got {A_log.dtype}")
-    if not 0 < gates.top <= 2:
-        raise ArgumentError(f"top: expected above 0 and at most 2, got {gates.top}")
+    checks.number("top", gates.top, above=0, most=2)
     checks.same_device(("q", q), ("k", k), ("v", v), ("a", a), ("b", b), ("A_log", A_log), ("dt_bias", dt_bias))
     checks.boundaries(packing, sizes["B"], sizes["T"], q.device)
     if initial_state is not None:

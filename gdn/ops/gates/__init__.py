@@ -91,6 +91,5 @@ def write_gate(b: Tensor, *, top: float = 1.0) -> Tensor:
     """
     checks.shapes(("b", b, "B T HV"))
     checks.floating(("b", b))
-    if not 0 < top <= 2:
-        raise ArgumentError(f"top: expected above 0 and at most 2, got {top}")
+    top = checks.number("top", top, above=0, most=2)
     return WRITE_GATE.pick(b)(b, top)

@@ -63,6 +63,7 @@ def linear_cross_entropy(
         1.3863
     """
     sizes = checks.shapes(("weight", weight, "vocab D"))
+    checks.tensors(("x", x), ("targets", targets))
     if x.ndim == 0 or x.shape[-1] != sizes["D"]:
         raise ArgumentError(f"x: expected [..., D={sizes['D']}] to fit weight, got {list(x.shape)}")
     if targets.shape != x.shape[:-1]:
@@ -72,6 +73,7 @@ def linear_cross_entropy(
         raise ArgumentError(f"targets: expected torch.int64, got {targets.dtype}")
     if reduction not in ("mean", "sum", "none"):
         raise ArgumentError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
+    ignore_index = checks.integer("ignore_index", ignore_index, least=-(2**63))
     checks.same_device(("x", x), ("weight", weight), ("targets", targets))
     _check_values(targets, sizes["vocab"], ignore_index)
     row = OP.pick(x, D=sizes["D"], vocab=sizes["vocab"])

@@ -75,7 +75,7 @@ def l2norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
         >>> l2norm(torch.tensor([3.0, 4.0]), eps=75.0)
         tensor([0.3000, 0.4000])
     """
-    _check(x, eps)
+    eps = _check(x, eps)
     return L2NORM.pick(x, D=x.shape[-1])(x, eps)
 
 
@@ -101,7 +101,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
         >>> rms_norm(torch.tensor([1.0, 7.0]), torch.tensor([5.0, 10.0]), eps=1e-12)
         tensor([ 1., 14.])
     """
-    _check(x, eps, weight=weight)
+    eps = _check(x, eps, weight=weight)
     return RMS_NORM.pick(x, D=x.shape[-1])(x, weight, eps)
 
 
@@ -130,7 +130,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e
         >>> add_rms_norm(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 4.0]), torch.tensor([5.0, 10.0]), eps=1e-12)
         (tensor([ 1., 14.]), tensor([1., 7.]))
     """
-    _check(x, eps, weight=weight)
+    eps = _check(x, eps, weight=weight)
+    checks.tensors(("residual", residual))
     checks.same_dtype(("x", x), ("residual", residual))
     checks.same_device(("x", x), ("residual", residual))
     if residual.shape != x.shape:
@@ -168,20 +169,22 @@ def gated_rms_norm(
         >>> gated_rms_norm(torch.tensor([1.0, 7.0]), torch.tensor([100.0, 0.0]), torch.tensor([5.0, 10.0]), eps=1e-12)
         tensor([100.,   0.])
     """
-    _check(x, eps, weight=weight, gate=gate)
+    eps = _check(x, eps, weight=weight, gate=gate)
     if activation not in ("silu", "sigmoid"):
         raise ArgumentError(f'activation: expected "silu" or "sigmoid", got {activation!r}')
     return GATED_RMS_NORM.pick(x, D=x.shape[-1])(x, gate, weight, eps, activation == "silu")
 
 
-def _check(x: Tensor, eps: float, *, weight: Tensor | None = None, gate: Tensor | None = None) -> None:
+def _check(x: Tensor, eps: float, **others: Tensor) -> float:
+    """`others` are the weight and the gate, of which an operator may have none. Returns eps."""
+    checks.tensors(("x", x), *others.items())
     if x.ndim == 0:
         raise ArgumentError("x: expected [..., D], got a scalar")
+    weight, gate = others.get("weight"), others.get("gate")
     if weight is not None:
         checks.shapes(("weight", weight, "D"), D=x.shape[-1])
     if gate is not None and gate.shape != x.shape:
         raise ArgumentError(f"gate: expected {list(x.shape)} like x, got {list(gate.shape)}")
     checks.floating(("x", x), ("gate", gate), ("weight", weight))
     checks.same_device(("x", x), ("gate", gate), ("weight", weight))
-    if not eps > 0:
-        raise ArgumentError(f"eps: expected above 0, got {eps}")
+    return checks.number("eps", eps, above=0)

@@ -69,6 +69,7 @@ def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
         tensor([600.])
     """
     sizes = checks.shapes(("weight", weight, "M N"))
+    checks.tensors(("x", x))
     if x.ndim == 0 or x.shape[-1] != 2 * sizes["N"]:
         raise ArgumentError(f"x: expected [..., {2 * sizes['N']}] to fit weight, got {list(x.shape)}")
     _check(x, weight)
@@ -108,6 +109,7 @@ def gated_rms_norm_linear(
         >>> gated_rms_norm_linear(x, gate, torch.tensor([5.0, 10.0]), torch.tensor([[2.0, 1.0]]), eps=1e-12)
         tensor([200.])
     """
+    checks.tensors(("x", x), ("gate", gate))
     if x.ndim < 2:
         raise ArgumentError(f"x: expected [..., H, D], got {list(x.shape)}")
     checks.shapes(("weight", weight, "M HD"), HD=x.shape[-2] * x.shape[-1])
@@ -118,8 +120,7 @@ def gated_rms_norm_linear(
     checks.same_device(("x", x), ("gate", gate), ("norm_weight", norm_weight))
     if activation not in ("silu", "sigmoid"):
         raise ArgumentError(f'activation: expected "silu" or "sigmoid", got {activation!r}')
-    if not eps > 0:
-        raise ArgumentError(f"eps: expected above 0, got {eps}")
+    eps = checks.number("eps", eps, above=0)
     _check(x, weight)
     return GATED_RMS_NORM_LINEAR.pick(x, D=x.shape[-1])(x, gate, norm_weight, weight, eps, activation == "silu")
 
@@ -145,6 +146,7 @@ def parallel_linear(x: Tensor, first: Tensor, second: Tensor | None = None, thir
         >>> parallel_linear(torch.tensor([1.0, 2.0]), torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 1.0]]))
         (tensor([11.]), tensor([2.]))
     """
+    checks.tensors(("x", x), ("first", first))
     if x.ndim == 0:
         raise ArgumentError("x: expected [..., N], got a scalar")
     if second is None and third is not None:

@@ -50,7 +50,8 @@ def convolved_qkv(x: Tensor, weight: Tensor, *, heads: int, head_dim: int, packi
         (1.0, 1.0, 0.731)
     """
     sizes = checks.shapes(("x", x, "B T D"), ("weight", weight, "D W"))
-    if heads < 1 or head_dim < 1 or 2 * heads * head_dim > sizes["D"]:
+    heads, head_dim = checks.integer("heads", heads, least=1), checks.integer("head_dim", head_dim, least=1)
+    if 2 * heads * head_dim > sizes["D"]:
         raise ArgumentError(f"x: expected room for queries and keys of {heads} heads of {head_dim}, got {list(x.shape)}")
     if sizes["W"] < 1:
         raise ArgumentError(f"weight: expected at least one tap, got {list(weight.shape)}")

@@ -45,6 +45,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tensor([-4.,  3.,  5.])
     """
     sizes = checks.shapes(("x", x, "B T H K"))
+    checks.tensors(("cos", cos))
     tables = "T N" if cos.ndim == 2 else "B T N"
     sizes = checks.shapes(("cos", cos, tables), ("sin", sin, tables), **sizes)
     if 2 * sizes["N"] > sizes["K"]:

@@ -94,8 +94,7 @@ def skip_gated_rms_norm(y: Tensor, x: Tensor, D: Tensor, gate: Tensor, weight: T
     checks.same_dtype(("y", y), ("x", x), ("gate", gate))
     checks.floating(("y", y), ("D", D), ("weight", weight))
     checks.same_device(("y", y), ("x", x), ("D", D), ("gate", gate), ("weight", weight))
-    if groups < 1 or sizes["H"] % groups:
+    groups, eps = checks.integer("groups", groups, least=1), checks.number("eps", eps, above=0)
+    if sizes["H"] % groups:
         raise ArgumentError(f"groups: expected a divisor of the {sizes['H']} heads of y, got {groups}")
-    if not eps > 0:
-        raise ArgumentError(f"eps: expected above 0, got {eps}")
-    return SKIP_GATED_RMS_NORM.pick(y, W=channels // groups)(y, x, D, gate, weight, groups, float(eps))
+    return SKIP_GATED_RMS_NORM.pick(y, W=channels // groups)(y, x, D, gate, weight, groups, eps)
