@@ -222,10 +222,9 @@ def _same(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
 
     Torch keeps it to itself: None if it has none, or takes other arguments by now.
     """
-    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    shapes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
     try:
-        return guards.TensorGuards(
-            *tensors, dynamic_dims_sizes=[list(x.shape) for x in tensors], dynamic_dims_strides=[list(x.stride()) for x in tensors]
-        ).check
+        return guards.TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
     except (AttributeError, TypeError):
         return None

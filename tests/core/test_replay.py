@@ -386,7 +386,6 @@ def test_large_tensors_have_memory_of_their_own() -> None:
     assert sizes == [5, 256 + 512, 2**18 + 1]
 
 
-
 @pytest.mark.parametrize("harm", ["value", "random", "between", "device", "shape"])
 def test_what_may_turn_out_otherwise_is_never_replayed(harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
