@@ -89,10 +89,9 @@ class _Operator:
 class _Fresh(NamedTuple):
     """A tensor that is allocated."""
 
-    like: Tensor
-    """Of its dtype, shape and device: one number, expanded."""
-    strides: tuple[int, ...] | None
-    """None if it is dense."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
     bytes: int
 
 
@@ -100,7 +99,7 @@ class _Fresh(NamedTuple):
 class Recording:
     """What a host did with tensors. They are numbered, those that it was given first."""
 
-    device: int
+    device: torch.device
     given: int
     count: int
     fresh: dict[int, _Fresh]
@@ -123,11 +122,11 @@ class Recording:
             for i in parts:
                 source.part(i, self.count, size)
                 size += -(-self.fresh[i].bytes // _ALIGNMENT) * _ALIGNMENT
-            source.allocate(self.count, _element(torch.uint8, self.fresh[parts[0]].like.device).expand(size), None)
+            source.allocate(self.count, (size,), (1,), torch.uint8)
             launched -= {*parts}
         for i, x in self.fresh.items():
             if i in launched | seen:
-                source.allocate(i, x.like, x.strides)
+                source.allocate(i, x.shape, x.strides, x.dtype)
         for step in self.steps:
             if isinstance(step, _Launch):
                 arguments = [source.address(*a) if isinstance(a, tuple) else source.constant(a[0]) for a in step.arguments]
@@ -191,7 +190,7 @@ class Recorder(_Mode):
         if self.refused:
             return None
         fresh = {i: _fresh(self._held[i]) for i in self._fresh}
-        return Recording(self._held[0].get_device(), self._given, len(self._held), fresh, self._steps, places)
+        return Recording(self._device, self._given, len(self._held), fresh, self._steps, places)
 
     def _hold(self, x: Tensor) -> int:
         """One more tensor, and it is known by itself and by its memory, if that is its alone."""
@@ -255,14 +254,7 @@ def _bytes_before(x: Tensor) -> int:
 
 
 def _fresh(x: Tensor) -> _Fresh:
-    like = _element(x.dtype, x.device).expand(x.shape)
-    return _Fresh(like, None if x.is_contiguous() else x.stride(), x.untyped_storage().nbytes())
-
-
-@functools.cache
-def _element(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.empty((), dtype=dtype, device=device)
+    return _Fresh(tuple(x.shape), x.stride(), x.dtype, x.untyped_storage().nbytes())
 
 
 Results = tuple[Tensor, ...]
@@ -314,12 +306,12 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
     held: list[int | None] = list(range(given))
     fresh: dict[int, _Fresh] = {}
     steps: list[_Launch] = []
-    device = -1
+    recordings: list[Recording] = []
     for call, places in calls:
         recording = call.launches()
         if recording is None:
             return None
-        device = recording.device
+        recordings.append(recording)
         number = {i: held[place] for i, place in enumerate(places)}
         for i, x in recording.fresh.items():
             number[i] = given + len(fresh)
@@ -331,7 +323,7 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
         assert isinstance(recording.results, list)
         held += [None if i is None else number[i] for i in recording.results]
     ends = [held[i] for i in ([results] if isinstance(results, int) else results)]
-    return Recording(device, given, given + len(fresh), fresh, steps, (ends[0] or 0) if isinstance(results, int) else ends)
+    return Recording(recordings[0].device, given, given + len(fresh), fresh, steps, (ends[0] or 0) if isinstance(results, int) else ends)
 
 
 class Witness(_Mode):

@@ -1,7 +1,7 @@
 """Straight-line Python for a replay: what a loop over steps would look up in lists is a name. Half of the time of such a loop.
 
-    source = Source(device=0)
-    source.allocate(1, like, None)
+    source = Source(torch.device("cuda", 0), given=1)
+    source.allocate(1, (4, 5), (5, 1), torch.float32)
     source.launch(start, (8, 1, 1), between, [source.address(0), source.constant(2.5), source.address(1)], packed=False)
     body = source.finish([1, None])
     run = replaying(body, given=1)                  # run([x]) -> (a new tensor, None)
@@ -34,18 +34,16 @@ class Source:
     """The text of one body, a line for each step. Tensors are numbered, those given first.
 
     Args:
-        device: index of the GPU on which everything happens.
+        device: that on which everything happens.
         given: tensors whose addresses are known when the body begins: those below this number.
     """
 
-    def __init__(self, device: int, given: int = 0) -> None:
+    def __init__(self, device: torch.device, given: int = 0) -> None:
         self._values: dict[str, Any] = {
             "C": torch._C,
             "on": torch.cuda.device,
-            "device": device,
-            "empty_like": torch.empty_like,
-            "empty_strided": torch.empty_strided,
-            "dense": torch.contiguous_format,
+            "device": -1 if device.index is None else device.index,
+            "empty": _allocator(device),
         }
         self._lines: list[str] = []
         self._given = given
@@ -66,13 +64,8 @@ class Source:
             self._lines.append(f"a{whole} = x{whole}.data_ptr()")
         return f"a{whole} + {self.constant(before + offset)}" if before + offset else f"a{whole}"
 
-    def allocate(self, tensor: int, like: Tensor, strides: tuple[int, ...] | None) -> None:
-        """One of the shape and dtype of `like`, dense unless it has strides."""
-        if strides is None:  # the quickest of all ways to allocate
-            self._lines.append(f"x{tensor} = empty_like({self.constant(like)}, memory_format=dense)")
-        else:
-            kind = self.constant(like.shape), self.constant(strides), self.constant(like.dtype), self.constant(like.device)
-            self._lines.append(f"x{tensor} = empty_strided({kind[0]}, {kind[1]}, dtype={kind[2]}, device={kind[3]})")
+    def allocate(self, tensor: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._lines.append(f"x{tensor} = empty({', '.join(map(self.constant, (shape, strides, dtype)))})")
 
     def part(self, tensor: int, whole: int, offset: int) -> None:
         """A tensor that is nothing but an address: so many bytes after the beginning of another."""
@@ -114,6 +107,16 @@ def function(parameters: str, head: Sequence[str], body: Body) -> Any:
         _compiled(f"def again({parameters}):{INDENT}{INDENT.join([*head, *(device if 'device' in values else []), *body.lines])}\n"), values
     )
     return values["again"]
+
+
+def _allocator(device: torch.device) -> Callable[..., Tensor]:
+    """Of shape, strides and dtype, on this device, which is the current one: what compiled graphs call takes half as long as `empty_strided`."""
+    guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    return getattr(guards, f"_empty_strided_{device.type}", None) or functools.partial(_empty, device)
+
+
+def _empty(device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -20,9 +20,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source_of(handed: list[Any], factor: float, shape: tuple[int, ...], *, packed: bool = False, device: int = 1) -> Run:
-    source = Source(device, given=2)
-    source.allocate(2, torch.empty(()).expand(shape), None)
-    source.allocate(3, torch.empty(()).expand(2, 3), (1, 2))
+    source = Source(torch.device("cpu", device), given=2)
+    source.allocate(2, shape, torch.empty(shape).stride(), torch.float32)
+    source.allocate(3, (2, 3), (1, 2), torch.float32)
     arguments = [source.address(0), source.constant(factor), source.address(2), source.address(2, 8)]
     source.launch(lambda *given: handed.append(given), (7, 1, 1), ("function", None), arguments, packed)
     source.operator(4, torch.add, ["x0", source.constant(2)], {"alpha": 3})
@@ -32,7 +32,10 @@ def source_of(handed: list[Any], factor: float, shape: tuple[int, ...], *, packe
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_everything_is_handed_on(packed: bool) -> None:
+@pytest.mark.parametrize("own", [True, False], ids=["allocator of compiled graphs", "empty_strided"])
+def test_everything_is_handed_on(packed: bool, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not own:
+        monkeypatch.delattr(torch._C, "_dynamo")
     handed: list[Any] = []
     x, y = torch.ones(4), torch.ones(4)
     made, none, fresh, turned = source_of(handed, 2.5, (4, 5), packed=packed)([x, y])
