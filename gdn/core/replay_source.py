@@ -110,7 +110,7 @@ def function(parameters: str, head: Sequence[str], body: Body) -> Any:
 
 
 def _allocator(device: torch.device) -> Callable[..., Tensor]:
-    """Of shape, strides and dtype, on this device, which is the current one: what compiled graphs call takes half as long as `empty_strided`."""
+    """Of shape, strides and dtype, on the current device. What compiled graphs call takes half as long as `empty_strided`."""
     guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     return getattr(guards, f"_empty_strided_{device.type}", None) or functools.partial(_empty, device)
 
