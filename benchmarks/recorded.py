@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class Result:
     impl: str
     values: Mapping[str, Any]
     run: Run
+    beside: tuple[Result, ...] = ()
+    """Others of the problem in the same run, if it is one of the `newest`."""
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -133,9 +135,11 @@ _FORMS = {"delta_rule": _delta_rule, "train": _train, "small_ops": _small_ops, "
 def newest(results: Iterable[Result]) -> list[Result]:
     """The newest measurement of each machine, problem and implementation, and a failure only where nothing was ever measured."""
     found: dict[tuple[Any, ...], Result] = {}
+    together: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
+        together.setdefault((result.bench, result.problem, result.run), []).append(result)
         key = (result.run.device, result.bench, result.problem, result.impl)
         before = found.get(key)
         if before is None or (not result.failed, result.run.date) >= (not before.failed, before.run.date):
             found[key] = result
-    return list(found.values())
+    return [replace(r, beside=tuple(together[r.bench, r.problem, r.run])) for r in found.values()]

@@ -94,9 +94,10 @@ def groups(results: Sequence[Result]) -> dict[tuple, dict[str, Result]]:
 
 
 def over(mine: Result | None, peer: Result | None) -> str:
-    """A peer's time over ours, eager and under a graph; a star where they were not measured in one run."""
+    """A peer's time over ours in the same run, eager and under a graph; over our newest, with a star, where it was not in that run."""
     if mine is None or peer is None:
         return ""
+    mine = next((r for r in peer.beside if r.impl == mine.impl), mine)
     ratios = [number(peer[name] / mine[name]) for name in ("eager_ms", "graph_ms") if peer.get(name) and mine.get(name)]
     star = "" if mine.run == peer.run else "\\*"
     return f"{' / '.join(ratios)}×{star}" if ratios else ""
@@ -339,8 +340,8 @@ SECTIONS: dict[str, Callable[[Sequence[Result], Numbered], Lines]] = {
 HEAD = """# Benchmarks
 
 `python benchmarks/report.py` makes this page and its plots from the rows in `benchmarks/results/`; change those, not this. A figure is the
-newest of its machine, problem and implementation, a median of single calls. "FLA / gdn" is FLA's time over ours: above 1 we are faster. A star
-marks a ratio of two runs, not of one. The last column counts into the list of runs under the tables."""
+newest of its machine, problem and implementation, a median of single calls. "FLA / gdn" is FLA's time over ours in
+the same run: above 1 we are faster. A star marks a ratio of two runs. The last column counts into the list of runs under the tables."""
 
 
 def text(results: Sequence[Result]) -> str:

@@ -72,6 +72,12 @@ def test_ratios_of_two_runs_have_a_star(tmp_path):
     assert "| 1.50×\\* | 1, 2 |" in two
 
 
+def test_a_ratio_is_of_the_run_of_the_peer(tmp_path):
+    later = {"command": "python b.py --again", "date": "2026-11-26T00:00Z"}
+    rows = [row(eager_ms=2.0), row("fla", eager_ms=3.0), row(eager_ms=4.0, **later), row("flash_qla", eager_ms=5.0, **later)]
+    assert "| 4.00 | 3.00 | 5.00 | 1.50× | 1.25× | 1, 2 |" in report.text(load(tmp_path, *rows))
+
+
 def test_a_run_has_versions_date_and_command(tmp_path):
     text = report.text(load(tmp_path, row(eager_ms=2.0)))
     assert "## NVIDIA H200" in text
