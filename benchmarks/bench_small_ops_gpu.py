@@ -272,13 +272,8 @@ def check(row: Row, plain: str) -> dict[str, Any]:
 
 
 def call_of(row: Row) -> Call:
-    if not row.backward:
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return row.call(**row.arguments)
-
-        return forward
+    if not row.backward:  # nothing requires a gradient
+        return lambda: row.call(**row.arguments)
     arguments = {n: change(v, lambda t: t.detach().requires_grad_()) for n, v in row.arguments.items()}
     leaves = leaves_of(arguments)
     slopes: list[Tensor] = []

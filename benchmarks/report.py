@@ -340,8 +340,8 @@ SECTIONS: dict[str, Callable[[Sequence[Result], Numbered], Lines]] = {
 HEAD = """# Benchmarks
 
 `python benchmarks/report.py` makes this page and its plots from the rows in `benchmarks/results/`; change those, not this. A figure is the
-newest of its machine, problem and implementation, a median of single calls. "FLA / gdn" is FLA's time over ours in
-the same run: above 1 we are faster. A star marks a ratio of two runs. The last column counts into the list of runs under the tables."""
+newest of its machine, problem and implementation, a median of single calls. "FLA / gdn" is FLA's time over ours in the same run: above 1 we
+are faster. A star marks a ratio of two runs. The last column counts into the list of runs under the tables."""
 
 
 def text(results: Sequence[Result]) -> str:
