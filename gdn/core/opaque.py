@@ -383,7 +383,8 @@ class _Call:
         if known is not None:
             if known is False:
                 return self._backward_host(stored, grads)
-            self._backwards.hasten(known, given)
+            if distinct(tensors):
+                self._backwards.hasten(known, given)
             return known.run(tensors)
         if not distinct(tensors):
             return self._backward_host(stored, grads)

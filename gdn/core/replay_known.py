@@ -95,7 +95,10 @@ class Table(dict[tuple[Any, ...], Any]):
         return MISS
 
     def hasten(self, known: Known, args: Sequence[Any], named: dict[str, Any] | None = None, emptied: int = 0) -> None:
-        """Have `replay` look for calls like this one, which it has missed, unless the table has been emptied since (`keep`)."""
+        """Have `replay` look for calls like this one, which it has missed, unless the table has been emptied since (`keep`).
+
+        The tensors must be distinct: torch recognises no others.
+        """
         first = args[0] if args else None
         size = first.numel() if type(first) is Tensor else None
         recent = self._recent.get(size, ())
