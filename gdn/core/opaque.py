@@ -94,7 +94,7 @@ class Opaque(_Kernels):
         without: the arguments that backward gets as None, so that nothing keeps them alive, each with the place among the saved tensors of
             one of its shape and dtype.
         saved_results: how many of the results, the last ones, are saved too, before what else is.
-        replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay.signature`.
+        replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay_known.signature`.
         foreseen: a promise: which Triton kernels both launch follows from what meta tensors have too. By default like `replay`.
         expected: how many of the results usually have a gradient: the kernels of the backward are compiled ahead for these.
     """
@@ -381,8 +381,11 @@ class _Call:
         key, tensors = found
         known = self._backwards.get(key)
         if known is not None:
-            self._backwards.hasten(key, given)
-            return known.run(tensors) if known else self._backward_host(stored, grads)
+            if known is False:
+                return self._backward_host(stored, grads)
+            if distinct(tensors):
+                self._backwards.hasten(known, given)
+            return known.run(tensors)
         if not distinct(tensors):
             return self._backward_host(stored, grads)
         gradients, recording = record(lambda: self._backward_host(stored, grads), tensors)

@@ -5,14 +5,15 @@
 
 Nearly all that the host does in a call of Triton kernels follows from the `signature` of the arguments: shapes, strides, dtypes, device and
 alignment of the tensors, whether they need gradients, and all other values. So two things are kept by signature. A `Recording` is what the
-host of some kernels did: allocations, launches and torch operators, with blanks for the tensors. An `Outline` is which of an operator's
-tensors went into which calls of `Opaque` and `InPlace` (opaque.py). A replay allocates anew and takes the current stream: no address and no
-tensor outlives its call, and a CUDA graph may capture it.
+host of some kernels did: allocations, launches and torch operators, with blanks for the tensors. An outline is which of an operator's
+tensors went into which calls of `Opaque` and `InPlace` (opaque.py); where these do nothing but launch, it is one recording of all. A replay
+allocates anew and takes the current stream: no address and no tensor outlives its call, and a CUDA graph may capture it.
 
 What cannot be replayed runs as if this file were not there: calls on the CPU, under torch.compile, functorch or a dispatch mode, those of
 tensor subclasses, and those in which anything else happened to tensors, such as reading a value. A host promises (`replay=True` there) that
 it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. One that frees buffers early should not:
-in a replay they live as long as the call. A call that raises leaves nothing behind. `forget` drops all, as `use` and `Op.register` do.
+in a replay they live as long as the operator's call. A call that raises leaves nothing behind. `forget` drops all, as `use` and
+`Op.register` do.
 """
 
 from __future__ import annotations
@@ -388,8 +389,11 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
         emptied = outlines.emptied
         outline = outlines.get(key)
         if outline is not None:
-            outlines.hasten(key, args, named, emptied)
-            return outline.run(tensors) if outline else written(*args, **named)
+            if outline is False:
+                return written(*args, **named)
+            if distinct(tensors):
+                outlines.hasten(outline, args, named, emptied)
+            return outline.run(tensors)
         if not distinct(tensors):
             return written(*args, **named)
         with Witness(tensors) as seen:

@@ -1,10 +1,10 @@
 """Which call is like one before: tables of what is known by the `signature` of arguments, and a quick look whether it is the same again.
 
     table = Table()
-    results = table.replay(args, named)             # of a call like one of the last few, else MISS
+    results = table.replay(args, named)             # of a call like one of the last few of its size, else MISS
     found = signature(values)                       # what a call depends on, and its tensors
     table.keep(key, Known(run), emptied)
-    table.hasten(key, args, named, emptied)         # from now on `replay` knows it
+    table.hasten(known, args, named, emptied)       # from now on `replay` knows it
 
 A signature takes 1.5 microseconds for each tensor, for many as long as all that follows it. The quick look asks torch, which compares them
 in C with what they were, as torch.compile does before it runs what it has compiled.
@@ -12,8 +12,9 @@ in C with what they were, as torch.compile does before it runs what it has compi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ from gdn.core.replay_source import Body, Run, function
 FIRST_DEVICE = 0
 """The CPU is device -1."""
 MOST = 1024
-"""Signatures in a table; it is emptied when full. One of a forward and its backward takes up to 40 KB."""
+"""Signatures in a table; it is emptied when full. One of a forward and its backward takes up to 50 KB."""
 FEW = 4
-"""Calls that are looked at quickly."""
+"""Quick looks at a call, and those that one signature has."""
 MISS = object()
 """In place of the results of a call that is not known."""
 
@@ -37,6 +38,7 @@ Quick = Callable[[Sequence[Any], Any], Any]
 
 _VALUES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _TABLES: list[Table] = []
+_LOCK = threading.RLock()
 # Each look-up of a name in a module takes as long as one of these calls.
 _modes, _transforms, _grad = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active, torch.is_grad_enabled
 
@@ -49,6 +51,8 @@ class Known:
     """With other tensors of the same signature."""
     body: Body | None = None
     """What `run` does, if that is launches alone."""
+    looks: list[Quick | None] = field(default_factory=list)
+    """What recognises such calls. Torch tells apart what is one signature: Tensor and Parameter, no_grad and inference mode, autocast."""
 
 
 class Table(dict[tuple[Any, ...], Any]):
@@ -62,49 +66,57 @@ class Table(dict[tuple[Any, ...], Any]):
         super().__init__()
         self.emptied = 0
         """How often `forget` has emptied it."""
-        self._quick: dict[tuple[Any, ...], Quick | None] = {}
-        self._recent: tuple[Quick, ...] = ()
+        self._recent: dict[int | None, tuple[Quick, ...]] = {}
+        """By the size of the first argument: most calls that are not alike differ in it, and a look that fails takes half a microsecond."""
         if lasting:
             _TABLES.append(self)
 
     def keep(self, key: tuple[Any, ...], value: Any, emptied: int = 0) -> None:
         """Unless the table has been emptied since it had been so often: what another thread found out before does not hold any more."""
-        if emptied != self.emptied:
-            return
-        if len(self) >= MOST:
-            self.clear()
-        self[key] = value
+        with _LOCK:
+            if emptied == self.emptied:
+                if len(self) >= MOST:
+                    self.clear()
+                self[key] = value
 
     def clear(self) -> None:
         super().clear()
-        self._quick.clear()
-        self._recent = ()
+        self._recent = {}
 
     def replay(self, args: Sequence[Any], named: dict[str, Any] | None = None) -> Any:
-        """What a call like one of the last few returns; MISS for another."""
-        for quick in self._recent:
+        """What a call like one of the last few of its size returns; MISS for another."""
+        if _modes() or _transforms() or forward_ad._current_level >= 0:
+            return MISS
+        first = args[0] if args else None
+        for quick in self._recent.get(first.numel() if type(first) is Tensor else None, ()):
             results = quick(args, named)
             if results is not MISS:
                 return results
         return MISS
 
-    def hasten(self, key: tuple[Any, ...], args: Sequence[Any], named: dict[str, Any] | None = None, emptied: int = 0) -> None:
-        """Have `replay` look for calls like this one, which is known by `key`."""
-        known = self.get(key)
-        if not isinstance(known, Known) or emptied != self.emptied:
-            return
-        if key not in self._quick:
-            self._quick[key] = quick_look(known, args, named)
-        quick = self._quick[key]
-        if quick is not None:
-            self._recent = (quick, *[other for other in self._recent if other is not quick][: FEW - 1])
+    def hasten(self, known: Known, args: Sequence[Any], named: dict[str, Any] | None = None, emptied: int = 0) -> None:
+        """Have `replay` look for calls like this one, which it has missed, unless the table has been emptied since (`keep`).
+
+        The tensors must be distinct: torch recognises no others.
+        """
+        first = args[0] if args else None
+        size = first.numel() if type(first) is Tensor else None
+        recent = self._recent.get(size, ())
+        found = [look for look in known.looks if look not in recent]
+        if not found and len(known.looks) < FEW:
+            found = [quick_look(known, args, named)]
+            known.looks.extend(found)
+        with _LOCK:
+            if found and found[0] is not None and emptied == self.emptied:
+                self._recent[size] = (found[0], *recent[: FEW - 1])
 
 
 def forget() -> None:
     """Empty all tables."""
-    for table in _TABLES:
-        table.emptied += 1
-        table.clear()
+    with _LOCK:
+        for table in _TABLES:
+            table.emptied += 1
+            table.clear()
 
 
 def signature(values: Iterable[Any]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
@@ -160,14 +172,19 @@ class _Look:
     def miss(self, *conditions: str) -> None:
         self.lines.append(f"if {' or '.join(conditions)}: return MISS")
 
-    def take(self, values: Sequence[Any], source: str) -> None:
-        """As many values as these, each of its kind. Tensors are numbered in the order of a `signature`."""
+    def take(self, values: Sequence[Any], source: str, *, anything: bool = False) -> None:
+        """As many values as these, each of its kind. Tensors are numbered in the order of a `signature`.
+
+        Where there may be anything, torch must not be asked to compare a nested tensor, at which it ends the process.
+        """
         names, conditions = list[str](), list[str]()
         before, self.lines = self.lines, []  # what is inside of objects can be taken when they have been
         for value in values:
             if isinstance(value, Tensor):
-                names.append(f"x{len(self.tensors)}")
+                names.append(name := f"x{len(self.tensors)}")
                 self.tensors.append(value)
+                if anything:
+                    conditions.append(f"type({name}) is not {self.constant(type(value))} or {name}.is_nested")
                 continue
             self._names += 1
             name, kind = f"v{self._names}", self.constant(type(value))
@@ -195,16 +212,16 @@ def quick_look(known: Known, args: Sequence[Any], named: dict[str, Any] | None) 
         look.miss(f"tuple(named) != {look.constant(tuple(named))}")
     else:
         look.miss("named")
-    look.take(args, "args")
+    look.take(args, "args", anything=named is not None)
     if named:
         look.lines.append("rest = named.values()")
-        look.take(list(named.values()), "rest")
+        look.take(list(named.values()), "rest", anything=True)
     same = _same(look.tensors)
     if same is None:
         return None
     grad = f"grad() is not {look.constant(_grad())}"
     tensors = [f"x{i}" for i in range(len(look.tensors))]
-    look.miss(grad, "modes()", "transforms()", "forward_ad._current_level >= 0", f"not same({', '.join(tensors)})")
+    look.miss(grad, f"not same({', '.join(tensors)})")
     look.lines += [f"a{i} = x{i}.data_ptr()" for i in range(len(tensors))]
     over = [x.data_ptr() & 15 for x in look.tensors]
     addresses = [f"a{i}" for i in range(len(tensors))]
@@ -212,7 +229,7 @@ def quick_look(known: Known, args: Sequence[Any], named: dict[str, Any] | None) 
         look.miss(*[f"{a} & 15 != {look.constant(n)}" for a, n in zip(addresses, over, strict=True)])
     else:
         look.miss(f"({' | '.join(addresses)}) & 15")
-    look.values |= {"MISS": MISS, "same": same, "grad": _grad, "modes": _modes, "transforms": _transforms, "forward_ad": forward_ad}
+    look.values |= {"MISS": MISS, "same": same, "grad": _grad}
     body = known.body or Body((f"return run([{', '.join(tensors)}])",), {"run": known.run})
     return function("args, named", look.lines, Body(body.lines, body.values | look.values))
 
@@ -223,8 +240,13 @@ def _same(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     Torch keeps it to itself: None if it has none, or takes other arguments by now.
     """
     guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-    shapes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+    shapes, strides = [list(x.shape) for x in tensors], [_strides(x) for x in tensors]
     try:
         return guards.TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
     except (AttributeError, TypeError):
         return None
+
+
+def _strides(x: Tensor) -> list[int | None]:
+    """Those that its signature tells apart."""
+    return [None if size == 1 and x.is_contiguous() else stride for size, stride in zip(x.shape, x.stride(), strict=True)]

@@ -277,6 +277,20 @@ def test_one_tensor_given_twice_is_two_arguments() -> None:
     assert_replayed(lambda: scaled(x, bias=x), 3 * x)
 
 
+def test_no_looks_are_written_that_recognise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At calls with one tensor twice, which torch's comparison refuses: they would take the places of others."""
+    written: list[bool] = []
+    look = replay_known.quick_look
+    monkeypatch.setattr(replay_known, "quick_look", lambda *arguments: (written.append(True), look(*arguments))[1])
+    x, bias = numbers().requires_grad_(), numbers(1).requires_grad_()
+    for _ in range(3):
+        for other in (bias, x):
+            y = scaled(x, bias=other)
+            torch.testing.assert_close(y, 2 * x + other)
+            y.sum().backward()
+    assert len(written) == 2
+
+
 def test_slices_of_one_tensor_are_told_apart() -> None:
     for seed in range(2):
         both = numbers(seed, 16)
