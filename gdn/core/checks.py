@@ -57,11 +57,15 @@ def number(name: str, given: float, *, above: float = -math.inf, most: float = m
     """A finite number above one bound and at most the other. No tensor: its value would have to be read from the device."""
     if isinstance(given, bool) or not isinstance(given, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise ArgumentError(f"{name}: expected a number, got {_kind(given)}")
-    if not -sys.float_info.max <= given <= sys.float_info.max:
+    try:
+        value = given if isinstance(given, (torch.SymFloat, torch.SymInt)) else float(given)  # numpy's float32 has bounds of its own
+    except OverflowError:
+        value = math.inf
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ArgumentError(f"{name}: expected a finite number, got {given}")
-    if not above < given <= most:
+    if not above < value <= most:
         raise ArgumentError(f"{name}: expected above {above}{f' and at most {most}' if most < math.inf else ''}, got {given}")
-    return given if isinstance(given, (torch.SymFloat, torch.SymInt)) else float(given)
+    return value
 
 
 def integer(name: str, given: int, *, least: int, most: int = 2**63 - 1) -> int:

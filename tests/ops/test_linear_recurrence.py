@@ -285,7 +285,7 @@ def test_dtypes_of_the_results(gates: Gates, impl: str, dtype: torch.dtype) -> N
 def test_no_sequences_compile_with_a_gradient_of_the_state(gates: Gates) -> None:
     """A registered operator must not return an argument of its own."""
     pytest.importorskip("triton")
-    arguments = Problem(name="", T=5, B=0, initial=True).build(gates, dtype=torch.float32)
+    arguments = Problem(name="", T=5, B=0, initial=True).build(gates, dtype=torch.float32, device=DEVICE)
     operator = OPS[gates].name
     with use(**{operator: "portable"}):
         _, final = torch.compile(getattr(ops, operator), fullgraph=True, backend="aot_eager")(**arguments)
