@@ -105,7 +105,7 @@ class Recording:
     count: int
     fresh: dict[int, _Fresh]
     steps: Sequence[_Launch | _Operator]
-    results: int | list[int | None]
+    results: int | Sequence[int | None]
 
     @property
     def launches_only(self) -> bool:
@@ -304,7 +304,7 @@ def _one_result(again: Callable[[Tensors], Results], result: int) -> Callable[[T
 
 def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | None:
     """All calls as one, if they launch and do nothing else."""
-    held: list[int | None] = list(range(given))
+    held = list(range(given))
     fresh: dict[int, _Fresh] = {}
     steps: list[_Launch] = []
     recordings: list[Recording] = []
@@ -319,12 +319,12 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
             fresh[given + len(fresh)] = x
         for step in recording.steps:
             assert isinstance(step, _Launch)
-            arguments = [(number[a[0]] or 0, a[1]) if isinstance(a, tuple) else a for a in step.arguments]
+            arguments = [(number[a[0]], a[1]) if isinstance(a, tuple) else a for a in step.arguments]
             steps.append(replace(step, arguments=arguments))
-        assert isinstance(recording.results, list)
-        held += [None if i is None else number[i] for i in recording.results]
-    ends = [held[i] for i in ([results] if isinstance(results, int) else results)]
-    return Recording(recordings[0].device, given, given + len(fresh), fresh, steps, (ends[0] or 0) if isinstance(results, int) else ends)
+        assert not isinstance(recording.results, int)
+        held += [number[i] for i in recording.results if i is not None]  # a forward returns tensors alone
+    ends = held[results] if isinstance(results, int) else [held[i] for i in results]
+    return Recording(recordings[0].device, given, given + len(fresh), fresh, steps, ends)
 
 
 class Witness(_Mode):
