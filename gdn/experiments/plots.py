@@ -16,14 +16,16 @@ COLOURS = (*(f"C{i}" for i in range(10)), "black", "gold", "navy", "limegreen", 
 MARKERS = "osD^vPX*<>hpd8H."
 
 
-def panels(count: int, *, title: str, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """A figure with some axes side by side."""
+def panels(count: int, *, title: str, height: float = 4.2, across: int | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure with some axes, `across` of them side by side, or all; `height` is that of a row of them."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2 if count == 1 else 4.6 * count, height), layout="constrained")
+    across = across or count
+    down = -(-count // across)
+    figure = Figure(figsize=(7.2 if across == 1 else 4.6 * across, height * down), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    return figure, list(axes)
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    return figure, list(axes[:count])
 
 
 def place(series: str, rows: Sequence[Row]) -> int:
@@ -70,12 +72,12 @@ def over_steps(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot(steps, values, color=colour(series, rows), linewidth=1.1, alpha=0.8, label=series if i == 0 else None)
 
 
-def over_places(axes: Axes, rows: Sequence[Row], test: str, x: float | str = "") -> None:
-    """A line for each series: a test's measure at each place of the sequence, for the rows of one `x` that kept it."""
+def over_places(axes: Axes, rows: Sequence[Row], test: str) -> None:
+    """A line for each series: a test's measure at each place of the sequence, for the rows that kept it."""
     for series in dict.fromkeys(row["series"] for row in rows):
         points: dict[float, list[float]] = {}
         for row in rows:
-            if (row["series"], row["x"]) == (series, x):
+            if row["series"] == series:
                 for at, value in row["profiles"].get(test, ()):
                     points.setdefault(at + 1, []).append(value)
         lines(axes, sorted(points.items()), colour(series, rows), series)

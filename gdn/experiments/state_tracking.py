@@ -37,6 +37,7 @@ from gdn.models.lm import LM
 from gdn.train import AdamW, Schedule
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH, HEADS, TRAINED, LONGEST = 128, 8, 63, 255
@@ -136,16 +137,40 @@ def runs(toy: bool) -> list[Run]:
     return found
 
 
+TITLE = "Word problems with one layer of DeltaProduct by writes a token, beta < 2, and of others\nEach line is one of three seeds"
+STYLES = {named(n): style for n, style in ((4, ("C3", 4.5)), (3, ("C1", 3.0)), (2, ("C0", 1.8)), (1, ("black", 1.2)))}
+"""Colour and width of DeltaProduct's lines; fewer writes are drawn thinner and above more, so that equal lines can all be seen."""
+
+
 def figure(rows: Sequence[Row]) -> Figure:
     longest = next(iter(rows[0]["scores"]))
+    trained = rows[0]["run"]["tasks"][-1]["elements"]
     groups = list(dict.fromkeys(row["x"] for row in rows))
-    drawn, panels = plots.panels(len(groups), title="Word problems with one layer: fraction of words without an error so far")
+    drawn, panels = plots.panels(len(groups), title=TITLE, height=3.4, across=2)
     for axes, group in zip(panels, groups):
-        plots.over_places(axes, rows, longest, group)
-        plots.finish(axes, x="elements read", title=group)
-        axes.axvline(rows[0]["run"]["tasks"][-1]["elements"], color="grey", linewidth=1)
+        mine = [row for row in rows if row["x"] == group]
+        for row in mine:
+            _line(axes, row, longest, trained)
+        only = "" if any(row["series"] not in STYLES for row in mine) else " (DeltaProduct only)"
+        plots.finish(axes, x="elements read", y="words without an error so far", title=f"{group}{only}")
+        axes.axvline(trained, color="grey", linewidth=1)
+        axes.annotate(" trained up to here", (trained, 0.02), fontsize=8, color="grey")
     plots.legend(drawn, panels)
     return drawn
+
+
+def _line(axes: Axes, row: Row, test: str, trained: int) -> None:
+    """A run: DeltaProduct by its writes, any other model in grey, by name if it follows words of the trained length."""
+    series, profile = row["series"], row["profiles"][test]
+    places, values = [at + 1 for at, _ in profile], [value for _, value in profile]
+    if series in STYLES:
+        tone, width = STYLES[series]
+        axes.plot(places, values, color=tone, linewidth=width, label=series, zorder=10 - width)
+        return
+    axes.plot(places, values, color="grey", linewidth=0.8, alpha=0.7, label="other models, S3 and S4", zorder=2)
+    last = max((place for place, value in zip(places, values) if value > 0.3), default=0)
+    if last > trained:
+        axes.annotate(f"{series} (one seed)", (last + 4, 0.31), fontsize=8, color="dimgrey")
 
 
 SOLVED = {"S3": 2, "S4": 2, "A5": 2, "S5": 4}
