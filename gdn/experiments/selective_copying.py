@@ -1,7 +1,8 @@
 """Selective copying, the reproducible small version: 16 of 256 tokens are data, the rest noise; say the data in order.
 
-The published task has 4096 tokens and 400 000 steps (Mamba, arXiv 2312.00752: S4 18.3 %, Mamba 99.8 %). Here 5000 steps at most, on 100 000
-sequences, stopped when solved, and a test on sequences four times as long.
+The published task has 4096 tokens and 400 000 steps (Mamba, arXiv 2312.00752: S4 18.3 %, Mamba 99.8 %). At this size attention and
+delta rules are expected to have 99 % after 20 000. Here 5000 steps at most, on 100 000 sequences, stopped when solved, and a test on
+sequences four times as long.
 """
 
 from __future__ import annotations
@@ -70,4 +71,6 @@ EXPERIMENT = Experiment(
     claim="Attention and the delta rule copy selectively without error; what decays without looking at its input does not.",
     runs=runs,
     figure=figure,
+    published={"Mamba2": "99.8 % (Mamba)"},
+    source="Mamba (arXiv 2312.00752), 4096 tokens, 400 000 steps; S4, which decays regardless of its input, has 18.3 % there.",
 )
