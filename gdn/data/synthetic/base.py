@@ -47,6 +47,8 @@ class Task(Config):
     variants: ClassVar[str | None] = "gdn.data.synthetic"
     from_last: ClassVar[bool] = False
     """All targets are to be decoded from the hidden state of the last place (compression)."""
+    divided: ClassVar[bool] = False
+    """Contents could repeat (words of a group, bits, expressions, automata), so each belongs to one split."""
 
     @property
     def vocab(self) -> int:
@@ -65,17 +67,15 @@ class Task(Config):
     def sample(self, batch: int, generator: torch.Generator, split: Split = "train") -> Sample:
         """Draw `batch` sequences.
 
-        The test split is asked for what the task tests. Where contents could repeat (words of a group, bits, expressions, automata, a text
-        around a needle), each belongs to one split and the two share none. The other tasks have so many sequences that none comes twice at
-        any usual size, and most draw both splits alike: one seed gives the same sequences, at most with other targets. So a test needs a
-        seed that no training has. The experiments train with the small seeds of their runs and test with
-        `gdn.experiments.sets.TEST_SEED`.
+        The test split is asked for what the task tests, and shares no sequence with training, with the same seed neither. Where contents
+        could repeat (`divided`), each belongs to one split. The other tasks have so many sequences that none comes twice at any usual size,
+        and their test split has a stream of random numbers of its own.
         """
         if batch < 1:
             raise ArgumentError(f"batch: expected at least 1, got {batch}")
         if split not in get_args(Split):
             raise ArgumentError(f'split: expected "train" or "test", got {split!r}')
-        return self.draw(batch, generator, split)
+        return self.draw(batch, generator if self.divided or split == "train" else apart(generator), split)
 
     def at_least(self, **limits: int) -> None:
         """Raise `ConfigError` for a field below its limit."""
@@ -88,6 +88,11 @@ class Task(Config):
         for name in names:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected from 0 to below 1, got {getattr(self, name)}")
+
+
+def apart(generator: torch.Generator) -> torch.Generator:
+    """Another stream of random numbers, which begins where the generator says."""
+    return torch.Generator().manual_seed(int(integers(0, 2**62, (), generator)))
 
 
 def distinct(batch: int, count: int, low: int, high: int, generator: torch.Generator) -> Tensor:

@@ -57,6 +57,8 @@ def _is_even(permutation: tuple[int, ...]) -> bool:
 class GroupWords(Task):
     """See the module\'s docstring."""
 
+    divided = True
+
     group: str = "S3"
     """Z<n>, S<n> or A<n>."""
     elements: int = 128

@@ -25,6 +25,8 @@ OPERATORS = "+-*"
 class ModularArithmetic(Task):
     """See the module\'s docstring."""
 
+    divided = True
+
     length: int = 40
     """Most tokens of a sequence, with the "="."""
     shortest: int = 4

@@ -19,6 +19,8 @@ from gdn.data.synthetic.base import FEW, FEWEST, IGNORE, Sample, Split, Task, bo
 class Parity(Task):
     """See the module\'s docstring."""
 
+    divided = True
+
     length: int = 40
     """Most bits of a sequence."""
     shortest: int = 3

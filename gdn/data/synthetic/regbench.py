@@ -22,6 +22,8 @@ Automaton = tuple[dict[int, int], ...]
 class RegBench(Task):
     """See the module\'s docstring."""
 
+    divided = True
+
     vocab: int = 20
     """Symbols, the separator and padding."""
     length: int = 1024

@@ -148,7 +148,7 @@ def test_the_last_probe_is_any_of_the_keys_shown() -> None:
 def test_in_context_recall_trains_on_every_next_token() -> None:
     tokens, targets, _ = InContextRecall(length=20).sample(30, seeded(), "train")
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
-    asked = InContextRecall(length=20).sample(30, seeded(), "test").targets
+    asked = InContextRecall(length=20).draw(30, seeded(), "test").targets  # of the same sequences
     assert torch.equal(targets[asked != IGNORE], asked[asked != IGNORE])
 
 
