@@ -124,6 +124,19 @@ def test_the_cache_goes_when_the_shortest_sequence_switches() -> None:
     torch.testing.assert_close(torch.cat([first[:1], *(s[:1] for s in steps), first[1:, 3:], *(s[1:] for s in steps)], 1), expected)
 
 
+def test_has_the_parameters_of_the_papers_equations_counted_by_hand() -> None:
+    """Width 10, three heads of 4 channels, so 12 channels of each of C, B and x, which attention reads as Q, K and V; its own are none."""
+    c, b, x = 10 * 12, 10 * 12, 10 * 12  # C = silu(conv(H W_C)), and so B and x
+    conv = 36 * (4 + 1)  # four taps and a bias for each of their channels
+    time_step = 10 * 3 + 3  # one for each head: softplus(H W + bias)
+    a, d = 3, 3  # one for each head
+    gate, norm, out = 10 * 12, 12, 12 * 10  # silu(H W_z), the scale of the norm after it, and back to the width
+    assert c + b + x + conv + time_step + a + d + gate + norm + out == 831
+    for transpoint in (0, 20, 1 << 20):  # all Mamba2, switching, all attention: one set of parameters
+        config = Config(heads=3, head_dim=4, transpoint=transpoint)
+        assert sum(p.numel() for p in config.build(10).parameters()) == config.num_parameters(10) == 831
+
+
 def test_a_schedule_is_a_pattern_of_layers() -> None:
     assert [c.transpoint for c in schedule(PUBLISHED_SCHEDULE)] == [0, 128, 256, 512, 1024, 2048, 4096, 8192]
     model = LM(LM.Config(vocab=11, width=16, layers=4, mlp=16, pattern=schedule((0, 9, 40), Config(heads=2, head_dim=8)))).double()
