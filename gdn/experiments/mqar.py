@@ -45,7 +45,7 @@ def models() -> dict[str, MixerConfig]:
 def runs(toy: bool) -> list[Run]:
     tasks = [MQAR(vocab=128, length=4 * pairs, pairs=pairs, random_fill=False) for pairs in PAIRS]
     training = Training(
-        steps=2 if toy else 1000,
+        steps=2 if toy else 3000,
         batch=2 if toy else 32,
         optim=AdamW(lr=5e-3, betas=(0.9, 0.999), weight_decay=0.0),
         schedule=Schedule(warmup=20, final_fraction=0.0),
@@ -76,7 +76,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 EXPERIMENT = Experiment(
     name="mqar",
-    claim="With the same small state and 1000 steps, the delta rule recalls more pairs than a sum of outer products.",
+    claim="With the same small state and 3000 steps, the delta rule recalls more pairs than a sum of outer products.",
     runs=runs,
     figure=figure,
     published={"attention": "solved (figure)", "DeltaNet": "solved (figure)"},
