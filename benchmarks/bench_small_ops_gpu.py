@@ -189,16 +189,16 @@ def losses() -> list[Row]:
 
 def cores() -> list[Row]:
     found = []
-    for backward in (False, True):
+    for B, T, H, HV, backward in ((8, 4096, 16, 32, False), (8, 4096, 16, 32, True), (1, 512, 2, 8, False), (1, 512, 2, 8, True)):
 
-        def make(B: int = 8, T: int = 4096, H: int = 16, HV: int = 32, K: int = 128) -> dict[str, Any]:
+        def make(B: int = B, T: int = T, H: int = H, HV: int = HV, K: int = 128) -> dict[str, Any]:
             parameters = ops.GateParameters(torch.rand(HV, device="cuda"), torch.rand(HV, device="cuda") - 4)
             q, k, v, a, b = normal(B, T, H, K), normal(B, T, H, K), normal(B, T, HV, K), normal(B, T, HV), normal(B, T, HV)
             return {"q": q, "k": k, "v": v, "a": a, "b": b, "gates": parameters}
 
         x = make()
         moved = (1 + 2 * backward) * size(x["q"], x["k"], x["v"], x["v"])
-        name = f"core 8x4096 16/32{' fwd+bwd' if backward else ''}"
+        name = f"core {B}x{T} {H}/{HV}{' fwd+bwd' if backward else ''}"
         found.append(Row(name, "delta_core", ops.delta_core, x, moved, backward, lambda make=make: make(1, 100, 2, 4, 64)))
     return found
 
