@@ -20,12 +20,14 @@ def panels(count: int, *, title: str, height: float = 4.2, across: int | None = 
     """A figure with some axes, `across` of them side by side, or all; `height` is that of a row of them."""
     from matplotlib.figure import Figure
 
-    across = across or count
+    across = min(across or count, count)
     down = -(-count // across)
     figure = Figure(figsize=(7.2 if across == 1 else 4.6 * across, height * down), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(down, across, squeeze=False).flatten()
-    return figure, list(axes[:count])
+    axes = list(figure.subplots(down, across, squeeze=False).flatten())
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
 
 
 def place(series: str, rows: Sequence[Row]) -> int:

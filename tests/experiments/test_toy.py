@@ -34,6 +34,7 @@ def test_toy(name: str, tmp_path: Path) -> None:
     assert {row["series"] for row in rows} == {run.series for run in experiment.runs(False)}
     assert all(0 <= value <= 1 for row in rows for value in row["scores"].values())
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert all(panel.has_data() for panel in experiment.figure(rows).axes)
     table = (tmp_path / "table.md").read_text()
     assert all(row["series"] in table for row in rows)
     assert "Incomplete" not in table

@@ -99,17 +99,7 @@ def _forward(
     return o, q.new_empty(0)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    first: Tensor | None,
-    host: Tensor | None,
-    window: int,
-    scale: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return _empty_output(q, v), q.new_empty(0)
 
 
