@@ -3,16 +3,19 @@
 Each row: the largest relative error of outputs and gradients against the float64 reference on a small problem, beside that of plain torch at
 the same dtype; then medians of eager calls and of CUDA-graph replays with the L2 cache flushed, and the bytes that must move over the graph's
 time as a share of the measured copy bandwidth. "host" is what an eager call takes the host by the clock: the median of twenty in a row behind
-a busy GPU, and apart from it the first of them, after a wait in which the processor's caches have gone cold. The first rows are calls of torch
-that launch one kernel, for comparison. Runs in under a minute.
+a busy GPU, and apart from it the first of them, after a wait in which the processor's caches have gone cold. "bare" is what of it the same
+launches of the same compiled kernels take alone, with no tensor looked at or allocated: less than that no call in Python can take. The first
+rows are calls of torch that launch one kernel, for comparison. Runs in under a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -28,8 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdn import ops
+from gdn.core import portable_launch
 from gdn.core.dispatch import use
 from gdn.core.packing import Packing
+from gdn.core.replay_known import forget
 
 bf16, f32 = torch.bfloat16, torch.float32
 Call = Callable[[], Any]
@@ -329,6 +334,29 @@ def host(call: Call, calls: int = 20, repeats: int = 15) -> dict[str, float]:
     return {"host_us": statistics.median(itertools.chain(*bursts)), "host_first_us": statistics.median(burst[0] for burst in bursts)}
 
 
+def bare(call: Call) -> dict[str, float]:
+    """How many kernels a call launches, and what handing those to the driver again takes the host, at the addresses of that time."""
+    launched: list[tuple[Any, ...]] = []
+    launch = portable_launch._launch
+
+    def written_down(what: portable_launch.Launch, grid: tuple[int, ...], device: int) -> Any:
+        compiled = launch(what, grid, device)
+        start, between, packed = portable_launch.starter(compiled)
+        arguments = what.name(device)[1]
+        launched.append((start, (*grid, 1, 1)[:3], between, [tuple(arguments)] if packed else arguments))
+        return compiled
+
+    forget()
+    portable_launch._launch = written_down
+    try:
+        call()
+    finally:
+        portable_launch._launch = launch
+    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    ready = [functools.partial(start, *grid, stream, *between, *arguments) for start, grid, between, arguments in launched]
+    return {"launches": len(ready), "bare_us": host(lambda: [start() for start in ready])["host_us"]}
+
+
 def of_torch(flush: Tensor, repeats: int) -> dict[str, dict[str, Any]]:
     """Calls of torch that launch one kernel forward, and one or two backward."""
     x, y, w = normal(8, 4096, 2048).requires_grad_(), normal(8, 4096, 2048), normal(2048).requires_grad_()
@@ -365,7 +393,9 @@ def measure(row: Row, impl: str, flush: Tensor, bandwidth: float, repeats: int) 
         for _ in range(2):
             call()
         found = {"impl": impl, "first_s": first, "eager_ms": median_ms(call, flush, repeats)} | host(call)
-        if impl == "portable":  # a capture that fails, as where plain torch looks at a value, spoils what comes after it
+        if impl == "portable":
+            found |= bare(call)
+            # A capture that fails, as where plain torch looks at a value, spoils what comes after it
             found["graph_ms"] = median_ms(captured(call), flush, repeats)
     best = found.get("graph_ms", found["eager_ms"])
     if row.moved:
@@ -412,14 +442,15 @@ def main() -> None:
         sweep(flush, bandwidth)
         return
     print(
-        f"{'':38s} {'error':>8s} {'plain':>8s} {'bits':>5s} {'eager us':>9s} {'graph us':>9s} {'host us':>8s} {'first us':>8s} {'of copy':>8s} {'first s':>8s}"
+        f"{'':38s} {'error':>8s} {'plain':>8s} {'bits':>5s} {'eager us':>9s} {'graph us':>9s} {'host us':>8s} {'bare us':>8s} {'first us':>8s} {'of copy':>8s} {'first s':>8s}"
     )
     common = {"bench": "small_ops", **rows.machine(torch.device("cuda")), "copy_bytes_s": bandwidth}
     lines = []
     for name, found in of_torch(flush, args.repeats).items() if not args.only else ():
         lines.append(common | {"row": name} | found)
         print(
-            f"{name:38s} {'':23s} {1e3 * found['eager_ms']:9.1f} {'':9s} {found['host_us']:8.1f} {found['host_first_us']:8.1f}", flush=True
+            f"{name:38s} {'':23s} {1e3 * found['eager_ms']:9.1f} {'':9s} {found['host_us']:8.1f} {'':8s} {found['host_first_us']:8.1f}",
+            flush=True,
         )
     for make in (steps, other_steps, convolutions, norms, gates, losses, rules, cores):
         for row in make():
@@ -449,7 +480,7 @@ def show(row: Row, checked: dict[str, Any], found: dict[str, Any]) -> None:
     bits = "same" if checked["same_bits"] else "DIFF"
     print(
         f"{name:38s} {checked['error']:8.1e} {checked['plain_error']:8.1e} {bits:>5s} {1e3 * found['eager_ms']:9.1f} {graph}"
-        f" {found['host_us']:8.1f} {found['host_first_us']:8.1f} {speed:>8s} {found['first_s']:8.2f}",
+        f" {found['host_us']:8.1f} {found.get('bare_us', math.nan):8.1f} {found['host_first_us']:8.1f} {speed:>8s} {found['first_s']:8.2f}",
         flush=True,
     )
 

@@ -7,11 +7,13 @@ forward pass, recurrence and attention scores included), `mfu_6n` by 6 a paramet
 
 Errors are those of the loss and of all gradients together, relative (in norm), against our model in float64 with the same weights, FLA's too.
 They are taken after the timed steps, from one whose loss is that of the first 512 tokens of the last sequence alone: its shape is the one that
-is timed, so nothing is compiled or tuned for them, and float64 needs no more than these tokens.
+is timed, so nothing is compiled or tuned for them, and float64 needs no more than these tokens. All models have matrices drawn anew from
+N(0, 0.02^2) for them, since they depend on the weights more than on the code (notes/errors_at_the_start.md).
 
 The default shapes are those of the paper's throughput figure. FLA compiles and tunes for three minutes in its first step, for less than
 two and a half where sixteen processes compile (`--compilers`; its row says so, 0 gives the step as a user has it); all defaults take about 8
-minutes with a cold cache. The Transformer++ is our model with full attention through torch's flash kernel.
+minutes with a cold cache. The Transformer++ is our model with full attention through torch's flash kernel. "blocks" is compiled one block at a
+time (`LM.compile_blocks`), "compiled" as one graph.
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ TRANSFORMER: dict[str, LM.Config] = {
     "tiny": OURS["tiny"].with_(pattern=(Attention.Config(heads=2, head_dim=32),)),
 }
 """1.299 B parameters, heads of 128: the width that flash attention is fastest with."""
-MODELS = ("ours compiled", "fla", "transformer compiled", "ours", "transformer", "ours blocks")
-"""The last: compiled one block at a time (`LM.compile_blocks`)."""
+MODELS = ("ours blocks", "transformer blocks", "fla", "ours", "transformer", "ours compiled", "transformer compiled")
+STANDARD = MODELS[:3]
 
 
 def config(model: str, size: str) -> LM.Config:
@@ -135,6 +137,7 @@ def measure(model: str, size: str, batch: int, length: int, steps: int, device: 
 
 def errors(module: Any, loss: Loss, tokens: Tensor) -> dict[str, float]:
     """Of the loss and of all gradients, where only the first tokens of the last sequence have targets: no others take part in either."""
+    draw_matrices(module)
     n = min(SHORT, tokens.shape[1] - 1)
     targets = torch.full_like(tokens, -100)
     targets[-1, :n] = tokens[-1, 1 : n + 1]
@@ -155,6 +158,14 @@ def errors(module: Any, loss: Loss, tokens: Tensor) -> dict[str, float]:
     ]
     wrong, whole = torch.stack(squares).sum(0).sqrt().tolist()
     return {"loss": float(abs(value.detach().double() - exact.detach()) / exact.detach()), "gradients": wrong / whole}
+
+
+@torch.no_grad()
+def draw_matrices(module: Any) -> None:
+    """All matrices and filters from N(0, 0.02^2), as FLA begins."""
+    for weight in module.parameters():
+        if weight.dim() > 1:
+            weight.normal_(std=0.02)
 
 
 def in_float64(model: LM.Config, weights: Mapping[str, Tensor]) -> LM:
@@ -206,9 +217,8 @@ def cell(result: dict[str, Any]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = list(MODELS[:4])
     parser.add_argument(
-        "--models", type=rows.chosen(MODELS), default=default, help=f"comma list of {', '.join(MODELS)} (default: the first four)"
+        "--models", type=rows.chosen(MODELS), default=list(STANDARD), help=f"comma list of {', '.join(MODELS)} (default: the first three)"
     )
     parser.add_argument(
         "--size", default="like_fla", choices=OURS,

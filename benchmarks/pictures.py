@@ -19,7 +19,7 @@ FOLDER = Path("benchmarks/plots")
 STYLES = {
     "ours": ("C0", "o"), "chunked": ("C0", "o"), "ours compiled": ("C9", "D"), "ours graph": ("C9", "D"), "ours compiled graph": ("C4", "P"),
     "fla": ("C1", "s"), "fla padded": ("C1", "X"), "fla generate": ("C5", "X"), "flash_qla": ("C2", "^"), "attention_gym": ("C3", "v"),
-    "transformer": ("C7", "p"), "transformer compiled": ("C7", "h"), "transformers": ("C6", "s"),
+    "transformer": ("C7", "p"), "transformer compiled": ("C7", "h"), "transformer blocks": ("C7", "H"), "transformers": ("C6", "s"),
 }  # fmt: skip
 Point = tuple[str, Any, float]
 """Panel, length or name, value."""

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = {
     "ours": "gdn", "chunked": "gdn (chunked)", "ours compiled": "gdn, compiled", "ours graph": "gdn, CUDA graph", "ours compiled graph": "gdn, compiled, CUDA graph",
     "portable": "portable (Triton)", "fla": "FLA", "fla padded": "FLA, padded", "fla generate": "FLA, generate", "flash_qla": "FlashQLA",
-    "attention_gym": "attention-gym", "transformer": "Transformer++", "transformer compiled": "Transformer++, compiled", "ours blocks": "gdn, blocks compiled",
+    "attention_gym": "attention-gym", "transformer": "Transformer++", "transformer compiled": "Transformer++, compiled", "ours blocks": "gdn, blocks compiled", "transformer blocks": "Transformer++, blocks compiled",
 }  # fmt: skip
 """Implementations as they are called in tables, in their order."""
 Lines = list[str]
@@ -246,7 +246,7 @@ def training(results: Sequence[Result], runs: Numbered) -> Lines:
         "", "### Training a language model", "",
         "Forward, loss, backward and AdamW, bfloat16. Utilisation is the share of the data sheet's dense bfloat16 rate that the model's own operations"
         " make; 6 N counts 6 operations a parameter and token instead. Errors are relative (of all gradients together, in norm), against float64 with the"
-        " same weights; a dash where none was measured.", "",
+        " same weights, drawn alike for all models; a dash where none was measured.", "",
         *cells(columns, lines), *failures(results),
     ]  # fmt: skip
 
@@ -275,7 +275,16 @@ def small(results: Sequence[Result], runs: Numbered) -> Lines:
             errors = [f"{r[n]:.1e}" if n in r.values else "" for n in ("error", "plain_error")]
             host = [number(r.get(n)) for n in ("host_us", "host_first_us")]
             lines.append([problem[0], title(impl), *times, *host, speed, *errors, runs([r])])
-    measured = ["eager µs", "graph µs", "host µs", "host µs after a wait", "of copy bandwidth", "error", "plain torch's error"]
+    measured = [
+        "eager µs",
+        "graph µs",
+        "host µs",
+        "bare launches µs",
+        "host µs after a wait",
+        "of copy bandwidth",
+        "error",
+        "plain torch's error",
+    ]
     columns = ["", "implementation", *measured, "run"]
     return ["", "### Operators around it", "", *cells(columns, lines), *failures(results)]
 

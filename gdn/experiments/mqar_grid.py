@@ -23,6 +23,9 @@ from gdn.experiments.definition import Experiment, Row, Run, Test, Training
 from gdn.mixers.base import MixerConfig
 from gdn.mixers.deltaproduct import DeltaProduct
 from gdn.mixers.gated_deltanet import GatedDeltaNet
+from gdn.mixers.gla import GLA
+from gdn.mixers.mamba2 import Mamba2
+from gdn.mixers.retnet import RetNet
 from gdn.models.lm import LM
 from gdn.train import AdamW, Schedule
 
@@ -40,9 +43,21 @@ EXAMPLES = 20_000
 RATES = (3.2e-3, 1e-3)
 
 
+def small(width: int) -> dict[str, MixerConfig]:
+    """Sums of outer products: with states as published, half the size of a delta rule's, and with heads as a delta rule has them, with a
+    decay that depends on the input or does not."""
+    return {
+        "Mamba2, states of 16": Mamba2.Config(head_dim=min(64, width), state_dim=16, decay_range=models.SLOW_DECAY),
+        "GLA": GLA.Config(heads=HEADS, expand_k=1.0, short_conv=True),
+        "RetNet": RetNet.Config(heads=HEADS, expand_v=1.0),
+    }
+
+
 def runs(toy: bool) -> list[Run]:
     seeds = range(1 if toy else 3)
-    return [_run(series, rate, seed, toy) for seed in seeds for series, rate in models.every(RATES, toy=toy)]
+    found = [_run(series, rate, seed, toy) for seed in seeds for series, rate in models.every(RATES, toy=toy)]
+    rates = RATES[: 1 if toy else None]
+    return found + [_run(series, rate, seed, toy) for seed in seeds for rate in rates for series in small(WIDTH)]
 
 
 def _run(series: str, rate: float, seed: int, toy: bool) -> Run:
@@ -58,7 +73,9 @@ def _run(series: str, rate: float, seed: int, toy: bool) -> Run:
         check_every=500,
         enough=0.999,
     )
-    mixers = tuple(_ungated(mixer) for mixer in models.pattern(series, width, HEADS, max(learned.values()) // 4))
+    few = small(width)
+    pattern = (few[series],) if series in few else models.pattern(series, width, HEADS, max(learned.values()) // 4)
+    mixers = tuple(_ungated(mixer) for mixer in pattern)
     return Run(
         series=series,
         x=rate,
@@ -109,7 +126,7 @@ def figure(rows: Sequence[Row]) -> Figure:
         plots.doubling(axes, sorted(PAIRS))
         plots.finish(axes, x="pairs n", y="fraction of values recalled", title=TITLES[gap])
         axes.axvline(WIDTH // HEADS, color="grey", linewidth=1)
-        axes.annotate("as many pairs as \nkeys have channels ", (WIDTH // HEADS, 0.25), ha="right", fontsize=8, color="grey")
+        axes.annotate("as many pairs as \nkeys have channels ", (WIDTH // HEADS, 0.74), ha="right", fontsize=8, color="grey")
     plots.legend(drawn, panels)
     return drawn
 

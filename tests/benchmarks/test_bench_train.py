@@ -43,6 +43,17 @@ def test_errors_are_those_of_the_first_tokens_of_the_last_sequence(model, length
     assert max(errors(model, length).values()) < 1e-4
 
 
+def test_errors_are_at_weights_that_are_drawn_alike():
+    """Whatever a model began with and has learned."""
+    module, loss = bench.gdn("ours", "tiny", "cpu")
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.fill_(3.0)
+    bench.errors(module.float(), loss, torch.randint(256, (2, 20)))
+    for name, weight in module.named_parameters():
+        assert weight.dim() == 1 and (weight == 3).all() or 0.015 < weight.std() < 0.025, name
+
+
 def test_a_scaled_output_of_an_operator_is_seen(monkeypatch):
     """Where float64 is served by another row, as it is on a GPU."""
     op = ops()["gated_delta_rule"]
