@@ -51,7 +51,7 @@ def test_errors_are_at_weights_that_are_drawn_alike():
             weight.fill_(3.0)
     bench.errors(module.float(), loss, torch.randint(256, (2, 20)))
     for name, weight in module.named_parameters():
-        assert weight.dim() == 1 and (weight == 3).all() or 0.015 < weight.std() < 0.025, name
+        assert (weight.dim() == 1 and (weight == 3).all()) or 0.015 < weight.std() < 0.025, name
 
 
 def test_a_scaled_output_of_an_operator_is_seen(monkeypatch):
