@@ -4,7 +4,7 @@ has results for two points of it."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ FOLDER = Path("benchmarks/plots")
 STYLES = {
     "ours": ("C0", "o"), "chunked": ("C0", "o"), "ours compiled": ("C9", "D"), "ours graph": ("C9", "D"), "ours compiled graph": ("C4", "P"),
     "fla": ("C1", "s"), "fla padded": ("C1", "X"), "fla generate": ("C5", "X"), "flash_qla": ("C2", "^"), "attention_gym": ("C3", "v"),
-    "transformer": ("C7", "p"), "transformer compiled": ("C7", "h"), "transformer blocks": ("C7", "H"), "transformers": ("C6", "s"),
+    "transformer": ("C7", "p"), "transformer compiled": ("darkgrey", "h"), "transformer blocks": ("dimgrey", "H"), "ours blocks": ("C4", "D"), "transformers": ("C6", "s"),
 }  # fmt: skip
 Point = tuple[str, Any, float]
 """Panel, length or name, value."""
@@ -75,8 +75,16 @@ class Picture:
         for axes in places[: len(panels)]:
             handles, labels = axes.get_legend_handles_labels()
             known |= dict(zip(labels, handles))
-        figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=min(5, len(known)), fontsize=9, frameon=False)
+        figure.legend(
+            known.values(), known.keys(), loc="outside lower center", ncols=fitting(known, figure.get_figwidth()), fontsize=9, frameon=False
+        )
         return figure
+
+
+def fitting(labels: Iterable[str], inches: float) -> int:
+    """Columns of a legend of this width, in letters of a fifteenth of an inch beside marks of as many as six."""
+    longest = max(map(len, labels))
+    return max(1, min(5, int(15 * inches / (longest + 6))))
 
 
 def over_lengths(axes: Axes, points: Points, title: Title, *, zero: bool) -> None:

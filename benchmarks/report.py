@@ -275,16 +275,7 @@ def small(results: Sequence[Result], runs: Numbered) -> Lines:
             errors = [f"{r[n]:.1e}" if n in r.values else "" for n in ("error", "plain_error")]
             host = [number(r.get(n)) for n in ("host_us", "host_first_us")]
             lines.append([problem[0], title(impl), *times, *host, speed, *errors, runs([r])])
-    measured = [
-        "eager µs",
-        "graph µs",
-        "host µs",
-        "bare launches µs",
-        "host µs after a wait",
-        "of copy bandwidth",
-        "error",
-        "plain torch's error",
-    ]
+    measured = ["eager µs", "graph µs", "host µs", "host µs after a wait", "of copy bandwidth", "error", "plain torch's error"]
     columns = ["", "implementation", *measured, "run"]
     return ["", "### Operators around it", "", *cells(columns, lines), *failures(results)]
 
