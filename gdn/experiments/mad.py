@@ -87,7 +87,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     plots.over_x(learned, by_heart, "accuracy")
     plots.doubling(learned, [task.vocab // 2 for task in MEMORISATION.values()])
     plots.finish(axes, x="", y="accuracy")
-    plots.finish(learned, x="values to memorise")
+    plots.finish(learned, x="values to memorise", y="accuracy")
     plots.legend(drawn, (axes, learned))
     return drawn
 
