@@ -7,6 +7,9 @@ compiled step captured ("ours compiled graph"). Beside it FLA's model with its c
 cannot be captured as it is.
 
 `GB_s` is what must move over the time: all weights once, and the state read and written.
+
+The error is that of the logits of one step after a context has been read, of the last sequence, relative in norm against our model in float64
+on that context and token at once, at weights drawn alike for all models (notes/errors_at_the_start.md). A graph replays what "ours" calls.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import torch
 from torch import nn
 
 from gdn.models import LM
+from gdn.testing import compare
 
 Step = Callable[[], Any]
 IMPLS = ("ours graph", "ours", "fla", "fla generate", "ours compiled graph", "transformer")
@@ -67,7 +71,24 @@ def measure(impl: str, size: str, batch: int, context: int, steps: int, device: 
         found["GB_s"] = round((weights + 2 * (found["state_MiB"] << 20)) / seconds / 1e9)
     if where.type == "cuda":
         found["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return found
+    return found | rows.compared(lambda: error(model, impl, size, batch, context, where))
+
+
+@torch.no_grad()
+def error(model: Any, impl: str, size: str, batch: int, context: int, device: torch.device) -> dict[str, float]:
+    """Of the logits of a step."""
+    train.draw_matrices(model)
+    prompt = random_tokens(train.config(impl, size).vocab, batch, context + 1, device)
+    if isinstance(model, LM):
+        state = model.init_state(batch)
+        model(prompt[:, :-1], state=state)
+        logits, config, weights = model(prompt[:, -1:], state=state).logits, model.config, model.state_dict()
+    else:
+        cache = model(input_ids=prompt[:, :-1], use_cache=True).past_key_values
+        logits = model(input_ids=prompt[:, -1:], past_key_values=cache, use_cache=True).logits
+        config, weights = train.of_fla(model)
+    exact = train.in_float64(config, weights)(prompt[-1:]).logits
+    return {"logits": compare.error(logits[-1, -1].double(), exact[-1, -1])}
 
 
 def ours(impl: str, size: str, batch: int, context: int, steps: int, device: torch.device) -> tuple[nn.Module, dict[str, Any], float]:
@@ -147,12 +168,17 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [f"{'tokens/s (ms a step)':22s}" + "".join(f"{f'B={b}':>22s}" for b in batches)]
     for impl in dict.fromkeys(r["impl"] for r in results):
         cells = {
-            r["batch"]: f"{r['tokens_per_s']:,} ({r['ms_per_token']:.2f})" if "tokens_per_s" in r else r["failed"][:20]
+            r["batch"]: f"{r['tokens_per_s']:,} ({r['ms_per_token']:.2f}){shown(r)}" if "tokens_per_s" in r else r["failed"][:20]
             for r in results
             if r["impl"] == impl
         }
         lines.append(f"{impl:22s}" + "".join(f"{cells.get(b, '-'):>22s}" for b in batches))
     return "\n".join(lines)
+
+
+def shown(result: dict[str, Any]) -> str:
+    """The error, where there is one."""
+    return f" {result['errors']['logits']:.0e}" if "errors" in result else ""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

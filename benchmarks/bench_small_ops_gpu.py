@@ -53,6 +53,8 @@ class Row:
     moved: int
     backward: bool = False
     small: Callable[[], dict[str, Any]] | None = None
+    flops: int = 0
+    """Of matrix products, where they take the time."""
 
 
 def normal(*shape: int, dtype: torch.dtype = bf16) -> Tensor:
@@ -184,12 +186,80 @@ def losses() -> list[Row]:
         return {"x": normal(tokens, D), "weight": normal(vocab, D) / D**0.5, "targets": targets}
 
     x = make()
-    flops = 6 * 16384 * 2048 * 32000
-    found = Row(
-        "loss 16384 x 2048 x 32000 fwd+bwd", "linear_cross_entropy", ops.linear_cross_entropy, x, 0, True, lambda: make(90, 64, 300)
-    )
-    found.flops = flops  # type: ignore[attr-defined]
-    return [found]
+    name, flops = "loss 16384 x 2048 x 32000 fwd+bwd", 6 * 16384 * 2048 * 32000
+    return [Row(name, "linear_cross_entropy", ops.linear_cross_entropy, x, 0, True, lambda: make(90, 64, 300), flops)]
+
+
+def fused() -> list[Row]:
+    """What layers call beside the recurrences: each more than one step of a formula in a pass."""
+
+    def qkv(T: int = 4096, H: int = 16, K: int = 128) -> dict[str, Any]:
+        return {"x": normal(8, T, 4 * H * K), "weight": normal(4 * H * K, 4) / 2, "heads": H, "head_dim": K}
+
+    def swiglu(T: int = 4096, N: int = 5632, M: int = 2048) -> dict[str, Any]:
+        return {"x": normal(8, T, 2 * N), "weight": normal(M, N) / N**0.5}
+
+    def gated(T: int = 4096, H: int = 16, D: int = 128, M: int = 2048) -> dict[str, Any]:
+        x, gate = normal(8, T, H, D), normal(8, T, H, D)
+        return {"x": x, "gate": gate, "norm_weight": normal(D, dtype=f32), "weight": normal(M, H * D) / (H * D) ** 0.5}
+
+    def added(T: int = 4096, D: int = 2048) -> dict[str, Any]:
+        return {"x": normal(8, T, D), "residual": normal(8, T, D), "weight": normal(D, dtype=f32)}
+
+    def rotary(T: int = 4096, H: int = 16, K: int = 128) -> dict[str, Any]:
+        angles = torch.arange(T, device="cuda")[:, None] * torch.rand(K // 2, device="cuda")
+        return {"x": normal(8, T, H, K), "cos": angles.cos(), "sin": angles.sin()}
+
+    def scaled(T: int = 4096, H: int = 32, P: int = 64) -> dict[str, Any]:
+        return {"x": normal(8, T, H, P), "factor": torch.rand(8, T, H, device="cuda")}
+
+    def skipped(T: int = 4096, H: int = 32, P: int = 64) -> dict[str, Any]:
+        y, x, gate = normal(8, T, H, P), normal(8, T, H, P), normal(8, T, H * P)
+        return {"y": y, "x": x, "D": normal(H, dtype=f32), "gate": gate, "weight": normal(H * P, dtype=f32)}
+
+    tokens, kinds = 8 * 4096, (
+        ("convolved qkv", ops.convolved_qkv, qkv, (20, 2, 16), (2, 5), 0),
+        ("swiglu linear", ops.swiglu_linear, swiglu, (20, 48, 32), (0, 0), 2 * 5632 * 2048),
+        ("gated norm linear", ops.gated_rms_norm_linear, gated, (20, 2, 16, 32), (0, 0), 2 * 2048 * 2048),
+        ("add, rms_norm", ops.add_rms_norm, added, (20, 48), (4, 8), 0),
+        ("rotary", ops.rotary_embedding, rotary, (20, 2, 16), (2, 4), 0),
+        ("scale heads", ops.scale_heads, scaled, (20, 2, 16), (2, 5), 0),
+        ("skip, gate, norm", ops.skip_gated_rms_norm, skipped, (20, 2, 16), (4, 11), 0),
+    )  # fmt: skip
+    found = []
+    for name, op, make, few, passes, flops in kinds:
+        for backward in (False, True):
+            x = make()
+            largest = max(size(each) for each in x.values() if isinstance(each, Tensor))
+            moved = passes[backward] * largest
+            small = lambda make=make, few=few: make(*few)  # noqa: E731
+            full = f"{name} 8x4096{' fwd+bwd' if backward else ''}"
+            found.append(Row(full, op.__name__, op, x, moved, backward, small, tokens * flops * (1 + 2 * backward)))
+    return found
+
+
+def recurrences() -> list[Row]:
+    """Those beside the gated delta rule."""
+    found = []
+    for op, gates, writes in (
+        (ops.linear_attention, "", 0), (ops.gated_linear_attention, "key", 0), (ops.value_gated_linear_attention, "value", 0),
+        (ops.channel_delta_rule, "key", 1), (ops.gated_delta_product, "", 2),
+    ):  # fmt: skip
+        for backward in (False, True):
+
+            def make(B: int = 8, T: int = 4096, H: int = 16, K: int = 128, gates: str = gates, writes: int = writes) -> dict[str, Any]:
+                each = (B, T, writes) if writes > 1 else (B, T)
+                q, k = (torch.nn.functional.normalize(normal(*s, H, K, dtype=f32), dim=-1).to(bf16) for s in ((B, T), each))
+                strength = {"beta": torch.rand(*each, H, device="cuda")} if writes else {}
+                g = -0.1 * torch.rand(B, T, H, *((K,) if gates else ()), device="cuda")
+                return {"q": q, "k": k, "v": normal(*each, H, K), "g": g, **strength}
+
+            x = make()
+            name = f"{op.__name__.replace('_', ' ')} 8x4096{' fwd+bwd' if backward else ''}"
+            moved = (1 + 2 * backward) * size(*x.values(), x["q"])
+            small = lambda make=make: make(1, 100, 2, 32)  # noqa: E731
+            found.append(Row(name, op.__name__, op, x, moved, backward, small))
+    return found
 
 
 def cores() -> list[Row]:
@@ -234,8 +304,12 @@ def change(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+FIXED = ("cos", "sin")
+"""Arguments that have no gradient."""
+
+
 def leaves_of(arguments: dict[str, Any]) -> list[Tensor]:
-    found = [v for v in arguments.values() if isinstance(v, Tensor) and v.dtype.is_floating_point]
+    found = [v for n, v in arguments.items() if isinstance(v, Tensor) and v.dtype.is_floating_point and n not in FIXED]
     for value in arguments.values():
         if isinstance(value, ops.GateParameters):
             found += [value.A_log, value.dt_bias]
@@ -400,17 +474,17 @@ def measure(row: Row, impl: str, flush: Tensor, bandwidth: float, repeats: int) 
     best = found.get("graph_ms", found["eager_ms"])
     if row.moved:
         found |= {"GB_s": row.moved / best / 1e6, "of_copy": row.moved / best / 1e-3 / bandwidth}
-    if hasattr(row, "flops"):
+    if row.flops:
         found["TFLOP_s"] = row.flops / best / 1e9
     return found
 
 
-def sweep(flush: Tensor, bandwidth: float) -> None:
-    """The step over columns and warps of a program, to check the rule that chooses them."""
+def sweep(only: str, flush: Tensor, bandwidth: float) -> None:
+    """The steps whose name contains `only` over columns and warps of a program, to check the rule that chooses them."""
     from gdn.ops.delta_step import portable
 
     rule = portable.block
-    for row in [r for r in steps() if "slots" not in r.name]:
+    for row in [r for r in steps() if "slots" not in r.name and only in r.name]:
         for columns in (16, 32, 64, 128):
             for warps in (1, 2, 4, 8):
                 portable.block = lambda *_, c=columns, w=warps: (c, w)  # type: ignore[assignment]
@@ -420,6 +494,15 @@ def sweep(flush: Tensor, bandwidth: float) -> None:
                     flush=True,
                 )
     portable.block = rule
+
+
+PLAIN = {
+    "linear_cross_entropy": "chunked",
+    **dict.fromkeys(("delta_core", "convolved_qkv"), "composed"),
+    **dict.fromkeys(("gated_delta_rule", "gated_delta_product", "channel_delta_rule"), "chunked"),
+    **dict.fromkeys(("linear_attention", "gated_linear_attention", "value_gated_linear_attention"), "chunked"),
+}
+"""The row in plain torch that an operator's errors stand beside, where it is not called "torch"."""
 
 
 def main() -> None:
@@ -439,7 +522,7 @@ def main() -> None:
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     if args.sweep:
-        sweep(flush, bandwidth)
+        sweep(args.only, flush, bandwidth)
         return
     print(
         f"{'':38s} {'error':>8s} {'plain':>8s} {'bits':>5s} {'eager us':>9s} {'graph us':>9s} {'host us':>8s} {'bare us':>8s} {'first us':>8s} {'of copy':>8s} {'first s':>8s}"
@@ -452,11 +535,11 @@ def main() -> None:
             f"{name:38s} {'':23s} {1e3 * found['eager_ms']:9.1f} {'':9s} {found['host_us']:8.1f} {'':8s} {found['host_first_us']:8.1f}",
             flush=True,
         )
-    for make in (steps, other_steps, convolutions, norms, gates, losses, rules, cores):
+    for make in (steps, other_steps, convolutions, norms, gates, fused, losses, rules, cores, recurrences):
         for row in make():
             if args.only not in row.name:
                 continue
-            plain = {"linear_cross_entropy": "chunked", "gated_delta_rule": "chunked", "delta_core": "composed"}.get(row.op, "torch")
+            plain = PLAIN.get(row.op, "torch")
             try:
                 checked = check(row, plain)
                 for impl in ("portable", *([plain] if args.plain else [])):
@@ -474,7 +557,7 @@ def main() -> None:
 
 
 def show(row: Row, checked: dict[str, Any], found: dict[str, Any]) -> None:
-    speed = f"{found['of_copy']:8.1%}" if "of_copy" in found else f"{found['TFLOP_s']:5.0f} TF" if "TFLOP_s" in found else ""
+    speed = f"{found['TFLOP_s']:5.0f} TF" if "TFLOP_s" in found else f"{found['of_copy']:8.1%}" if "of_copy" in found else ""
     name = row.name if found["impl"] == "portable" else f"  {found['impl']}"
     graph = f"{1e3 * found['graph_ms']:9.1f}" if "graph_ms" in found else " " * 9
     bits = "same" if checked["same_bits"] else "DIFF"

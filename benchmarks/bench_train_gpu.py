@@ -144,12 +144,12 @@ def errors(module: Any, loss: Loss, tokens: Tensor) -> dict[str, float]:
     module.zero_grad(set_to_none=True)
     value = loss(tokens, targets)
     value.backward()
-    weights, gradients = module.state_dict(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     if isinstance(module, LM):
-        model = module.config
+        model, weights = module.config, module.state_dict()
     else:
-        model = family("gated_deltanet").read_config(module.config.to_dict())
-        weights, gradients = (as_ours(model, tensors) for tensors in (weights, gradients))
+        model, weights = of_fla(module)
+        gradients = as_ours(model, gradients)
     truth = in_float64(model, weights)
     exact = truth(tokens[-1:, :n], targets=targets[-1:, :n]).loss
     exact.backward()
@@ -174,6 +174,12 @@ def in_float64(model: LM.Config, weights: Mapping[str, Tensor]) -> LM:
         found = LM(model)
     found.load_state_dict({name: weight.double() for name, weight in weights.items()}, assign=True)
     return found
+
+
+def of_fla(module: Any) -> tuple[LM.Config, dict[str, Tensor]]:
+    """Our configuration and weights of FLA's model."""
+    model = family("gated_deltanet").read_config(module.config.to_dict())
+    return model, as_ours(model, module.state_dict())
 
 
 def as_ours(model: LM.Config, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

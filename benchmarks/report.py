@@ -261,8 +261,9 @@ def decoding(results: Sequence[Result], runs: Numbered) -> Lines:
                 if r.failed
                 else [number(r.get(n)) for n in ("tokens_per_s", "ms_per_token", "GB_s", "state_MiB", "peak_GiB")]
             )
-            lines.append([f"{problem[0]} B={problem[1]}", title(impl), *figures, runs([r])])
-    columns = ["", "model", "tokens/s", "ms a step", "GB/s", "state MiB", "peak GiB", "run"]
+            error = f"{r['errors']['logits']:.1e}" if r.get("errors") else "-"
+            lines.append([f"{problem[0]} B={problem[1]}", title(impl), *figures, error, runs([r])])
+    columns = ["", "model", "tokens/s", "ms a step", "GB/s", "state MiB", "peak GiB", "error of logits", "run"]
     return ["", "### Decoding with a language model", "", *cells(columns, lines), *failures(results)]
 
 

@@ -13,6 +13,7 @@ def test_models_decode_and_what_cannot_run_here_is_a_row(tmp_path):
     assert [(r["impl"], r["batch"]) for r in found] == [(i, b) for i in ("ours", "transformer", "fla", "ours graph") for b in (1, 3)]
     assert all(r["tokens_per_s"] > 0 and r["ms_per_token"] > 0 for r in found[:4])
     assert all("failed" in r for r in found[4:])
+    assert all(0 < r["errors"]["logits"] < 0.02 for r in found[:4])
     text = bench.table(found).splitlines()
     assert len(text) == 5 and "B=1" in text[0] and "needs a GPU" not in text[1]
 
@@ -44,6 +45,15 @@ def test_the_measured_step_is_greedy_decoding(monkeypatch):
     expected = generate(model, torch.cat(drawn, dim=1), Sampling(temperature=0.0))
     for token in seen:
         assert torch.equal(token.squeeze(1), next(expected))
+
+
+def test_errors_see_what_a_step_forgets(monkeypatch):
+    model = bench.prepared(bench.LM(bench.train.config("ours", "tiny")), torch.device("cpu"))
+    kept = bench.error(model, "ours", "tiny", 2, 8, torch.device("cpu"))
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, x, state=None: forward(self, x, state=self.init_state(len(x))))
+    forgotten = bench.error(model, "ours", "tiny", 2, 8, torch.device("cpu"))
+    assert kept["logits"] < 0.02 < forgotten["logits"]
 
 
 @pytest.mark.parametrize(
