@@ -227,7 +227,7 @@ def test_a_pickle_that_could_not_be_read_is_not_written(models: Callable[..., An
 
 def test_the_report_says_what_changed(models: Callable[..., Any]) -> None:
     report = gdn.accelerate(models("qwen3_5"))
-    assert report.changed["model.layers.0.linear_attn"].startswith("causal_conv1d, delta_core")
+    assert report.changed["model.layers.0.linear_attn"].startswith("convolved_qkv, gated_delta_rule")
     text = str(report)
     assert "11 modules" in text
     assert "1 x Qwen3_5GatedDeltaNet" in text

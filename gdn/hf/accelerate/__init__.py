@@ -161,7 +161,7 @@ def _replacements(family: Family) -> dict[str, Replacement]:
 
     return {
         family.model: (forward.model_forward(family), "packed documents found once, for every layer"),
-        family.mixer: (forward.mixer_forward(family), "causal_conv1d, delta_core; causal_conv1d_step, gated_delta_step in decoding"),
+        family.mixer: (forward.mixer_forward(family), "convolved_qkv, gated_delta_rule; causal_conv1d_step, gated_delta_step in decoding"),
         family.gated_norm: (forward.gated_norm_forward(family), "gated_rms_norm"),
         family.norm: (forward.norm_forward(family), "rms_norm"),
     }

@@ -22,8 +22,10 @@ from gdn.ops import (
     GateParameters,
     causal_conv1d,
     causal_conv1d_step,
+    convolved_qkv,
     decay_gate,
     delta_core,
+    gated_delta_rule,
     gated_delta_step,
     gated_rms_norm,
     l2norm,
@@ -101,30 +103,51 @@ def mixer_forward(family: Family) -> Forward:
             # Padding writes nothing and forgets nothing: zero inputs to the convolution, beta = 0, g = 0.
             hidden = (attention_mask == 0).unsqueeze(-1)
             qkv, a, b = qkv.masked_fill(hidden, 0), a.masked_fill(hidden, -math.inf), b.masked_fill(hidden, -math.inf)
-        q, k, v = _convolve(self, qkv, cache_params, packing).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
-        q, k = q.unflatten(-1, (self.num_k_heads, -1)), k.unflatten(-1, (self.num_k_heads, -1))
-        o = _recall(self, q, k, v.unflatten(-1, (self.num_v_heads, -1)), a, b, cache_params, packing)
+        past = None if cache_params is None else cache_params.get_conv_state(self.layer_idx, state_idx=0)
+        if past is None and self.conv1d.bias is None:
+            o = _from_the_start(self, qkv, a, b, cache_params, packing)
+        else:
+            q, k, v = _convolve(self, qkv, past, cache_params, packing).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
+            q, k = q.unflatten(-1, (self.num_k_heads, -1)), k.unflatten(-1, (self.num_k_heads, -1))
+            o = _recall(self, q, k, v.unflatten(-1, (self.num_v_heads, -1)), a, b, cache_params, packing)
         o = getattr(self, family.output_norm)(o, gate.unflatten(-1, o.shape[2:]))
         return getattr(self, family.output)(o.flatten(2))
 
     return forward
 
 
-def _convolve(layer: Any, qkv: Tensor, cache: Any, packing: Packing | None) -> Tensor:
+def _from_the_start(layer: Any, qkv: Tensor, a: Tensor, b: Tensor, cache: Any, packing: Packing | None) -> Tensor:
+    """With nothing read before: queries and keys are normalised in the pass of the convolution. A cache keeps what comes of it."""
+    heads = layer.num_k_heads
+    q, k, v = convolved_qkv(qkv, layer.conv1d.weight.squeeze(1), heads=heads, head_dim=layer.key_dim // heads, packing=packing)
+    A_log, dt_bias, top = _gates(layer, q)
+    g, beta = decay_gate(a, A_log, dt_bias), write_gate(b, top=top)
+    o, end = gated_delta_rule(q, k, v.unflatten(-1, (layer.num_v_heads, -1)), g, beta, packing=packing)
+    if cache is not None:
+        _keep_inputs(layer, qkv, cache)
+        cache.update_recurrent_state(end, layer.layer_idx)
+    return o
+
+
+def _convolve(layer: Any, qkv: Tensor, past: Tensor | None, cache: Any, packing: Packing | None) -> Tensor:
     """The short convolution from the cache's last inputs `[B, D, W]`, which are kept up to date."""
     weight, bias = layer.conv1d.weight.squeeze(1), layer.conv1d.bias
     if cache is None:
         return causal_conv1d(qkv, weight, bias=bias, activation="silu", packing=packing)[0]
-    taps, layer_idx = weight.shape[1], layer.layer_idx
-    past, recording = cache.get_conv_state(layer_idx, state_idx=0), cache.is_recording_past(layer_idx)
+    taps, recording = weight.shape[1], cache.is_recording_past(layer.layer_idx)
     if past is not None and qkv.shape[1] == 1 and not recording and not torch.is_grad_enabled():
         past[..., 0] = past[..., 1]  # the oldest of W inputs, one more than the filter reaches back to
         return causal_conv1d_step(qkv, weight, past.transpose(1, 2)[:, 1 - taps :], bias=bias, activation="silu")
     start = None if past is None else _last_inputs(past, taps - 1)
     y = causal_conv1d(qkv, weight, bias=bias, activation="silu", initial_state=start, packing=packing)[0]
-    kept = qkv if recording else qkv[:, -taps:]
-    cache.update_conv_state(kept.transpose(1, 2), layer_idx, conv_kernel_size=layer.conv_kernel_size)
+    _keep_inputs(layer, qkv, cache)
     return y
+
+
+def _keep_inputs(layer: Any, qkv: Tensor, cache: Any) -> None:
+    """The last inputs of the convolution, or all where the cache records them."""
+    kept = qkv if cache.is_recording_past(layer.layer_idx) else qkv[:, -layer.conv1d.weight.shape[-1] :]
+    cache.update_conv_state(kept.transpose(1, 2), layer.layer_idx, conv_kernel_size=layer.conv_kernel_size)
 
 
 def _last_inputs(past: Tensor, count: int) -> Tensor:
@@ -135,13 +158,17 @@ def _last_inputs(past: Tensor, count: int) -> Tensor:
     return last.clone() if torch.is_grad_enabled() else last  # the backward pass needs it as it is; the cache is written to
 
 
+def _gates(layer: Any, q: Tensor) -> tuple[Tensor, Tensor, float]:
+    """A_log and dt_bias, wide enough for sums, and the largest beta."""
+    wide = accumulate_dtype(q.dtype)
+    return layer.A_log.to(wide), layer.dt_bias.to(wide), 2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0
+
+
 def _recall(layer: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, cache: Any, packing: Packing | None) -> Tensor:
     """The gated delta rule from the cache's memory `[B, HV, K, V]`, which is kept up to date."""
-    wide = accumulate_dtype(q.dtype)
-    top = 2.0 if getattr(layer, "allow_neg_eigval", False) else 1.0
-    A_log, dt_bias = layer.A_log.to(wide), layer.dt_bias.to(wide)
+    A_log, dt_bias, top = _gates(layer, q)
     start = None if cache is None else cache.get_recurrent_state(layer.layer_idx, state_idx=0)
-    start = None if start is None else start.to(wide)
+    start = None if start is None else start.to(A_log.dtype)
     if start is not None and q.shape[1] <= STEP_LENGTH and not torch.is_grad_enabled():
         o = gated_delta_step(l2norm(q), l2norm(k), v, decay_gate(a, A_log, dt_bias), write_gate(b, top=top), start)
         end = start
