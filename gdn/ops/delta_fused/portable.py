@@ -2,6 +2,10 @@
 
 Queries and keys are normalised and both gates computed by programs of one kernel, each with its own share of one of the four. The rule
 itself comes from its table. Gradients of A_log and dt_bias are summed by at most `PARTS` programs over their tokens, then over the programs.
+
+What is not fused, and why, by an H200 at 8 x 4096 tokens with 16/32 heads of 128: the core takes 862 us and the rule 735 of them. The rest is
+nearly all the 537 MB of queries and keys read and written once, 128 us at the copy bandwidth; a layer with a convolution does not pay them,
+since `convolved_qkv` normalises what it has in registers. Both gates are 33 us forward and backward, of 4138.
 """
 
 from __future__ import annotations
