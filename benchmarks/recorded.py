@@ -24,7 +24,7 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
 """What tells the problems of each benchmark apart."""
 
 VERSIONS = (
-    "gdn", "commit", "torch", "triton", "flash-linear-attention", "fla-core", "flash-qla", "tilelang", "attn-gym", "mamba-ssm", "flash-attn",
+    "gdn", "commit", "torch", "triton", "flash-linear-attention", "fla-core", "flash-qla", "tilelang", "attn-gym", "nvidia-cutlass-dsl", "mamba-ssm", "flash-attn",
     "transformers", "python", "threads",
 )  # fmt: skip
 

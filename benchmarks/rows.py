@@ -28,7 +28,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("triton", "transformers", "flash-linear-attention", "fla-core", "flash-qla", "tilelang", "attn-gym", "mamba-ssm", "flash-attn")
+PACKAGES = (
+    "triton",
+    "transformers",
+    "flash-linear-attention",
+    "fla-core",
+    "flash-qla",
+    "tilelang",
+    "attn-gym",
+    "nvidia-cutlass-dsl",
+    "mamba-ssm",
+    "flash-attn",
+)
 FROM, ENDS = "GDN_BENCHMARK_FROM", "GDN_BENCHMARK_ENDS"
 """Environment of a process that goes on where another one lost its device: the first row, and when the budget ends (seconds since 1970)."""
 
