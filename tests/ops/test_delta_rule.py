@@ -792,6 +792,18 @@ def test_every_run_gives_the_same_bits(impl: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+@gpu
+@pytest.mark.parametrize(("B", "T", "H", "HV"), [(1, 8192, 16, 32), (1, 32768, 2, 8), (8, 4096, 16, 32)])
+def test_triton_gives_the_same_bits_at_full_size(B: int, T: int, H: int, HV: int) -> None:
+    """Where a GPU is full, and segments and slabs are those of the sizes."""
+    arguments = Problem(name="", B=B, T=T, H=H, HV=HV, K=128, V=128, initial=True).build(dtype=torch.bfloat16, device="cuda")
+    runs = []
+    for _ in range(3):
+        outputs = call("portable", arguments)
+        runs.append((*outputs, *gradients(outputs, arguments)))
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other))
+
+
 @in_rows
 def test_arguments_are_left_alone(impl: str) -> None:
     arguments, before = PROBLEMS["packed"].build(), PROBLEMS["packed"].build()
