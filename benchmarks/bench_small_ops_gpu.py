@@ -2,10 +2,12 @@
 
 Each row: the largest relative error of outputs and gradients against the float64 reference on a small problem, beside that of plain torch at
 the same dtype; then medians of eager calls and of CUDA-graph replays with the L2 cache flushed, and the bytes that must move over the graph's
-time as a share of the measured copy bandwidth. "host" is what an eager call takes the host by the clock: the median of twenty in a row behind
-a busy GPU, and apart from it the first of them, after a wait in which the processor's caches have gone cold. "bare" is what of it the same
-launches of the same compiled kernels take alone, with no tensor looked at or allocated: less than that no call in Python can take. The first
-rows are calls of torch that launch one kernel, for comparison. Runs in under a minute.
+time as a share of the measured copy bandwidth. With `--peers` FLA's functions stand below those operators that it has, too.
+
+"host" is what an eager call takes the host by the clock: the median of twenty in a row behind a busy GPU, and apart from it the first of them,
+after a wait in which the processor's caches have gone cold. "bare" is what of it the same launches of the same compiled kernels take alone,
+with no tensor looked at or allocated: less than that no call in Python can take. The first rows are calls of torch that launch one kernel, for
+comparison. All take two minutes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -316,16 +319,21 @@ def leaves_of(arguments: dict[str, Any]) -> list[Tensor]:
     return found
 
 
-def results(row: Row, arguments: dict[str, Any], impl: str, *, wide: bool = False) -> list[Tensor]:
-    """Outputs, then the state or gradients."""
+def chosen(row: Row, impl: str) -> AbstractContextManager[Any]:
+    """Within it a call of the row's operator runs this implementation; what stands beside it is no row of its table."""
+    return nullcontext() if impl == "fla" else use(**{row.op: impl})
+
+
+def results(row: Row, arguments: dict[str, Any], impl: str, *, wide: bool = False, first: bool = False) -> list[Tensor]:
+    """Outputs, then the state or gradients; with `first` the first output alone and its gradients."""
     arguments = {n: change(v, lambda t: (t.double() if wide else t).detach().clone()) for n, v in arguments.items()}
     in_place = "state" in arguments
     leaves = [] if in_place else [leaf.requires_grad_() for leaf in leaves_of(arguments)]
-    with use(**{row.op: impl}), torch.set_grad_enabled(not in_place):
+    with chosen(row, impl), torch.set_grad_enabled(not in_place):
         outputs = row.call(**arguments)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)[: 1 if first else None]
     if in_place:
-        return [*outputs, arguments["state"]]
+        return outputs if first else [*outputs, arguments["state"]]
     generator = torch.Generator("cuda").manual_seed(1)
     slopes = [torch.randn(o.shape, generator=generator, device="cuda").bfloat16().to(o.dtype) for o in outputs]
     return [*outputs, *torch.autograd.grad(outputs, leaves, slopes)]
@@ -348,6 +356,51 @@ def check(row: Row, plain: str) -> dict[str, Any]:
     actual, again = results(row, arguments, "portable"), results(row, arguments, "portable")
     same = all(torch.equal(a, b) for a, b in zip(actual, again))
     return {"error": error(actual, truth), "plain_error": error(results(row, arguments, plain), truth), "same_bits": same}
+
+
+def check_theirs(row: Row, theirs: Row) -> dict[str, Any]:
+    """Of the first output and its gradients: not all of FLA's functions have the others."""
+    assert row.small is not None
+    torch.manual_seed(0)
+    arguments = row.small()
+    truth = results(row, arguments, "reference", wide=True, first=True)
+    actual, again = (results(theirs, arguments, "fla", first=True) for _ in range(2))
+    return {"error": error(actual, truth), "same_bits": all(torch.equal(a, b) for a, b in zip(actual, again))}
+
+
+def of_fla() -> dict[str, Callable[..., Any]]:
+    """FLA's functions of our arguments, by the operator that they stand beside."""
+    from fla.modules.activations import swiglu_linear
+    from fla.modules.causal_conv1d.ops import causal_conv1d
+    from fla.modules.fused_linear_cross_entropy.ops import fused_linear_cross_entropy_loss
+    from fla.modules.norm.fused_norm_gate import rms_norm_gated
+    from fla.modules.norm.l2norm import l2norm
+    from fla.modules.norm.layernorm import rms_norm
+    from fla.modules.rotary.ops import rotary_embedding
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    def convolution(x: Tensor, weight: Tensor, activation: str, packing: Packing | None) -> Tensor:
+        bounds = None if packing is None else packing.cu_seqlens.long()
+        return causal_conv1d(x, weight, activation=activation, cu_seqlens=bounds)[0]
+
+    def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: Tensor | None) -> Any:
+        if slots is not None or state.dtype != f32:
+            raise NotImplementedError("states of float32, without slots")
+        return fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True)
+
+    def swiglu(x: Tensor, weight: Tensor) -> Tensor:
+        return swiglu_linear(*x.chunk(2, -1), weight, None)
+
+    return {
+        "gated_delta_step": step,
+        "causal_conv1d": convolution,
+        "l2norm": l2norm,
+        "rms_norm": lambda x, weight: rms_norm(x, weight, None, eps=1e-5),
+        "gated_rms_norm": lambda x, gate, weight: rms_norm_gated(x, gate, weight, None, eps=1e-5),
+        "rotary_embedding": rotary_embedding,
+        "swiglu_linear": swiglu,
+        "linear_cross_entropy": lambda x, weight, targets: fused_linear_cross_entropy_loss(x, targets, weight),
+    }
 
 
 def call_of(row: Row) -> Call:
@@ -458,7 +511,7 @@ def copy_bandwidth(flush: Tensor) -> float:
 
 
 def measure(row: Row, impl: str, flush: Tensor, bandwidth: float, repeats: int) -> dict[str, Any]:
-    with use(**{row.op: impl}):
+    with chosen(row, impl):
         call = call_of(row)
         start = time.perf_counter()
         call()
@@ -469,7 +522,7 @@ def measure(row: Row, impl: str, flush: Tensor, bandwidth: float, repeats: int) 
         found = {"impl": impl, "first_s": first, "eager_ms": median_ms(call, flush, repeats)} | host(call)
         if impl == "portable":
             found |= bare(call)
-            # A capture that fails, as where plain torch looks at a value, spoils what comes after it
+        if impl in ("portable", "fla"):  # a capture that fails, as where plain torch looks at a value, spoils what comes after it
             found["graph_ms"] = median_ms(captured(call), flush, repeats)
     best = found.get("graph_ms", found["eager_ms"])
     if row.moved:
@@ -511,10 +564,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--plain", action="store_true", help="time the plain torch rows too")
+    parser.add_argument(
+        "--peers", action="store_true", help="FLA's functions beside those operators that it has, too; it must be installed"
+    )
     parser.add_argument("--sweep", action="store_true", help="time the step for all sizes of its programs, and stop")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU that torch can use")
+    if args.peers and not rows.installed("flash-linear-attention"):
+        parser.error("--peers: flash-linear-attention is not installed")
     import triton
 
     flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
@@ -535,6 +593,7 @@ def main() -> None:
             f"{name:38s} {'':23s} {1e3 * found['eager_ms']:9.1f} {'':9s} {found['host_us']:8.1f} {'':8s} {found['host_first_us']:8.1f}",
             flush=True,
         )
+    peers = of_fla() if args.peers else {}
     for make in (steps, other_steps, convolutions, norms, gates, fused, losses, rules, cores, recurrences):
         for row in make():
             if args.only not in row.name:
@@ -546,6 +605,14 @@ def main() -> None:
                     found = measure(row, impl, flush, bandwidth, args.repeats)
                     lines.append(common | {"row": row.name} | checked | found)
                     show(row, checked, found)
+                if row.op in peers:
+                    theirs = dataclasses.replace(row, call=peers[row.op])
+                    checked = check_theirs(row, theirs)
+                    found = measure(theirs, "fla", flush, bandwidth, args.repeats)
+                    lines.append(common | {"row": row.name} | checked | found)
+                    show(row, checked, found)
+            except NotImplementedError:
+                continue
             except Exception as problem:
                 lines.append(common | {"row": row.name, "failed": f"{type(problem).__name__}: {problem}"[:2000]})
                 print(f"{row.name:38s} FAILED {type(problem).__name__}: {str(problem)[:400]}", flush=True)
@@ -562,7 +629,7 @@ def show(row: Row, checked: dict[str, Any], found: dict[str, Any]) -> None:
     graph = f"{1e3 * found['graph_ms']:9.1f}" if "graph_ms" in found else " " * 9
     bits = "same" if checked["same_bits"] else "DIFF"
     print(
-        f"{name:38s} {checked['error']:8.1e} {checked['plain_error']:8.1e} {bits:>5s} {1e3 * found['eager_ms']:9.1f} {graph}"
+        f"{name:38s} {checked['error']:8.1e} {checked.get('plain_error', math.nan):8.1e} {bits:>5s} {1e3 * found['eager_ms']:9.1f} {graph}"
         f" {found['host_us']:8.1f} {found.get('bare_us', math.nan):8.1f} {found['host_first_us']:8.1f} {speed:>8s} {found['first_s']:8.2f}",
         flush=True,
     )
