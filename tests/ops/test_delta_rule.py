@@ -532,6 +532,8 @@ class LiveBytes(TorchDispatchMode):
 @gpu
 @pytest.mark.parametrize(("K", "V"), [(16, 32), (40, 24), (64, 64), (96, 192), (128, 128), (192, 384), (200, 400), (256, 512)])
 def test_triton_head_widths(K: int, V: int) -> None:
+    """Blocks of 64 channels and 4 warps among them, where other rules' gradients were wrong on Hopper (test_turned_products.py):
+    https://github.com/fla-org/flash-linear-attention/issues/640 and https://github.com/fla-org/flash-linear-attention/issues/984."""
     problem = Problem(name="", T=300, H=1, HV=2, K=K, V=V, initial=True, lengths=(130, 0, 170))
     truth = compare.run(OP, "reference", problem.build())
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
