@@ -137,6 +137,16 @@ def nothing_replayed_of_other_tests() -> None:
     forget()
 
 
+@pytest.fixture(params=["half", "twice"])
+def warps(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every launch has half or twice the warps that it asks for."""
+    pytest.importorskip("triton")
+    from warps import FACTORS, warps_times
+
+    with warps_times(FACTORS[request.param]):
+        yield request.param
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory holds NaN (the largest value, for integers), so that whoever reads what nobody wrote is found out."""

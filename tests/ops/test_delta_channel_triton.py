@@ -201,6 +201,8 @@ def test_is_the_first_choice_of_a_gpu(device: str, dtype: torch.dtype, row: str)
     ("H", "HV", "K", "V"), [(1, 2, 40, 24), (2, 2, 64, 64), (2, 4, 128, 128), (1, 1, 200, 400), (1, 1, 256, 512), (1, 1, 256, 40)]
 )
 def test_head_widths(H: int, HV: int, K: int, V: int) -> None:
+    """Blocks of 64 channels and 4 warps among them, where other rules' gradients were wrong on Hopper (test_turned_products.py):
+    https://github.com/fla-org/flash-linear-attention/issues/640 and https://github.com/fla-org/flash-linear-attention/issues/984."""
     case = problem(T=300, H=H, HV=HV, K=K, V=V, initial=True, lengths=(130, 0, 170))
     truth = compare.run(OP, "reference", case.build())
     for dtype in TRITON.dtypes:

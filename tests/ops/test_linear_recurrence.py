@@ -233,6 +233,8 @@ def takes(gates: Gates, K: int, V: int) -> bool:
 @gpu
 @pytest.mark.parametrize(("gates", "H", "HV", "K", "V"), [(gates, *sizes) for gates in OPS for sizes in WIDTHS if takes(gates, *sizes[2:])])
 def test_triton_head_widths(gates: Gates, H: int, HV: int, K: int, V: int) -> None:
+    """With decay for each channel, blocks of 64 channels have the line of https://github.com/fla-org/flash-linear-attention/issues/640,
+    wrong on Hopper elsewhere, but for masks (test_turned_products.py)."""
     problem = Problem(name="", T=300, H=H, HV=HV, K=K, V=V, initial=True, lengths=(130, 0, 170))
     truth = compare.run(OPS[gates], "reference", problem.build(gates))
     for dtype in TRITON[gates].dtypes:
