@@ -144,7 +144,7 @@ class Plan:
     @property
     def reads(self) -> int:
         """Rows of the queries, outputs and scores of a chunk."""
-        return chunk_reads(self.writes)
+        return chunk_reads(self.writes, self.wide)
 
     @property
     def slots(self) -> int:
@@ -308,9 +308,10 @@ def gates_apart(tiles: int) -> bool:
     return tiles >= 12000
 
 
-def chunk_reads(writes: int) -> int:
-    """Rows for the reads of 64 writes, as many a token: a power of two, and at least the 16 that a product has."""
-    return _power_of_two(-(-CHUNK // writes))
+def chunk_reads(writes: int, wide: bool) -> int:
+    """Rows for the reads of 64 writes, as many a token: a power of two, and at least the 16 that a product has. 32 for fp32, since the turned
+    scores of 16 rows would have rows of 64 bytes in shared memory beside others of 128 (notes/triton_pipelines.md)."""
+    return max(_power_of_two(-(-CHUNK // writes)), 32 if wide else 16)
 
 
 def _power_of_two(size: int) -> int:
