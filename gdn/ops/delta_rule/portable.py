@@ -24,6 +24,8 @@ Launches, forward: pair (all chunks at once; before many of them gates), output 
 pairs and gradient (all chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states
 of all chunks (README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before
 backward. Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
+
+Where a token has several writes (gdn/ops/delta_product), tokens are writes above, and Q, O, A, dO and dQ have only the rows that are read.
 """
 
 from __future__ import annotations

@@ -300,14 +300,6 @@ def pair_kernel(
         tl.store(gate + 2 * C, strength)
         tl.store(gate + 3 * C, D)
         tl.store(gate + 4 * C, G_low)
-    if WRITES > 1:
-        place = read_places(start, rows, WRITES, READS)
-        here = i[:, None] == place[None, :]
-        if WIDE:
-            read_G, read_low = tl.sum(tl.where(here, G[:, None], 0.0), 0), tl.sum(tl.where(here, G_low[:, None], 0.0), 0)
-        else:
-            read_G, read_low = tl.sum(tl.where(here, (G + G_low)[:, None], 0.0), 0), 0.0 * place
-        store_scores(scores, qk * read_decay(G, G_low, read_G, read_low, place, WIDE) * scale, tile, READS)
     square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     length = tl.sqrt(tl.maximum(square, 1e-30))
     kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
@@ -318,6 +310,14 @@ def pair_kernel(
     if NORMS:
         growth = tl.log(tl.maximum(tl.abs(1.0 - strength * square), 1.0, propagate_nan=tl.PropagateNan.ALL))
         tl.store(norms + tile, tl.sum(growth, 0) + tl.sum(tl.where(i == C - 1, G + G_low, 0.0), 0))
+    if WRITES > 1:
+        place = read_places(start, rows, WRITES, READS)
+        here = i[:, None] == place[None, :]
+        if WIDE:
+            read_G, read_low = tl.sum(tl.where(here, G[:, None], 0.0), 0), tl.sum(tl.where(here, G_low[:, None], 0.0), 0)
+        else:
+            read_G, read_low = tl.sum(tl.where(here, (G + G_low)[:, None], 0.0), 0), tl.zeros((READS,), tl.float32)
+        store_scores(scores, qk * read_decay(G, G_low, read_G, read_low, place, WIDE) * scale, tile, READS)
     m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
     negative = m * (-strength * square)[None, :]
     if WIDE:
