@@ -23,6 +23,7 @@ from gdn.core.foresight import THREAD
 from gdn.core.portable_launch import Launch, integer_kind, through_registers
 from gdn.ops.attention import portable as rows
 from gdn.ops.delta_channel.portable import channel_delta_rule
+from gdn.ops.delta_product.portable import gated_delta_product
 from gdn.ops.delta_rule.portable import gated_delta_rule
 from gdn.ops.delta_step import portable as steps
 from gdn.ops.linear_recurrence.portable import linear_attention
@@ -32,17 +33,18 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 Call = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
 
 
-def recurrence(row: Callable[..., Any], K: int, V: int, *, T: int = 2048) -> Call:
+def recurrence(row: Callable[..., Any], K: int, V: int, *, T: int = 2048, writes: int = 0) -> Call:
     """A row over one sequence with two heads, one of queries and keys where decays belong to heads."""
-    decays = {linear_attention: (), gated_delta_rule: (), channel_delta_rule: (K,), value_gated_linear_attention: (V,)}[row]
-    heads, rule = 2 if decays else 1, row in (gated_delta_rule, channel_delta_rule)
+    decays = {channel_delta_rule: (K,), value_gated_linear_attention: (V,)}.get(row, ())
+    heads, rule = 2 if decays else 1, row in (gated_delta_rule, gated_delta_product, channel_delta_rule)
     turned = row is value_gated_linear_attention
+    each = (1, T, writes) if writes else (1, T)
     tensors = {
         "q": torch.empty(1, T, heads, K, dtype=torch.bfloat16),
-        "k": torch.empty(1, T, heads, K, dtype=torch.bfloat16),
-        "v": torch.empty(1, T, 2, V, dtype=torch.bfloat16),
+        "k": torch.empty(*each, heads, K, dtype=torch.bfloat16),
+        "v": torch.empty(*each, 2, V, dtype=torch.bfloat16),
         "g": torch.empty(1, T, 2, *decays),
-        **({"beta": torch.empty(1, T, 2)} if rule else {}),
+        **({"beta": torch.empty(*each, 2)} if rule else {}),
         "initial_state": torch.empty(1, 2, *((V, K) if turned else (K, V))),
     }
     return row, tensors, {"scale": 0.5, "packing": None}
@@ -78,6 +80,10 @@ CALLS: dict[str, Callable[[], Call]] = {
     "crowded rule 128": lambda: recurrence(gated_delta_rule, 128, 256, T=128),
     "rule 200": lambda: recurrence(gated_delta_rule, 200, 400),
     "rule 256": lambda: recurrence(gated_delta_rule, 256, 512),
+    "two writes 128": lambda: recurrence(gated_delta_product, 128, 128, T=1024, writes=2),
+    "three writes 256": lambda: recurrence(gated_delta_product, 256, 512, T=700, writes=3),
+    "four writes 200": lambda: recurrence(gated_delta_product, 200, 400, T=512, writes=4),
+    "crowded four writes 128": lambda: recurrence(gated_delta_product, 128, 256, T=32, writes=4),
     "channel rule 128": lambda: recurrence(channel_delta_rule, 128, 128, T=128),
     "channel rule 256": lambda: recurrence(channel_delta_rule, 256, 512, T=128),
     "linear 256": lambda: recurrence(linear_attention, 256, 512),

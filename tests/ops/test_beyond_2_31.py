@@ -218,28 +218,33 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 
 HEADS, WIDTH = 32, 64
 LENGTHS = (2048,) * 512 + (50,)
-ROWS, LONGER, MANY = (9216, 64 + 50), (1000, 16 * 64 + 50), (16400, 16)
-"""Rows, and tokens of a row. Of many their states alone are huge."""
+ROWS, LONGER, MANY, PAIRS = (9216, 64 + 50), (1000, 16 * 64 + 50), (16400, 16), (18432, 32 + 25)
+"""Rows, and tokens of a row. Of many their states alone are huge; of pairs each token has two writes."""
 
 
 def recurrence(
-    call: Callable[..., Any], *decays: int, more: tuple[str, ...] = (), wide: str = "g", rows: tuple[int, int] | None = None
+    call: Callable[..., Any],
+    *decays: int,
+    more: tuple[str, ...] = (),
+    wide: str = "g",
+    rows: tuple[int, int] | None = None,
+    writes: tuple[int, ...] = (),
 ) -> Case:
     """Decays are those of heads or of channels. Packed unless there are rows."""
 
     def shapes(B: int, T: int, H: int, N: int) -> Shapes:
-        tokens = dict.fromkeys(("q", "k", "v"), (B, T, H, WIDTH))
-        others = {"g": (B, T, H, *decays), **dict.fromkeys(more, (B, T, H))}
-        return tokens | others | ({} if rows in (ROWS, LONGER) else {"initial_state": (N, H, WIDTH, WIDTH)})
+        tokens = {"q": (B, T, H, WIDTH), **dict.fromkeys(("k", "v"), (B, T, *writes, H, WIDTH))}
+        others = {"g": (B, T, H, *decays), **dict.fromkeys(more, (B, T, *writes, H))}
+        return tokens | others | ({} if rows in (ROWS, LONGER, PAIRS) else {"initial_state": (N, H, WIDTH, WIDTH)})
 
     def programs(count: int) -> Iterable[int]:
         """Of the last chunk and, where rows have two, of the one before: two a chunk, or one or two a head."""
-        return [count - i for i in (1, 2, *((3, 4, HEADS + 1, HEADS + 2) if rows == ROWS else ()))]
+        return [count - i for i in (1, 2, *((3, 4, HEADS + 1, HEADS + 2) if rows in (ROWS, PAIRS) else ()))]
 
     (B, T), lengths = rows or (1, sum(LENGTHS)), () if rows else LENGTHS
     return Case(
         call,
-        shapes(1, min(T, 50), 1, 1),
+        shapes(1, min(T, 50 // math.prod(writes)), 1, 1),
         shapes(B, T, HEADS, len(lengths) or B),
         wide=f"beta initial_state {wide}",
         lengths=lengths,
@@ -396,6 +401,7 @@ CASES = {
     "gated delta rule": recurrence(ops.gated_delta_rule, more=("beta",), rows=ROWS),
     "gated delta rule, many": recurrence(ops.gated_delta_rule, more=("beta",), rows=MANY),
     "gated delta rule, packed": recurrence(ops.gated_delta_rule, more=("beta",)),
+    "gated delta product": recurrence(ops.gated_delta_product, more=("beta",), rows=PAIRS, writes=(2,)),
     "channel delta rule": recurrence(ops.channel_delta_rule, WIDTH, more=("beta",), wide="", rows=ROWS),
     "channel delta rule, many": recurrence(ops.channel_delta_rule, WIDTH, more=("beta",), wide="", rows=MANY),
     "channel delta rule, packed": recurrence(ops.channel_delta_rule, WIDTH, more=("beta",), wide=""),

@@ -24,6 +24,7 @@ from gdn.ops.attention import problems as attentions
 from gdn.ops.delta_channel import problems as channels
 from gdn.ops.delta_fused import GateParameters
 from gdn.ops.delta_fused import problems as cores
+from gdn.ops.delta_product import problems as products
 from gdn.ops.delta_rule import problems as rules
 from gdn.ops.delta_step import problems as steps
 from gdn.ops.gates import problems as gates
@@ -90,6 +91,20 @@ CASES: dict[str, list[tuple[str, Build]]] = {
 }
 
 
+PARTLY: dict[str, list[tuple[str, Build]]] = {
+    "gated_delta_product": [
+        (
+            name,
+            lambda seed, n=n, sizes=sizes: products.Problem(tokens=rules.Problem(name="", HV=2, **sizes), n=n).build(
+                dtype=torch.bfloat16, device=DEVICE, seed=seed
+            ),
+        )
+        for name, n, sizes in (("plain", 2, {"B": 2, "T": 33}), ("packed", 3, {"T": 30, "lengths": (1, 24, 0, 5), "initial": True}))
+    ]
+}
+"""Operators whose kernels are replayed, and what stands before them is not."""
+
+
 def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """With every tensor changed that may have a gradient."""
     if isinstance(value, dict):
@@ -125,12 +140,13 @@ def gradients_of(name: str) -> tuple[str, ...]:
     """Of none, of all results, and of the last alone where there are several."""
     if name.endswith("_step"):
         return ("none",)
-    return ("none", "all", "last") if name in ("add_rms_norm", "causal_conv1d", "gated_delta_rule", "delta_core") else ("none", "all")
+    several = ("add_rms_norm", "causal_conv1d", "gated_delta_rule", "gated_delta_product", "delta_core")
+    return ("none", "all", "last") if name in several else ("none", "all")
 
 
 @pytest.mark.parametrize(
     ("name", "build", "gradient"),
-    [pytest.param(n, b, g, id=f"{n}-{p}-{g}") for n, cases in CASES.items() for p, b in cases for g in gradients_of(n)],
+    [pytest.param(n, b, g, id=f"{n}-{p}-{g}") for n, cases in (CASES | PARTLY).items() for p, b in cases for g in gradients_of(n)],
 )
 def test_replays_give_the_bits_of_calls_as_written(
     name: str, build: Build, gradient: str, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch
@@ -209,7 +225,7 @@ FORESEEN: dict[str, list[tuple[str, Build]]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in (CASES | FORESEEN).items() for p, b in cases]
+    ("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in (CASES | PARTLY | FORESEEN).items() for p, b in cases]
 )
 def test_kernels_are_foreseen(name: str, build: Build, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first launch of each forward knows all compiled code that it and its backward will want, if what is usual has a gradient: the

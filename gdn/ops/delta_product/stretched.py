@@ -1,7 +1,7 @@
 """Several writes a token as the gated delta rule over a sequence that is n times as long: whatever row serves that rule serves this one.
 
 Token t becomes n tokens: the first carries the decay, the last the query, the others neither. It pays n times for queries that are zero;
-README.md says how much. On a GPU this is the way to the kernels of `gated_delta_rule` (portable.py).
+README.md says how much.
 """
 
 from __future__ import annotations

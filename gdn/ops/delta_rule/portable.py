@@ -24,6 +24,8 @@ Launches, forward: pair (all chunks at once; before many of them gates), output 
 pairs and gradient (all chunks at once); all four for one slab of time after another, the last first, so that no buffer holds the states
 of all chunks (README.md). Long sequences with few heads are cut into segments: then summary and handover come before output, and before
 backward. Sums run in a fixed order and nothing is atomic: the same inputs give the same bits. Launch parameters come from `plan`.
+
+Where a token has several writes (gdn/ops/delta_product), tokens are writes above, and Q, O, A, dO and dQ have only the rows that are read.
 """
 
 from __future__ import annotations
@@ -116,6 +118,8 @@ class Plan:
     """Chunks of a segment, 0 without segments."""
     width: int
     """Chunks of a slab."""
+    writes: int
+    """Of a token; all sizes above count writes."""
     apart: bool
     """Whether the gates have a kernel of their own."""
     launches: dict[str, Launch]
@@ -138,6 +142,11 @@ class Plan:
     @property
     def slabs(self) -> int:
         return -(-self.stretch // self.width)
+
+    @property
+    def reads(self) -> int:
+        """Rows of the queries, outputs and scores of a chunk."""
+        return chunk_reads(self.writes, self.wide)
 
     @property
     def slots(self) -> int:
@@ -166,6 +175,7 @@ def plan(
     wide: bool,
     processors: int,
     room: int,
+    writes: int,
 ) -> Plan:
     """The launch parameters for a shape on a GPU with this many multiprocessors and this much `hardware.room`."""
     processors = processors or 132
@@ -194,6 +204,7 @@ def plan(
         wide=wide,
         S=S,
         width=width,
+        writes=writes,
         apart=gates_apart(chunks * HV),
         launches=table,
     )
@@ -299,6 +310,12 @@ def gates_apart(tiles: int) -> bool:
     return tiles >= 12000
 
 
+def chunk_reads(writes: int, wide: bool) -> int:
+    """Rows for the reads of 64 writes, as many a token: a power of two, and at least the 16 that a product has. 32 for fp32, since the turned
+    scores of 16 rows would have rows of 64 bytes in shared memory beside others of 128 (notes/triton_pipelines.md)."""
+    return max(_power_of_two(-(-CHUNK // writes)), 32 if wide else 16)
+
+
 def _power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
@@ -314,15 +331,16 @@ def _forward(
     chunk_table: Tensor | None,
     chunk_offsets: Tensor | None,
     scale: float,
+    writes: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, final state; saved: one workspace (`_kept`)."""
-    p = _plan(q, v, cu_seqlens, chunk_table)
+    p = _plan(q, v, cu_seqlens, chunk_table, writes)
     q, k, v = _rows(q), _rows(k), _rows(v)
     g, beta = _aligned(g), _aligned(beta)
     initial = None if initial_state is None else _aligned(initial_state)
     schedule, workspace, more = p.prepared(_schedule_forward, _kind(q, k, v, g, beta, scale, initial, keep))
-    o = fresh(v)
+    o = fresh(v) if writes == 1 else v.new_empty(*q.shape[:2], p.HV, p.V)
     final = torch.empty((p.documents, p.HV, p.K, p.V), dtype=torch.float32, device=q.device)
     kept = workspace.allocate(q)
     if p.chunks == 0:
@@ -334,11 +352,11 @@ def _forward(
 
 
 def _backward(args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    q, k, v, g, beta, initial_state, cu_seqlens, chunk_table, chunk_offsets, scale = args
+    q, k, v, g, beta, initial_state, cu_seqlens, chunk_table, chunk_offsets, scale, writes = args
     do, d_final = grads
-    p = _plan(q, v, cu_seqlens, chunk_table)
+    p = _plan(q, v, cu_seqlens, chunk_table, writes)
     q, k, v, g = _rows(q), _rows(k), _rows(v), _aligned(g)
-    do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else _aligned(do)
+    do = v.new_zeros(*q.shape[:2], p.HV, p.V) if do is None else _aligned(do)
     d_final = None if d_final is None else _aligned(d_final)
     dq, dk, dv, dbeta = (fresh(x) for x in (q, k, v, beta))
     d_initial = None if initial_state is None else fresh(initial_state)
@@ -414,7 +432,7 @@ def _schedule_backward(p: Plan, kind: Kind) -> Prepared:
         "d_states": ((p.slots, p.HV, p.V, p.K), narrow),
         "errors": ((p.slots, p.HV, p.V, CHUNK), narrow),
         "pairs": ((p.slots, p.HV, CHUNK, CHUNK), narrow),
-        "d_scores": ((p.slots, p.HV, CHUNK, CHUNK), narrow),
+        "d_scores": ((p.slots, p.HV, p.reads, CHUNK), narrow),
         "between": ((p.runs if p.slabs > 1 else 0, p.HV, p.K, p.V), torch.float32),
     }
     return schedule, _kept(p, narrow, True), (Workspace(handed, {"added": _handed(p)} if p.S else {}, slabs),)
@@ -446,6 +464,8 @@ def _schedule(p: Plan, kind: Kind) -> Schedule:
         SEGMENTS=p.S > 0,
         INITIAL=kind.initial,
         WIDE=p.wide,
+        WRITES=p.writes,
+        READS=p.reads,
     )
 
 
@@ -477,7 +497,7 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
         {
             "phi": ((p.chunks, p.HV, CHUNK, CHUNK), dtype if p.wide or p.K > 128 else torch.float16),
             "units": ((p.chunks, p.HV), torch.float32),
-            "scores": ((p.chunks, p.HV, CHUNK, CHUNK), dtype),
+            "scores": ((p.chunks, p.HV, p.reads, CHUNK), dtype),
             "gates": ((p.chunks, p.HV, GATES, CHUNK), torch.float32),
             "norms": ((p.chunks if p.S else 0, p.HV), torch.float32),
             "crosses": ((p.segments, p.HV), torch.int32),
@@ -489,14 +509,15 @@ def _kept(p: Plan, dtype: torch.dtype, keep: bool) -> Workspace:
     )
 
 
-def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None) -> Plan:
-    B, T, H, K = q.shape
+def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None, writes: int) -> Plan:
+    B, T, HV, V = v.shape
+    H, K = q.shape[2:]
     wide = q.dtype == torch.float32
     index = q.device.index or 0
     gpu = hardware.multiprocessors(index), hardware.room(index)
     if cu_seqlens is None or chunk_table is None:
-        return plan(B, T, B, B * -(-T // CHUNK), H, v.shape[2], K, v.shape[3], False, wide, *gpu)
-    return plan(B, T, cu_seqlens.shape[0] - 1, chunk_table.shape[0], H, v.shape[2], K, v.shape[3], True, wide, *gpu)
+        return plan(B, T, B, B * -(-T // CHUNK), H, HV, K, V, False, wide, *gpu, writes)
+    return plan(B, T, cu_seqlens.shape[0] - 1, chunk_table.shape[0], H, HV, K, V, True, wide, *gpu, writes)
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial: Tensor | None, also: bool) -> Kind:
@@ -515,18 +536,20 @@ def _fake(
     chunk_table: Tensor | None,
     chunk_offsets: Tensor | None,
     scale: float,
+    writes: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     documents = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = q.new_empty((documents, *v.shape[2:3], q.shape[3], v.shape[3]), dtype=torch.float32)
-    return v.new_empty(v.shape), final, q.new_empty(_kept_size(q, v, cu_seqlens, chunk_table, keep), dtype=torch.uint8)
+    o = v.new_empty((*q.shape[:2], *v.shape[2:]))
+    return o, final, q.new_empty(_kept_size(q, v, cu_seqlens, chunk_table, writes, keep), dtype=torch.uint8)
 
 
-def _kept_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None, keep: bool) -> Any:
+def _kept_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None, writes: int, keep: bool) -> Any:
     """Bytes that forward keeps. How it cuts the work follows from its sizes, so where these are symbols, the bytes are a symbol of their own."""
-    sizes = [*q.shape, *v.shape, *(n for x in (cu_seqlens, chunk_table) if x is not None for n in x.shape)]
+    sizes = [writes, *q.shape, *v.shape, *(n for x in (cu_seqlens, chunk_table) if x is not None for n in x.shape)]
     if all(isinstance(n, int) for n in sizes):
-        return _kept(_plan(q, v, cu_seqlens, chunk_table), q.dtype, keep).size
+        return _kept(_plan(q, v, cu_seqlens, chunk_table, writes), q.dtype, keep).size
     return torch.library.get_ctx().new_dynamic_size()
 
 
@@ -551,8 +574,10 @@ def gated_delta_rule(
     scale: float,
     initial_state: Tensor | None,
     packing: Packing | None,
+    writes: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """See `gdn.ops.gated_delta_rule`."""
+    """See `gdn.ops.gated_delta_rule`. With several writes a token k, v, beta and packing have a token for each write, as many in a row as belong
+    to one; q and g have one for all of them, and so has o: it is read after the last, and g is the decay before the first."""
     K, V = q.shape[3], v.shape[3]
     more_k, more_v = -K % 8, -V % 8  # loads take eight elements at a time
     if more_k:
@@ -562,5 +587,5 @@ def gated_delta_rule(
     if initial_state is not None and (more_k or more_v):
         initial_state = F.pad(initial_state, (0, more_v, 0, more_k))
     bounds: tuple[Any, ...] = (None, None, None) if packing is None else (packing.cu_seqlens, packing.chunk_table, packing.chunk_offsets)
-    o, final = _OPAQUE(q, k, v, g, beta, initial_state, *bounds, scale)
+    o, final = _OPAQUE(q, k, v, g, beta, initial_state, *bounds, scale, writes)
     return (o[..., :V], final[..., :K, :V]) if more_k or more_v else (o, final)

@@ -9,12 +9,19 @@ from gdn.core.portable_math import int64
 from gdn.ops.delta_rule.portable_prepare import (
     SMALLEST_LOG_DECAY,
     C,
+    chunk_reads,
     chunk_rows,
+    decays_at,
     divisor,
     load_gate,
     load_last,
+    load_read_gate,
     load_rows,
     pair_decay,
+    read_decay,
+    read_places,
+    store_scores,
+    writes_before,
 )
 from gdn.ops.delta_rule.portable_scan import add_dot, dot, load_square, load_tile, program_place, store_rows
 
@@ -54,12 +61,14 @@ def pairs_kernel(
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    WRITES: tl.constexpr,
+    READS: tl.constexpr,
 ):
     """What one chunk and value head needs no state for. Grid [slots * HV].
 
     With R = U / beta the errors and dU the gradient of U:
 
-        dP_ij = scale exp(G_i - G_j) beta_j dO_i.R_j   (i >= j)        gradient of q_i.k_j, d_scores [slots, HV, 64, 64]
+        dP_ij = scale exp(G_i - G_j) beta_j dO_i.R_j   (i >= j)        gradient of q_i.k_j, d_scores [slots, HV, READS, 64]
         dM_ij = -exp(G_i - G_j) beta_i beta_j dU_i.R_j (i > j)         gradient of k_i.k_j, pairs [slots, HV, 64, 64]
         dbeta = R.dU, which is the diagonal of the product in dM, and for bf16 not the last word (`gradient_kernel`)
 
@@ -75,12 +84,17 @@ def pairs_kernel(
     i = tl.arange(0, C)
     tile = int64(chunk) * HV + hv
     slot = int64(slot) * HV + hv
-    p = tl.zeros((C, C), tl.float32)
+    token, reads = chunk_reads(start, rows, WRITES)
+    p = tl.zeros((C, READS), tl.float32)
     m = tl.zeros((C, C), tl.float32)
     db = tl.zeros((C,), tl.float32)
     for first in tl.range(0, V, BV, num_stages=STAGES):
         error = load_tile(errors, slot, first, V, C, BV, C)
-        p = add_dot(p, load_rows(do + hv * V, start, rows, HV * V, first, V, BV), error, WIDE)
+        do_rows = load_rows(do + hv * V, token, reads, HV * V, first, V, BV, READS)
+        if WRITES == 1:
+            p = add_dot(p, do_rows, error, WIDE)
+        else:  # turned, since products on Hopper have 64 rows
+            p = add_dot(p, tl.trans(error), tl.trans(do_rows), WIDE)
         d_error = load_rows(dv + hv * V, start, rows, HV * V, first, V, BV)
         m = add_dot(m, d_error, error, WIDE)
         if WIDE:
@@ -90,9 +104,16 @@ def pairs_kernel(
     beta = load_gate(gates, tile, 2)
     known = divisor(beta, dv.dtype.element_ty)
     tl.store(dbeta + (start + i) * HV + hv, db / known, mask=i < rows)
-    decay = pair_decay(load_gate(gates, tile, 0), load_gate(gates, tile, 4), WIDE) * beta[None, :]
+    G, G_low = load_gate(gates, tile, 0), load_gate(gates, tile, 4)
+    decay = pair_decay(G, G_low, WIDE) * beta[None, :]
     at = slot * (C * C) + (i[:, None] * C + i[None, :])
-    tl.store(d_scores + at, (p * decay * scale).to(d_scores.dtype.element_ty))
+    if WRITES == 1:
+        tl.store(d_scores + at, (p * decay * scale).to(d_scores.dtype.element_ty))
+    else:
+        place = read_places(start, rows, WRITES, READS)
+        read_G = load_read_gate(gates, tile, start, rows, 0, WRITES, READS)
+        read_low = load_read_gate(gates, tile, start, rows, 4, WRITES, READS)
+        store_scores(d_scores, p * (read_decay(G, G_low, read_G, read_low, place, WIDE) * beta[:, None]) * scale, slot, READS)
     missing = tl.where(known == beta, 1.0, beta)
     m = tl.where(i[:, None] > i[None, :], m * decay * -missing[:, None], 0.0)
     tl.store(pairs + at, m.to(pairs.dtype.element_ty))
@@ -143,6 +164,8 @@ def gradient_kernel(
     PACKED: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    WRITES: tl.constexpr,
+    READS: tl.constexpr,
 ):
     """dq and dk of one chunk and query/key head of a slab, BK of its key columns, summed over the value heads of the group in fp32, and dg.
     Grid [slots * H * 2 * key blocks]: even programs find dq, odd ones dk.
@@ -172,6 +195,14 @@ def gradient_kernel(
         return
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
     first_key = block // 2 * BK
+    token, reads = chunk_reads(start, rows, WRITES)
+    if WRITES > 1:
+        if block % 2 == 0:
+            read_gradient(
+                q, k, g, gates, do, states, d_scores, dq, dg, start, rows, chunk, place, block, h, scale, tokens // WRITES, q_stride, k_stride,
+                H, HV, GROUP, K, V, BK, BV, WIDE, STAGES, WRITES, READS,
+            )  # fmt: skip
+            return
     i = tl.arange(0, C)
     inside = i < rows
     total = tl.zeros((C, BK), tl.float32)
@@ -180,10 +211,10 @@ def gradient_kernel(
         tile = int64(chunk) * HV + hv
         slot = int64(place) * HV + hv
         k_rows = load_rows(k + h * K, start, rows, k_stride, first_key, K, BK)
-        q_rows = load_rows(q + h * K, start, rows, q_stride, first_key, K, BK)
+        q_rows = load_rows(q + h * K, token, reads, q_stride, first_key, K, BK, READS)
         gamma = load_gate(gates, tile, 1)
         part = tl.zeros((C, BK), tl.float32)
-        if block % 2 == 0:
+        if WRITES == 1 and block % 2 == 0:
             for first in tl.range(0, V, BV, num_stages=STAGES):
                 do_rows = load_rows(do + hv * V, start, rows, HV * V, first, V, BV)
                 part = add_dot(part, do_rows, load_block(states, slot, first, first_key, V, K, BV, BK), WIDE)
@@ -203,6 +234,10 @@ def gradient_kernel(
                 d_error = load_rows(dv + hv * V, start, rows, HV * V, first, V, BV)
                 part = add_dot(part, d_error, load_block(states, slot, first, first_key, V, K, BV, BK), WIDE)
             dm = load_square(pairs, slot)
+            if WIDE and WRITES > 1:
+                within = _same_token(start, WRITES)
+                total += dot(tl.where(within, dm + tl.trans(dm), 0.0), k_rows, WIDE)
+                dm = tl.where(within, 0.0, dm)
             part = add_dot(part * -gamma[:, None], dm, k_rows, WIDE)
             total += part
             dG = tl.sum(part * k_rows.to(tl.float32), 1)
@@ -212,10 +247,15 @@ def gradient_kernel(
                 part = add_dot(part, error, load_block(d_states, slot, first, first_key, V, K, BV, BK), WIDE)
             part *= (load_gate(gates, tile, 3) * beta)[:, None]
             onward = tl.sum(part * k_rows.to(tl.float32), 1)
-            d_score = load_square(d_scores, slot)
+            d_score = load_square(d_scores, slot, READS)
             if WIDE:
-                total += part + diagonal(d_score)[:, None] * q_rows
-                part = dot(tl.trans(below_diagonal(d_score)), q_rows, WIDE)
+                if WRITES == 1:
+                    total += part + diagonal(d_score)[:, None] * q_rows
+                    part = dot(tl.trans(below_diagonal(d_score)), q_rows, WIDE)
+                else:
+                    within = _of_the_token(start, rows, WRITES, READS)
+                    total = add_dot(total + part, tl.trans(tl.where(within, d_score, 0.0)), q_rows, WIDE)
+                    part = dot(tl.trans(tl.where(within, 0.0, d_score)), q_rows, WIDE)
                 before = tl.sum(tl.where(i[:, None] > i[None, :], onward[None, :], 0.0), 1)
                 last = 0.0
             else:
@@ -236,13 +276,96 @@ def gradient_kernel(
                 state = load_block(states, slot, first, first_key, V, K, BV, BK).to(tl.float32)
                 overlap += tl.sum(state * load_block(d_states, slot, first, first_key, V, K, BV, BK).to(tl.float32), 1)
             dG += tl.where(i == C - 1, last + load_last(gates, tile) * tl.sum(overlap, 0), 0.0)
-        at = (start + i) * HV + hv
-        kept = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) >= SMALLEST_LOG_DECAY
-        tl.store(dg + (int64(block) * tokens * HV + at), tl.where(kept, tl.cumsum(dG, 0, reverse=True) + before, 0.0), mask=inside)
+        at, decaying = decays_at(start, i, rows, HV, hv, WRITES)
+        kept = tl.load(g + at, mask=decaying, other=0.0).to(tl.float32) >= SMALLEST_LOG_DECAY
+        share = dg + (int64(block) * (tokens if WRITES == 1 else tokens // WRITES) * HV + at)
+        tl.store(share, tl.where(kept, tl.cumsum(dG, 0, reverse=True) + before, 0.0), mask=decaying)
     c = (first_key + tl.arange(0, BK))[None, :]
     out = (start * H + h) * K + (i[:, None] * (H * K) + c)
     mask = inside[:, None] & (c < K)
     tl.store((dq if block % 2 == 0 else dk) + out, total.to(dq.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def read_gradient(
+    q,
+    k,
+    g,
+    gates,
+    do,
+    states,
+    d_scores,
+    dq,
+    dg,
+    start,
+    rows,
+    chunk,
+    place,
+    block,
+    h,
+    scale,
+    tokens,
+    q_stride,
+    k_stride,
+    H,
+    HV,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+    WRITES: tl.constexpr,
+    READS: tl.constexpr,
+):
+    """What an even program of `gradient_kernel` does where a token has several writes: dq of the tokens that are read in the chunk, turned,
+    [BK, READS], and the share in dg of those whose first write is in it. Both are among its first READS tokens."""
+    first_key = block // 2 * BK
+    token, reads = chunk_reads(start, rows, WRITES)
+    before = writes_before(start, WRITES)
+    j = tl.arange(0, READS)
+    total = tl.zeros((BK, READS), tl.float32)
+    for member in tl.range(0, GROUP, num_stages=1, disable_licm=True):
+        hv = h * GROUP + member
+        slot = int64(place) * HV + hv
+        k_rows = load_rows(k + h * K, start, rows, k_stride, first_key, K, BK)
+        q_rows = load_rows(q + h * K, token, reads, q_stride, first_key, K, BK, READS)
+        part = tl.zeros((BK, READS), tl.float32)
+        for first in tl.range(0, V, BV, num_stages=STAGES):
+            do_rows = load_rows(do + hv * V, token, reads, HV * V, first, V, BV, READS)
+            part = add_dot(part, tl.trans(load_block(states, slot, first, first_key, V, K, BV, BK)), tl.trans(do_rows), WIDE)
+        part *= (load_read_gate(gates, int64(chunk) * HV + hv, start, rows, 1, WRITES, READS) * scale)[None, :]
+        d_score = load_square(d_scores, slot, READS)
+        if WIDE:
+            within = _of_the_token(start, rows, WRITES, READS)
+            total = add_dot(total, tl.trans(k_rows), tl.trans(tl.where(within, d_score, 0.0)), WIDE)
+            d_score = tl.where(within, 0.0, d_score)
+        part = add_dot(part, tl.trans(k_rows), tl.trans(d_score), WIDE)
+        total += part
+        dG = tl.sum(part * tl.trans(q_rows).to(tl.float32), 0)
+        at = (token + j) * HV + hv
+        first_write = j * WRITES - before
+        decaying = (first_write >= 0) & (first_write < tl.minimum(rows, C))
+        kept = tl.load(g + at, mask=decaying, other=0.0).to(tl.float32) >= SMALLEST_LOG_DECAY
+        tl.store(dg + (int64(block) * tokens * HV + at), tl.where(kept, tl.cumsum(dG, 0, reverse=True), 0.0), mask=decaying)
+    c = (first_key + tl.arange(0, BK))[:, None]
+    out = (token * H + h) * K + (j[None, :] * (H * K) + c)
+    tl.store(dq + out, total.to(dq.dtype.element_ty), mask=(j < reads)[None, :] & (c < K))
+
+
+@triton.jit
+def _of_the_token(start, rows, WRITES: tl.constexpr, READS: tl.constexpr):
+    """Which writes of a chunk are of the token of each read, [READS, 64]."""
+    place, i = read_places(start, rows, WRITES, READS)[:, None], tl.arange(0, C)[None, :]
+    return (i <= place) & (i > place - WRITES)
+
+
+@triton.jit
+def _same_token(start, WRITES: tl.constexpr):
+    """Which writes of a chunk are of one token, [64, 64]."""
+    token = (writes_before(start, WRITES) + tl.arange(0, C)) // WRITES
+    return token[:, None] == token[None, :]
 
 
 @triton.jit

@@ -6,6 +6,10 @@ Letters of one chunk of C = 64 tokens and one value head (derivation in portable
     M      strictly lower, M_ij = exp(G_i - G_j) k_i.k_j
     Phi    strictly lower, (I + M diag(beta))^-1 M
     A      lower, A_ij = scale exp(G_i - G_j) q_i.k_j
+
+Where a token writes WRITES times (gdn/ops/delta_product), tokens are writes here, but for q, do, o and g, which have one row for each token that
+is read: after its last write. A chunk has 64 writes and up to READS such rows, a power of two (`chunk_reads`), and A is [READS, 64]. A token's
+decay belongs to its first write. With WRITES = 1 nothing of this is compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from gdn.core.portable_math import exp, int64
 
 C = tl.constexpr(64)
 GATES = tl.constexpr(5)
+ONE = tl.constexpr(1)
 SMALLEST_LOG_DECAY = tl.constexpr(-64.0)
 
 
@@ -38,13 +43,49 @@ def chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED: tl.constexpr)
 
 
 @triton.jit
-def load_rows(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns first .. first + BLOCK of the [64, WIDTH] rows of a chunk; zero beyond the last token and beyond WIDTH.
+def chunk_reads(start, rows, WRITES: tl.constexpr):
+    """The first token of a chunk that begins at write `start` and has `rows` writes left (maybe more than 64), and how many tokens are read in
+    it: row j of its reads is token + j. The last of these tokens may have its other writes in the chunk before. A chunk of 64 writes may have no read if
+    a token has more."""
+    if WRITES == 1:
+        return start, rows
+    else:
+        token = start // WRITES
+        return token, (writes_before(start, WRITES) + tl.minimum(rows, C)) // WRITES
+
+
+@triton.jit
+def writes_before(start, WRITES: tl.constexpr):
+    """How many writes of its token lie before write `start`."""
+    return (start % WRITES).to(tl.int32)
+
+
+@triton.jit
+def read_places(start, rows, WRITES: tl.constexpr, READS: tl.constexpr):
+    """The write in a chunk after which each of its rows is read; -1 for rows beyond the last."""
+    j = tl.arange(0, READS)
+    _, reads = chunk_reads(start, rows, WRITES)
+    return tl.where(j < reads, j * WRITES + (WRITES - 1 - writes_before(start, WRITES)), -1)
+
+
+@triton.jit
+def decays_at(start, i, rows, HV, hv, WRITES: tl.constexpr):
+    """Where the log decays of writes i of a chunk lie in g [tokens, HV], and which writes have one: the first of each token."""
+    if WRITES == 1:
+        return (start + i) * HV + hv, i < rows
+    else:
+        place = writes_before(start, WRITES) + i
+        return (start // WRITES + place // WRITES) * HV + hv, (i < rows) & (place % WRITES == 0)
+
+
+@triton.jit
+def load_rows(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr = C):
+    """Columns first .. first + BLOCK of the [ROWS, WIDTH] rows of a chunk; zero beyond the last token and beyond WIDTH.
 
     Strides are multiples of 8 elements, and said to be: a stride of 1800 alone would not be known to keep 16-byte alignment, and the
     loads would go element by element, four times slower.
     """
-    i = tl.arange(0, C)
+    i = tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
     stride = stride // 8 * 8
     at = base + start * stride + first + (i[:, None] * stride + c[None, :])
@@ -55,9 +96,12 @@ def load_rows(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def load_rows_again(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows_again(base, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr = C):
     """The same, but rows beyond the last token repeat it: one comparison less for each load. For products in which such rows meet a zero."""
-    i = tl.minimum(tl.arange(0, C), rows - 1)
+    if ROWS == C:
+        i = tl.minimum(tl.arange(0, ROWS), rows - 1)
+    else:
+        i = tl.minimum(tl.arange(0, ROWS), tl.maximum(rows - 1, 0))  # a chunk may have no read
     c = tl.arange(0, BLOCK)
     stride = stride // 8 * 8
     at = base + start * stride + first + (i[:, None] * stride + c[None, :])
@@ -96,6 +140,16 @@ def load_gate(gates, tile, WHICH: tl.constexpr):
 
 
 @triton.jit
+def load_read_gate(gates, tile, start, rows, WHICH: tl.constexpr, WRITES: tl.constexpr, READS: tl.constexpr):
+    """The same where the tokens of a chunk are read; 0 beyond the last."""
+    if WRITES == 1:
+        return load_gate(gates, tile, WHICH)
+    else:
+        place = read_places(start, rows, WRITES, READS)
+        return tl.load(gates + tile * (GATES * C) + WHICH * C + place, mask=place >= 0, other=0.0)
+
+
+@triton.jit
 def divisor(beta, dtype: tl.constexpr):
     """beta, or 1 where it is tiny: what may be divided by after a product with it was rounded to dtype. 1 in fp16, where what is below 2^-14
     loses digits: a gradient sooner if it is multiplied by beta."""
@@ -113,10 +167,10 @@ def load_last(gates, tile):
 
 
 @triton.jit
-def store_gates(g, gates, cu_seqlens, chunk_table, T, per_row, HV, BH: tl.constexpr, PACKED: tl.constexpr):
+def store_gates(g, gates, cu_seqlens, chunk_table, T, per_row, HV, BH: tl.constexpr, PACKED: tl.constexpr, WRITES: tl.constexpr = ONE):
     """The gates of BH value heads of a chunk, but for beta. Grid [chunks * head blocks].
 
-    Returns where the heads' tokens are [64, BH], whether they are, and where their gates lie."""
+    Returns where the heads' tokens (their writes) are [64, BH], whether they are, and where their gates lie."""
     blocks = (HV + BH - 1) // BH
     chunk = tl.program_id(0) // blocks
     start, rows = chunk_rows(chunk, cu_seqlens, chunk_table, T, per_row, PACKED)
@@ -124,7 +178,12 @@ def store_gates(g, gates, cu_seqlens, chunk_table, T, per_row, HV, BH: tl.conste
     hv = tl.program_id(0) % blocks * BH + tl.arange(0, BH)[None, :]
     valid = (i < rows) & (hv < HV)
     at = start * HV + (i * HV + hv)
-    G, gamma, D, G_low = chunk_gates(tl.load(g + at, mask=valid, other=0.0), valid)
+    if WRITES == 1:
+        log_decay = tl.load(g + at, mask=valid, other=0.0)
+    else:
+        g_at, decaying = decays_at(start, i, rows, HV, hv, WRITES)
+        log_decay = tl.load(g + g_at, mask=decaying & (hv < HV), other=0.0)
+    G, gamma, D, G_low = chunk_gates(log_decay, valid)
     out = gates + (int64(chunk) * HV * (GATES * C) + hv * (GATES * C) + i)
     tl.store(out, G, mask=hv < HV)
     tl.store(out + C, gamma, mask=hv < HV)
@@ -145,13 +204,14 @@ def gates_kernel(
     HV,
     BH: tl.constexpr,
     PACKED: tl.constexpr,
+    WRITES: tl.constexpr,
 ):
     """The gates of `pair_kernel`, for BH value heads of a chunk. Grid [chunks * head blocks].
 
     Where a multiprocessor has many programs of the pair kernel one after another, each waits twice for a sum over its warps; here all heads
     wait once.
     """
-    at, valid, out = store_gates(g, gates, cu_seqlens, chunk_table, T, per_row, HV, BH, PACKED)
+    at, valid, out = store_gates(g, gates, cu_seqlens, chunk_table, T, per_row, HV, BH, PACKED, WRITES)
     hv = tl.program_id(0) % ((HV + BH - 1) // BH) * BH + tl.arange(0, BH)[None, :]
     tl.store(out + 2 * C, tl.load(beta + at, mask=valid, other=0.0).to(tl.float32), mask=hv < HV)
 
@@ -182,6 +242,8 @@ def pair_kernel(
     APART: tl.constexpr,
     NORMS: tl.constexpr,
     WIDE: tl.constexpr,
+    WRITES: tl.constexpr,
+    READS: tl.constexpr,
 ):
     """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head. Grid [chunks * HV]. APART: `gates_kernel` found the gates.
 
@@ -207,19 +269,27 @@ def pair_kernel(
     if APART:
         strength = load_gate(gates, tile, 2)
     else:
-        log_decay = tl.load(g + at, mask=i < rows, other=0.0)
+        g_at, decaying = decays_at(start, i, rows, HV, hv, WRITES)
+        log_decay = tl.load(g + g_at, mask=decaying, other=0.0)
         strength = tl.load(beta + at, mask=i < rows, other=0.0).to(tl.float32)
     q += hv // GROUP * K
     k += hv // GROUP * K
+    token, reads = chunk_reads(start, rows, WRITES)
     k_rows = load_rows(k, start, rows, k_stride, 0, K, BK)
-    q_rows = load_rows(q, start, rows, q_stride, 0, K, BK)
+    q_rows = load_rows(q, token, reads, q_stride, 0, K, BK, READS)
     kk = tl.dot(k_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
-    qk = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
+    if WRITES == 1:
+        qk = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee" if WIDE else "tf32")
+    else:  # turned, since products on Hopper have 64 rows
+        qk = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee" if WIDE else "tf32")
     for first in tl.static_range(BK, K, BK):
         k_rows = load_rows(k, start, rows, k_stride, first, K, BK)
-        q_rows = load_rows(q, start, rows, q_stride, first, K, BK)
+        q_rows = load_rows(q, token, reads, q_stride, first, K, BK, READS)
         kk = tl.dot(k_rows, tl.trans(k_rows), kk, input_precision="ieee" if WIDE else "tf32")
-        qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
+        if WRITES == 1:
+            qk = tl.dot(q_rows, tl.trans(k_rows), qk, input_precision="ieee" if WIDE else "tf32")
+        else:
+            qk = tl.dot(k_rows, tl.trans(q_rows), qk, input_precision="ieee" if WIDE else "tf32")
     if APART:
         G, G_low = load_gate(gates, tile, 0), load_gate(gates, tile, 4)
     else:
@@ -235,10 +305,19 @@ def pair_kernel(
     kk = kk * (1.0 / length)[:, None] * (1.0 / length)[None, :]
     at = tile * (C * C) + (i[:, None] * C + i[None, :])
     decay = pair_decay(G, G_low, WIDE)
-    tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
+    if WRITES == 1:
+        tl.store(scores + at, (qk * decay * scale).to(scores.dtype.element_ty))
     if NORMS:
         growth = tl.log(tl.maximum(tl.abs(1.0 - strength * square), 1.0, propagate_nan=tl.PropagateNan.ALL))
         tl.store(norms + tile, tl.sum(growth, 0) + tl.sum(tl.where(i == C - 1, G + G_low, 0.0), 0))
+    if WRITES > 1:
+        place = read_places(start, rows, WRITES, READS)
+        here = i[:, None] == place[None, :]
+        if WIDE:
+            read_G, read_low = tl.sum(tl.where(here, G[:, None], 0.0), 0), tl.sum(tl.where(here, G_low[:, None], 0.0), 0)
+        else:
+            read_G, read_low = tl.sum(tl.where(here, (G + G_low)[:, None], 0.0), 0), tl.zeros((READS,), tl.float32)
+        store_scores(scores, qk * read_decay(G, G_low, read_G, read_low, place, WIDE) * scale, tile, READS)
     m = tl.where(i[:, None] > i[None, :], kk * decay, 0.0)
     negative = m * (-strength * square)[None, :]
     if WIDE:
@@ -284,6 +363,25 @@ def pair_decay(G, G_low, WIDE: tl.constexpr):
     else:
         between = (G + G_low)[:, None] - (G + G_low)[None, :]
         return tl.exp(tl.where(i[:, None] >= i[None, :], between, float("-inf")))
+
+
+@triton.jit
+def read_decay(G, G_low, read_G, read_low, place, WIDE: tl.constexpr):
+    """The decay between write and read, turned: exp(G_place - G_i) for i <= place, else 0."""
+    later = tl.arange(0, C)[:, None] <= place[None, :]
+    if WIDE:
+        between = (read_G[None, :] - G[:, None]) + (read_low[None, :] - G_low[:, None])
+        return tl.where(later, exp(between), 0.0)
+    else:
+        between = (read_G + read_low)[None, :] - (G + G_low)[:, None]
+        return tl.exp(tl.where(later, between, float("-inf")))
+
+
+@triton.jit
+def store_scores(base, x, tile, READS: tl.constexpr):
+    """Store [64, READS], turned."""
+    at = tile * (READS * C) + (tl.arange(0, READS)[None, :] * C + tl.arange(0, C)[:, None])
+    tl.store(base + at, x.to(base.dtype.element_ty))
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from gdn.core.portable_math import int64
-from gdn.ops.delta_rule.portable_prepare import C, divisor, fitting, load_gate, load_last, load_rows_again
+from gdn.ops.delta_rule.portable_prepare import C, chunk_reads, divisor, fitting, load_gate, load_last, load_read_gate, load_rows_again
 
 FORGOTTEN = tl.constexpr(-20.0)
 
@@ -135,19 +135,20 @@ def store_tile(base, x, tile, first, V: tl.constexpr, WIDTH: tl.constexpr, BV: t
 
 
 @triton.jit
-def store_rows(base, x, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Store [BLOCK, 64], transposed, as columns first .. of the rows of a chunk."""
-    i = tl.arange(0, C)[:, None]
+def store_rows(base, x, start, rows, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr = C):
+    """Store [BLOCK, ROWS], transposed, as columns first .. of the rows of a chunk."""
+    i = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     at = base + start * stride + first + (i * stride + c)
     tl.store(at, tl.trans(x).to(base.dtype.element_ty), mask=(i < rows) & (c + first < WIDTH))
 
 
 @triton.jit
-def load_square(base, tile):
-    """A [64, 64] tile."""
-    i = tl.arange(0, C)
-    return tl.load(base + tile * (C * C) + (i[:, None] * C + i[None, :]))
+def load_square(base, tile, ROWS: tl.constexpr = C):
+    """A [64, 64] tile, or one of fewer rows."""
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, C)
+    return tl.load(base + tile * (ROWS * C) + (i[:, None] * C + j[None, :]))
 
 
 @triton.jit
@@ -233,6 +234,8 @@ def output_kernel(
     INITIAL: tl.constexpr,
     MIDWAY: tl.constexpr,
     WIDE: tl.constexpr,
+    WRITES: tl.constexpr,
+    READS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """o and the final states; with MIDWAY also midway [slabs - 1, runs, HV, K, V], the states inside a run where a slab of the backward
@@ -279,16 +282,18 @@ def output_kernel(
                 beta = load_gate(gates, tile, 2)[None, :]
                 z = turned_less(v_rows, recalled, not WIDE and (BV >= 128 or BK <= 128), BK <= 128)
                 u = minus_solved(z, z * beta, tl.trans(load_square(phi, tile)), units, tile, WIDE) * beta
-                q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
+                first_read, reads = chunk_reads(start, rows, WRITES)
+                q_rows = load_rows_again(q + h * K, first_read, reads, q_stride, 0, K, BK, READS)
                 out_scale = scale
                 if BK > 128:  # rounded once more, as halves to be another number: kept, it takes registers that are needed in between
                     narrow = (state * 0.5).to(k_rows.dtype)
                     out_scale = scale * 2.0
-                out = dot(narrow, tl.trans(q_rows), WIDE) * (load_gate(gates, tile, 1) * out_scale)[None, :]
-                out = add_dot(out, u.to(k_rows.dtype), tl.trans(load_square(scores, tile)), WIDE)
+                gamma = load_read_gate(gates, tile, start, rows, 1, WRITES, READS)
+                out = dot(narrow, tl.trans(q_rows), WIDE) * (gamma * out_scale)[None, :]
+                out = add_dot(out, u.to(k_rows.dtype), tl.trans(load_square(scores, tile, READS)), WIDE)
                 u *= load_gate(gates, tile, 3)[None, :]
                 state = add_dot(state * load_last(gates, tile), u.to(k_rows.dtype), k_rows, WIDE)
-                store_rows(o + hv * V, out, start, rows, HV * V, first, V, BV)
+                store_rows(o + hv * V, out, first_read, reads, HV * V, first, V, BV, READS)
         if (low < high and high == c1) or (c0 == c1 and low == c0):  # chunks beyond the end may bring an empty last document up again
             store_state(final + slot * (K * V), state, first, K, V, BK, BV)
 
@@ -582,6 +587,8 @@ def backward_kernel(
     FINAL: tl.constexpr,
     INITIAL: tl.constexpr,
     WIDE: tl.constexpr,
+    WRITES: tl.constexpr,
+    READS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """The gradient of the state after each chunk of a slab, d_states [slots, HV, V, K], dv = beta dU (dU where `divisor` is 1), and d_initial.
@@ -618,14 +625,17 @@ def backward_kernel(
             narrow = state.to(k_rows.dtype)
             store_tile(d_states, narrow, int64(chunk + offset) * HV + hv, first, V, K, BV, BK)
             x = dot(narrow, tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
-            do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
-            x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
+            first_read, reads = chunk_reads(start, rows, WRITES)
+            do_columns = tl.trans(load_rows_again(do + hv * V, first_read, reads, HV * V, first, V, BV, READS))
+            x = add_dot(x, do_columns, load_square(scores, tile, READS), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
             x = minus_solved(x, x * beta, load_square(phi, tile), units, tile, WIDE)
             store_rows(dv + hv * V, x * divisor(beta, dv.dtype.element_ty), start, rows, HV * V, first, V, BV)
             gamma = load_gate(gates, tile, 1)[None, :]
-            q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
+            q_rows = load_rows_again(q + h * K, first_read, reads, q_stride, 0, K, BK, READS)
             x *= gamma * -beta
+            if WRITES > 1:
+                gamma = load_read_gate(gates, tile, start, rows, 1, WRITES, READS)[None, :]
             state = add_dot(state * load_last(gates, tile), (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype), q_rows, WIDE)
             state = add_dot(state, x.to(k_rows.dtype), k_rows, WIDE)
         if INITIAL:
@@ -667,6 +677,8 @@ def backward_summary_kernel(
     PACKED: tl.constexpr,
     FINAL: tl.constexpr,
     WIDE: tl.constexpr,
+    WRITES: tl.constexpr,
+    READS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """The part N of the state gradient R^T dS + N that a segment hands to the one before it. Grid [(segments - 1) * HV * value blocks].
@@ -701,13 +713,16 @@ def backward_summary_kernel(
             tile = int64(chunk) * HV + hv
             k_rows = load_rows_again(k + h * K, start, rows, k_stride, 0, K, BK)
             x = dot(state.to(k_rows.dtype), tl.trans(k_rows), WIDE) * load_gate(gates, tile, 3)[None, :]
-            do_columns = tl.trans(load_rows_again(do + hv * V, start, rows, HV * V, first, V, BV))
-            x = add_dot(x, do_columns, load_square(scores, tile), WIDE)
+            first_read, reads = chunk_reads(start, rows, WRITES)
+            do_columns = tl.trans(load_rows_again(do + hv * V, first_read, reads, HV * V, first, V, BV, READS))
+            x = add_dot(x, do_columns, load_square(scores, tile, READS), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
             x = minus_solved(x, x * beta, load_square(phi, tile), units, tile, WIDE)
             gamma = load_gate(gates, tile, 1)[None, :]
-            q_rows = load_rows_again(q + h * K, start, rows, q_stride, 0, K, BK)
+            q_rows = load_rows_again(q + h * K, first_read, reads, q_stride, 0, K, BK, READS)
             x *= gamma * -beta
+            if WRITES > 1:
+                gamma = load_read_gate(gates, tile, start, rows, 1, WRITES, READS)[None, :]
             state = add_dot(state * load_last(gates, tile), (do_columns.to(tl.float32) * (gamma * scale)).to(k_rows.dtype), q_rows, WIDE)
             state = add_dot(state, x.to(k_rows.dtype), k_rows, WIDE)
         store_state(added + (int64(index) * HV + hv) * (K * V), state, first, K, V, BK, BV)
