@@ -11,8 +11,8 @@ is timed, so nothing is compiled or tuned for them, and float64 needs no more th
 N(0, 0.02^2) for them, since they depend on the weights more than on the code (notes/errors_at_the_start.md).
 
 The default shapes are those of the paper's throughput figure. FLA compiles and tunes for three minutes in its first step, for less than
-two and a half where sixteen processes compile (`--compilers`; its row says so, 0 gives the step as a user has it); all defaults take about 8
-minutes with a cold cache. The Transformer++ is our model with full attention through torch's flash kernel. "blocks" is compiled one block at a
+two and a half where sixteen processes compile (`--compilers`; its row says so, 0 gives the step as a user has it); all defaults take four to
+five minutes with fourteen. The Transformer++ is our model with full attention through torch's flash kernel. "blocks" is compiled one block at a
 time (`LM.compile_blocks`), "compiled" as one graph.
 """
 

@@ -4,7 +4,7 @@ Queries and keys are normalised and both gates computed by programs of one kerne
 itself comes from its table. Gradients of A_log and dt_bias are summed by at most `PARTS` programs over their tokens, then over the programs.
 
 What is not fused, and why, by an H200 at 8 x 4096 tokens with 16/32 heads of 128: the core takes 862 us and the rule 735 of them. The rest is
-nearly all the 537 MB of queries and keys read and written once, 128 us at the copy bandwidth; a layer with a convolution does not pay them,
+nearly all the 537 MB of queries and keys read and written once, 127 us at the copy bandwidth; a layer with a convolution does not pay them,
 since `convolved_qkv` normalises what it has in registers. Both gates are 33 us forward and backward, of 4138.
 """
 
