@@ -68,9 +68,13 @@ def size(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+STEPS = [(B, 1, storage, 0) for storage in (f32, bf16) for B in (1, 32, 256)] + [(256, 1, f32, 300), (32, 4, f32, 0)]
+"""Sequences, tokens of each, what memories are stored in, and memories of a pool."""
+
+
 def steps() -> list[Row]:
     found = []
-    for B, T, storage, pool in ((1, 1, f32, 0), (32, 1, f32, 0), (256, 1, f32, 0), (256, 1, bf16, 0), (256, 1, f32, 300), (32, 4, f32, 0)):
+    for B, T, storage, pool in STEPS:
 
         def make(B: int = B, T: int = T, storage: torch.dtype = storage, pool: int = pool, HV: int = 32) -> dict[str, Any]:
             H, K, V = HV // 2, 128, 128
@@ -404,7 +408,7 @@ def of_fla() -> dict[str, Callable[..., Any]]:
 def call_of(row: Row) -> Call:
     if not row.backward:  # nothing requires a gradient
         return lambda: row.call(**row.arguments)
-    arguments = {n: change(v, lambda t: t.detach().requires_grad_()) for n, v in row.arguments.items()}
+    arguments = {n: v if n in FIXED else change(v, lambda t: t.detach().requires_grad_()) for n, v in row.arguments.items()}
     leaves = leaves_of(arguments)
     slopes: list[Tensor] = []
 

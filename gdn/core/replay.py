@@ -11,9 +11,9 @@ allocates anew and takes the current stream: no address and no tensor outlives i
 
 What cannot be replayed runs as if this file were not there: calls on the CPU, under torch.compile, functorch or a dispatch mode, those of
 tensor subclasses, and those in which anything else happened to tensors, such as reading a value. A host promises (`replay=True` there) that
-it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. One that frees buffers early should not:
-in a replay they live as long as the operator's call. A call that raises leaves nothing behind. `forget` drops all, as `use` and
-`Op.register` do.
+it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. A replay allocates a buffer where it is
+first needed and frees it after its last use, whatever the host did. A call that raises leaves nothing behind. `forget` drops all, as `use`
+and `Op.register` do.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ Tensors = Sequence[Tensor]
 
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
 _TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+"""The last thing that `matmul` does: a view that torch does not call one."""
 _SMALL, _ALIGNMENT = 1 << 20, 256
 """Bytes."""
 _UNFORESEEABLE = {getattr(torch.Tag, name) for name in _TAGS}
@@ -75,16 +77,28 @@ class _Launch:
     def tensors(self) -> list[int]:
         return [a[0] for a in self.arguments if isinstance(a, tuple)]
 
+    def write(self, source: Source) -> None:
+        arguments = [source.address(*a) if isinstance(a, tuple) else source.constant(a[0]) for a in self.arguments]
+        source.launch(self.start, self.grid, self.between, arguments, self.packed)
+
 
 @dataclass(frozen=True)
 class _Operator:
     function: Callable[..., Any]
     arguments: list[Any]
     named: dict[str, Any]
-    tensors: list[tuple[int, int]]
+    places: list[tuple[int, int]]
     """Which argument is which tensor."""
     makes: int | None
     """A new tensor; or it writes into an argument."""
+
+    def tensors(self) -> list[int]:
+        return [i for _, i in self.places] + ([] if self.makes is None else [self.makes])
+
+    def write(self, source: Source) -> None:
+        places = dict(self.places)
+        arguments = [f"x{places[n]}" if n in places else source.constant(a) for n, a in enumerate(self.arguments)]
+        source.operator(self.makes, getattr(self.function, "_op", self.function), arguments, self.named)  # an overload calls this
 
 
 class _Fresh(NamedTuple):
@@ -114,28 +128,29 @@ class Recording:
     def body(self) -> Body:
         """It, done again. An allocation takes half as long as a launch: small tensors that only kernels see are parts of one."""
         source = Source(self.device, self.given)
-        launched = {i for step in self.steps if isinstance(step, _Launch) for i in step.tensors()}
-        seen = {i for step in self.steps if isinstance(step, _Operator) for _, i in step.tensors}
-        seen |= {self.results} if isinstance(self.results, int) else set(self.results)
-        parts = [i for i, x in self.fresh.items() if i in launched - seen and x.bytes <= _SMALL]
+        results = {self.results} if isinstance(self.results, int) else {i for i in self.results if i is not None}
+        seen = results.union(*(step.tensors() for step in self.steps if isinstance(step, _Operator)))
+        uses = [(i, n) for n, step in enumerate(self.steps) for i in step.tensors()]
+        first, last = dict(reversed(uses)), dict(uses)
+        parts = [i for i, x in self.fresh.items() if i in first and i not in seen and x.bytes <= _SMALL]
         if len(parts) > 1:
             size = 0
             for i in parts:
                 source.part(i, self.count, size)
                 size += -(-self.fresh[i].bytes // _ALIGNMENT) * _ALIGNMENT
             source.allocate(self.count, (size,), (1,), torch.uint8)
-            launched -= {*parts}
-        for i, x in self.fresh.items():
-            if i in launched | seen:
+        else:
+            parts = []
+        for n, step in enumerate(self.steps):
+            for i, x in self.fresh.items():
+                if first.get(i) == n and i not in parts:
+                    source.allocate(i, x.shape, x.strides, x.dtype)
+            step.write(source)
+            source.free([i for i, end in last.items() if end == n and i >= self.given and i not in results and i not in parts])
+        for i in results - first.keys():  # what has no elements
+            if i in self.fresh:
+                x = self.fresh[i]
                 source.allocate(i, x.shape, x.strides, x.dtype)
-        for step in self.steps:
-            if isinstance(step, _Launch):
-                arguments = [source.address(*a) if isinstance(a, tuple) else source.constant(a[0]) for a in step.arguments]
-                source.launch(step.start, step.grid, step.between, arguments, step.packed)
-            else:
-                tensors = dict(step.tensors)
-                arguments = [f"x{tensors[n]}" if n in tensors else source.constant(a) for n, a in enumerate(step.arguments)]
-                source.operator(step.makes, getattr(step.function, "_op", step.function), arguments, step.named)  # an overload calls this
         return source.finish(self.results)
 
     def known(self) -> Known:
@@ -162,6 +177,8 @@ class Recorder(_Mode):
         self._memory: dict[int, int | None] = {}
         self._fresh: list[int] = []
         self._made: set[int] = set()
+        self._parts: set[int | None] = set()
+        """Views of what was given."""
         self._steps: list[_Launch | _Operator] = []
         for x in tensors:
             self._hold(x)
@@ -170,7 +187,7 @@ class Recorder(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         out = func(*args, **named)
-        if func.is_view:
+        if func.is_view or func is _UNSAFE_VIEW:
             return out  # `_base` finds it by its memory if it is used
         if not isinstance(out, Tensor) or out.device != self._device or _UNFORESEEABLE.intersection(func.tags):
             self.refused = True
@@ -188,7 +205,7 @@ class Recorder(_Mode):
 
     def finish(self, results: Sequence[Tensor | None]) -> Recording | None:
         places = [None if x is None else self._place(x) for x in results]
-        if self.refused:
+        if self.refused or not self._parts.isdisjoint(places):
             return None
         fresh = {i: _fresh(self._held[i]) for i in self._fresh}
         return Recording(self._device, self._given, len(self._held), fresh, self._steps, places)
@@ -230,23 +247,30 @@ class Recorder(_Mode):
         return base, offset
 
     def _place(self, x: Tensor) -> int:
-        """Which tensor x is. A view of a tensor that was made here is one more."""
+        """Which tensor x is. A view is one more."""
         known = self._names.get(id(x))
         if known is not None:
             return known
         base = self._base(x)
         held = self._held[base]
-        if x.dtype != held.dtype or base < self._given:
+        if x.dtype != held.dtype:
             self.refused = True
-        geometry = x.size(), x.stride(), x.storage_offset()
-        if geometry == (held.size(), held.stride(), held.storage_offset()):
+        geometry = x.size(), x.stride(), x.storage_offset() - held.storage_offset()
+        if geometry == (held.size(), held.stride(), 0) and base >= self._given:
             return base
         i = len(self._held)
         self._held.append(x)
         self._names[id(x)] = i
         self._made.add(i)
-        self._steps.append(_Operator(torch.as_strided, [None, *geometry], {}, [(0, base)], i))
+        if base < self._given:
+            self._parts.add(i)
+        self._steps.append(_Operator(_part, [None, *geometry], {}, [(0, base)], i))
         return i
+
+
+def _part(x: Tensor, size: Sequence[int], strides: Sequence[int], after: int) -> Tensor:
+    """A view that begins so many numbers after x."""
+    return x.as_strided(size, strides, x.storage_offset() + after)
 
 
 def _bytes_before(x: Tensor) -> int:
@@ -275,7 +299,16 @@ class Call(Protocol):
         ...
 
 
-Calls = list[tuple[Call, list[int]]]
+class _Reshaped(NamedTuple):
+    """What stands between calls: a tensor without gaps in another shape."""
+
+    shape: tuple[int, ...]
+
+    def again(self) -> Callable[[Tensors], Results]:
+        return lambda tensors: (tensors[0].view(self.shape),)
+
+
+Calls = list[tuple[Call | _Reshaped, list[int]]]
 """Each with its tensors; the results of each are numbered after all tensors before."""
 
 
@@ -308,7 +341,12 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
     fresh: dict[int, _Fresh] = {}
     steps: list[_Launch] = []
     recordings: list[Recording] = []
+    reshaped: set[int] = set()
     for call, places in calls:
+        if isinstance(call, _Reshaped):
+            reshaped.add(len(held))
+            held.append(held[places[0]])  # to kernels it is the same address
+            continue
         recording = call.launches()
         if recording is None:
             return None
@@ -323,6 +361,8 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
             steps.append(replace(step, arguments=arguments))
         assert not isinstance(recording.results, int)
         held += [number[i] for i in recording.results if i is not None]  # a forward returns tensors alone
+    if not recordings or not reshaped.isdisjoint([results] if isinstance(results, int) else results):
+        return None
     ends = held[results] if isinstance(results, int) else [held[i] for i in results]
     return Recording(recordings[0].device, given, given + len(fresh), fresh, steps, ends)
 
@@ -335,12 +375,13 @@ class Witness(_Mode):
         self._refused = False
         self._held: list[Tensor] = []
         self._names: dict[int, int] = {}
-        self._calls: list[tuple[Call, list[int]]] = []
+        self._memory: dict[int, int | None] = {}
+        self._calls: Calls = []
         self._given = len(tensors)
         self._hold(tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._refused = True
+        self._refused |= not func.is_view  # what a view is used for `_place` finds by its memory
         return func(*args, **(kwargs or {}))
 
     def call(self, find: Callable[[tuple[Any, ...]], tuple[Call, Tensors]], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -348,22 +389,42 @@ class Witness(_Mode):
         with without_modes():
             call, tensors = find(args)
             results = call.first(tensors)
-        self._calls.append((call, [self._place(x) for x in tensors]))
+        places = [self._place(x) for x in tensors]
+        self._calls.append((call, places))
         self._hold(results)
         return results
 
     def finish(self, results: Any) -> Known | None:
         ends = self._place(results) if isinstance(results, Tensor) else [self._place(x) for x in results]
-        return None if self._refused or not self._calls else _outline(self._calls, self._given, ends)
+        calls = any(not isinstance(call, _Reshaped) for call, _ in self._calls)
+        return _outline(self._calls, self._given, ends) if calls and not self._refused else None
 
     def _hold(self, tensors: Tensors) -> None:
         for x in tensors:
-            self._names[id(x)] = len(self._held)
+            self._names[id(x)] = i = len(self._held)
             self._held.append(x)
+            memory = x.untyped_storage()._cdata
+            self._memory[memory] = i if memory not in self._memory else None
 
     def _place(self, x: Tensor) -> int:
-        self._refused |= id(x) not in self._names
-        return self._names.get(id(x), 0)
+        known = self._names.get(id(x))
+        if known is not None:
+            return known
+        base = self._memory.get(x.untyped_storage()._cdata)
+        held = None if base is None else self._held[base]
+        if base is None or held is None or not _is_reshaped(x, held):
+            self._refused = True
+            return 0
+        self._names[id(x)] = i = len(self._held)
+        self._held.append(x)
+        self._calls.append((_Reshaped(tuple(x.shape)), [base]))
+        return i
+
+
+def _is_reshaped(x: Tensor, held: Tensor) -> bool:
+    """Whether x is all of what is held, without gaps."""
+    alike = (x.dtype, x.numel(), x.storage_offset()) == (held.dtype, held.numel(), held.storage_offset())
+    return alike and x.is_contiguous() and held.is_contiguous()
 
 
 def witness() -> Witness | None:

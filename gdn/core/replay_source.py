@@ -87,6 +87,11 @@ class Source:
         given = [*arguments, *[f"{name}={self.constant(value)}" for name, value in named.items()]]
         self._lines.append(f"{'' if makes is None else f'x{makes} = '}{self.constant(function)}({', '.join(given)})")
 
+    def free(self, tensors: Sequence[int]) -> None:
+        """Let go of tensors that no later step uses: what is allocated next can have their memory, in the order of the stream."""
+        if tensors:
+            self._lines.append(f"del {', '.join(f'x{i}' for i in tensors)}")
+
     def finish(self, results: int | Sequence[int | None]) -> Body:
         """The body, which returns this tensor, or these."""
         names = f"x{results}" if isinstance(results, int) else f"({''.join('None, ' if i is None else f'x{i}, ' for i in results)})"

@@ -99,15 +99,23 @@ def lines(axes: Axes, points: Sequence[tuple[float, list[float]]], colour: str, 
 
 def bars(axes: Axes, rows: Sequence[Row], tests: Sequence[str]) -> None:
     """Groups of bars: the tests, and in each a bar for every series; dots are seeds."""
-    names = list(dict.fromkeys(row["series"] for row in rows))
-    wide = 0.8 / len(names)
-    for i, series in enumerate(names):
+    for series in dict.fromkeys(row["series"] for row in rows):
         found = [[row["scores"][test] for row in rows if row["series"] == series and test in row["scores"]] for test in tests]
-        at = [group + (i - (len(names) - 1) / 2) * wide for group in range(len(tests))]
-        shown = [(x, values) for x, values in zip(at, found) if values]
-        axes.bar([x for x, _ in shown], [sum(v) / len(v) for _, v in shown], wide * 0.9, color=colour(series, rows), label=series)
+        shown = [(bar(series, rows, group), values) for group, values in enumerate(found) if values]
+        axes.bar([x for x, _ in shown], [sum(v) / len(v) for _, v in shown], bar_width(rows), color=colour(series, rows), label=series)
         axes.scatter([x for x, v in shown for _ in v], [y for _, v in shown for y in v], s=8, color="black", zorder=3)
     axes.set_xticks(range(len(tests)), [text(test) for test in tests])
+
+
+def bar(series: str, rows: Sequence[Row], group: int) -> float:
+    """Where the middle of a series' bar is in a group of `bars` of these rows."""
+    count = len({row["series"] for row in rows})
+    return group + (place(series, rows) - (count - 1) / 2) * 0.8 / count
+
+
+def bar_width(rows: Sequence[Row]) -> float:
+    """Of each bar of these rows."""
+    return 0.72 / len({row["series"] for row in rows})
 
 
 def doubling(axes: Axes, values: Sequence[float]) -> None:

@@ -405,6 +405,102 @@ def test_large_tensors_have_memory_of_their_own() -> None:
     assert {(5,), (256 + 512,), (2**18 + 1,)} <= shapes and (70,) not in shapes
 
 
+def test_memory_lives_from_its_first_use_to_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the host did. Before each allocation and after the last one: which of those before are alive."""
+    alive: list[list[int]] = []
+    made: list[weakref.ref[Tensor]] = []
+    allocate = replay_source._allocator
+
+    def noting(device: torch.device) -> Callable[..., Tensor]:
+        def new(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            alive.append([i for i, x in enumerate(made) if x() is not None])
+            made.append(weakref.ref(out := allocate(device)(shape, strides, dtype)))
+            return out
+
+        return new
+
+    def host(x: Tensor) -> list[Tensor]:
+        one, two, three, four = [x.new_empty(2**18 + 1) for _ in range(4)]
+        launch(scale_kernel, (1,), x, None, one, 2.0, 5, 1, 16)
+        launch(scale_kernel, (1,), one, None, two, 2.0, 5, 1, 16)
+        launch(scale_kernel, (1,), two, one, three, 1.0, 5, 1, 16)
+        launch(scale_kernel, (1,), three, None, four, 2.0, 5, 1, 16)
+        return [three[:5] * four[:5], two]
+
+    monkeypatch.setattr(replay_source, "_allocator", noting)
+    _, recording = replay.record(lambda: host(numbers(0)), [x := numbers(0)])
+    assert recording is None, "one that it was not given"
+    _, recording = replay.record(lambda: host(x), [x])
+    assert recording is not None
+    product, two = recording.known().run([y := numbers(1)])
+    torch.testing.assert_close([product, two[:5]], [72 * y * y, 4 * y])
+    assert alive == [[], [0], [0, 1], [1, 2]]
+    assert [x() is not None for x in made] == [False, True, False, False]
+
+
+def test_parts_of_an_argument_go_into_an_operator() -> None:
+    """A matrix turned, and of another tensor some columns: of each call's own, wherever they begin."""
+
+    def host(x: Tensor, w: Tensor) -> list[Tensor]:
+        return [torch.mm(x, w.T), torch.mm(x[:, 2:4], x[:2, 1:]).view(-1)]
+
+    def made(seed: int) -> list[Tensor]:
+        return [numbers(seed, 24).view(4, 6), numbers(seed, 34)[4 * seed : 4 * seed + 18].view(3, 6)]
+
+    first = made(0)
+    results, recording = replay.record(lambda: host(*first), first)
+    assert recording is not None
+    assert all(torch.equal(a, b) for a, b in zip(results, host(*first), strict=True))
+    for seed in (1, 2, 3):
+        given = made(seed)
+        for actual, right in zip(recording.known().run(given), host(*given), strict=True):
+            assert actual.stride() == right.stride() and torch.equal(actual, right)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_part_of_an_argument_is_no_result(inside: bool) -> None:
+    def host(x: Tensor) -> list[Tensor]:
+        part = x[1:]
+        return [part + 1 if inside else x + 1, part]
+
+    _, recording = replay.record(lambda: host(x), [x := numbers(0)])
+    assert recording is None
+
+
+@pytest.mark.parametrize("end", ["result", "in another shape"])
+def test_between_calls_a_tensor_may_change_its_shape(end: str, replayed_here: list[str]) -> None:
+    @replayed
+    def flat(x: Tensor, bias: Tensor) -> Tensor:
+        HOSTS.append("flat")
+        y = SCALE(x.flatten(), bias.view(-1), 2.0)[0]
+        return y if end == "result" else y.view(x.shape)
+
+    for seed in range(3):
+        x, bias = numbers(seed, 6).view(2, 3), numbers(seed + 5, 6).view(3, 2)
+        y = flat(x, bias)
+        assert y.shape == ((6,) if end == "result" else (2, 3))
+        torch.testing.assert_close(y.flatten(), 2 * x.flatten() + bias.flatten())
+    assert hosts() == ["flat", "forward"] and len(replayed_here) == 2 * 2  # the seeds after the first, two kernels each
+    for seed in range(3):
+        x, bias = numbers(seed, 6).view(2, 3).requires_grad_(), numbers(seed + 5, 6).view(3, 2).requires_grad_()
+        found = torch.autograd.grad(flat(x, bias).sum(), (x, bias))
+        torch.testing.assert_close(found, (torch.full((2, 3), 2.0), torch.ones(3, 2)))
+    assert hosts() == ["flat", "forward", "backward"]
+
+
+@pytest.mark.parametrize("part", [slice(1, None), slice(None, None, 2), slice(None)], ids=["a part", "apart", "memory of two"])
+def test_between_calls_nothing_else_is_replayed_whole(part: slice) -> None:
+    @replayed
+    def other(x: Tensor, y: Tensor) -> Tensor:
+        HOSTS.append("other")
+        return SCALE(x[part], None, 2.0)[0]
+
+    for seed in range(3):
+        both = numbers(seed, 16)
+        assert torch.equal(other(both[:8], both[8:] if part == slice(None) else both[8:].clone()), 2 * both[:8][part])
+    assert hosts().count("other") == 3
+
+
 @pytest.mark.parametrize("harm", ["value", "random", "between", "device", "shape"])
 def test_what_may_turn_out_otherwise_is_never_replayed(harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []

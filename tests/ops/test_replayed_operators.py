@@ -64,6 +64,25 @@ def rule(name: str, **sizes: Any) -> tuple[str, Build]:
     return name, lambda seed: rules.Problem(name=name, **sizes).build(dtype=torch.bfloat16, device=DEVICE, seed=seed)
 
 
+def product(name: str, n: int, **sizes: Any) -> tuple[str, Build]:
+    tokens = rules.Problem(name="", HV=2, **sizes)
+    return name, lambda seed: products.Problem(tokens=tokens, n=n).build(dtype=torch.bfloat16, device=DEVICE, seed=seed)
+
+
+def channel(name: str, **sizes: Any) -> tuple[str, Build]:
+    problem = channels.Problem(rule=rules.Problem(name="", **sizes))
+    return name, lambda seed: problem.build(dtype=torch.bfloat16, device=DEVICE, seed=seed)
+
+
+def linear(name: str, kind: linears.Gates, **sizes: Any) -> tuple[str, Build]:
+    return name, lambda seed: linears.Problem(name="", **sizes).build(kind, dtype=torch.bfloat16, device=DEVICE, seed=seed)
+
+
+def sigmoid(name: str, **sizes: Any) -> tuple[str, Build]:
+    problem = attentions.Problem(name="", T=66, window=7, **sizes)
+    return name, lambda seed: problem.build(slopes=True, dtype=torch.bfloat16, device=DEVICE, seed=seed)
+
+
 CASES: dict[str, list[tuple[str, Build]]] = {
     "l2norm": short(norms, "heads", drop=("gate", "weight")),
     "rms_norm": short(norms, "heads", "one vector", drop=("gate",)),
@@ -88,21 +107,26 @@ CASES: dict[str, list[tuple[str, Build]]] = {
         rule("padded width", T=5, K=12, V=9, initial=True),
     ],
     "delta_core": [*short(cores, "packed"), *short(cores, "grouped values, negative eigenvalues, state")],
+    "gated_delta_product": [product("plain", 2, B=2, T=33), product("initial", 3, T=40, initial=True)],
+    "channel_delta_rule": [channel("plain", B=2, T=40), channel("packed", T=50, lengths=(1, 40, 0, 9), initial=True)],
+    "linear_attention": [linear("initial", "head", T=66, HV=2, initial=True), linear("packed", "head", T=60, lengths=(7, 0, 53))],
+    "gated_linear_attention": [linear("initial", "key", T=66, HV=2, initial=True), linear("packed", "key", T=60, lengths=(7, 0, 53))],
+    "value_gated_linear_attention": [
+        linear("initial", "value", T=66, H=2, HV=2, initial=True),
+        linear("packed", "value", T=60, lengths=(7, 0, 53)),
+    ],
+    "convolved_qkv": short(qkvs)[:4],
+    "swiglu_linear": short(projections, "some", "several blocks", make="build_swiglu"),
+    "gated_rms_norm_linear": short(projections, "some", "several blocks", make="build_norm"),
+    "windowed_sigmoid_attention": [sigmoid("plain"), sigmoid("packed", lengths=(60, 6))],
 }
 
 
-PARTLY: dict[str, list[tuple[str, Build]]] = {
-    "gated_delta_product": [
-        (
-            name,
-            lambda seed, n=n, sizes=sizes: products.Problem(tokens=rules.Problem(name="", HV=2, **sizes), n=n).build(
-                dtype=torch.bfloat16, device=DEVICE, seed=seed
-            ),
-        )
-        for name, n, sizes in (("plain", 2, {"B": 2, "T": 33}), ("packed", 3, {"T": 30, "lengths": (1, 24, 0, 5), "initial": True}))
-    ]
+PARTLY = {
+    "gated_delta_product": [product("packed", 3, T=30, lengths=(1, 24, 0, 5), initial=True)],
+    "linear_attention": [linear("padded width", "head", T=5, K=12, V=9)],
 }
-"""Operators whose kernels are replayed, and what stands before them is not."""
+"""Calls whose kernels are replayed, and what stands before them is not."""
 
 
 def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -140,13 +164,27 @@ def gradients_of(name: str) -> tuple[str, ...]:
     """Of none, of all results, and of the last alone where there are several."""
     if name.endswith("_step"):
         return ("none",)
-    several = ("add_rms_norm", "causal_conv1d", "gated_delta_rule", "gated_delta_product", "delta_core")
-    return ("none", "all", "last") if name in several else ("none", "all")
+    several = (
+        "add_rms_norm",
+        "causal_conv1d",
+        "gated_delta_rule",
+        "gated_delta_product",
+        "delta_core",
+        "channel_delta_rule",
+        "convolved_qkv",
+    )
+    return ("none", "all", "last") if name in several or name.endswith("linear_attention") else ("none", "all")
 
 
 @pytest.mark.parametrize(
     ("name", "build", "gradient"),
-    [pytest.param(n, b, g, id=f"{n}-{p}-{g}") for n, cases in (CASES | PARTLY).items() for p, b in cases for g in gradients_of(n)],
+    [
+        pytest.param(n, b, g, id=f"{n}-{p}-{g}")
+        for cases_of in (CASES, PARTLY)
+        for n, cases in cases_of.items()
+        for p, b in cases
+        for g in gradients_of(n)
+    ],
 )
 def test_replays_give_the_bits_of_calls_as_written(
     name: str, build: Build, gradient: str, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch
@@ -191,42 +229,11 @@ def test_segments_and_slabs_are_replayed(
     assert len(replayed_here) >= 2 * 6
 
 
-FORESEEN: dict[str, list[tuple[str, Build]]] = {
-    "swiglu_linear": short(projections, make="build_swiglu")[:1],
-    "gated_rms_norm_linear": short(projections, make="build_norm")[:1],
-    "convolved_qkv": short(qkvs)[:4],
-    "linear_cross_entropy": short(losses)[:3],
-    "windowed_sigmoid_attention": [
-        (
-            name,
-            lambda seed, more=more: attentions.Problem(name="", T=66, window=7, **more).build(
-                slopes=True, dtype=torch.bfloat16, device=DEVICE
-            ),
-        )
-        for name, more in (("plain", {}), ("packed", {"lengths": (60, 6)}))
-    ],
-    **{
-        name: [
-            (
-                "initial",
-                lambda seed, k=kind: linears.Problem(name="", T=66, HV=2, initial=True).build(k, dtype=torch.bfloat16, device=DEVICE),
-            )
-        ]
-        for name, kind in (("linear_attention", "head"), ("gated_linear_attention", "key"), ("value_gated_linear_attention", "value"))
-    },
-    "channel_delta_rule": [
-        (
-            "initial",
-            lambda seed: channels.Problem(rule=rules.Problem(name="", T=66, initial=True)).build(dtype=torch.bfloat16, device=DEVICE),
-        )
-    ],
-}
-"""More operators, which are not replayed."""
+FORESEEN = CASES | {"linear_cross_entropy": short(losses)[:3]}
+"""The loss is not replayed: its products write into what they are told to by name."""
 
 
-@pytest.mark.parametrize(
-    ("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in (CASES | PARTLY | FORESEEN).items() for p, b in cases]
-)
+@pytest.mark.parametrize(("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in FORESEEN.items() for p, b in cases])
 def test_kernels_are_foreseen(name: str, build: Build, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first launch of each forward knows all compiled code that it and its backward will want, if what is usual has a gradient: the
     results, but not the last state of a sequence."""

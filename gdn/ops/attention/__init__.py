@@ -9,6 +9,7 @@ from gdn.core import checks
 from gdn.core.dispatch import Impl, Needs, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.core.replay import replayed
 
 CAUSAL = Op(
     "causal_attention",
@@ -91,6 +92,7 @@ def causal_attention(
     return CAUSAL.pick(q, K=sizes["K"], V=sizes["V"], masked=bool(masked))(q, k, v, window, scale, start, packing)
 
 
+@replayed
 def windowed_sigmoid_attention(
     q: Tensor,
     k: Tensor,

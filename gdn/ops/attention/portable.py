@@ -553,5 +553,5 @@ _OPAQUE = Opaque(
     fake=_fake,
     results=1,
     differentiable=("q", "k", "v", "slopes"),
-    foreseen=True,
+    replay=True,
 )

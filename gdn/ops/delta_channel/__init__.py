@@ -37,6 +37,7 @@ STEP = Op(
 """Rows take `(q, k, v, g, beta, state, scale, slots)`, write into `state` and return `o`."""
 
 
+@replayed
 def channel_delta_rule(
     q: Tensor,
     k: Tensor,

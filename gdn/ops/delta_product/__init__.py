@@ -32,6 +32,7 @@ STEP = Op(
 """Rows take `(q, k, v, g, beta, state, scale, slots)`, write into `state` and return `o`."""
 
 
+@replayed
 def gated_delta_product(
     q: Tensor,
     k: Tensor,

@@ -157,9 +157,9 @@ def _run(
 
 
 def block(K: int, V: int, itemsize: int) -> tuple[int, int]:
-    """Columns of a program, and its warps: 32 numbers of the memory a thread, and more than one line's worth only for a tiny memory."""
-    columns = min(max(LINE // itemsize, 16), max(16, _power_of_two(V)))
-    return columns, min(max(_power_of_two(K) * columns // 1024, 1), 8)
+    """Columns of a program, and its warps: 128 bytes of the memory a thread, and rows of 32 numbers, of which 64 take a bfloat16 memory longer."""
+    columns = min(max(LINE // max(itemsize, 4), 16), max(16, _power_of_two(V)))
+    return columns, min(max(_power_of_two(K) * columns * itemsize // 4096, 1), 8)
 
 
 def _power_of_two(size: int) -> int:

@@ -14,6 +14,7 @@ from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.core.replay import replayed
 
 TRITON = triton_gpu(K=range(1, 257))
 """What the Triton row with one decay per head needs."""
@@ -52,6 +53,7 @@ VALUE_GATED = Op(
 """Rows of all three take `(q, k, v, g, scale, initial_state, packing)`."""
 
 
+@replayed
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -99,6 +101,7 @@ def linear_attention(
     return _call(LINEAR, "B T HV", q, k, v, g, scale, initial_state, packing)
 
 
+@replayed
 def gated_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -148,6 +151,7 @@ def gated_linear_attention(
     return _call(GATED, "B T H K", q, k, v, g, scale, initial_state, packing)
 
 
+@replayed
 def value_gated_linear_attention(
     q: Tensor,
     k: Tensor,

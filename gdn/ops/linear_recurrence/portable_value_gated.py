@@ -64,6 +64,4 @@ def value_gated_linear_attention(
     group = v.shape[2] // q.shape[2]
     if group > 1:
         q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
-    turned = None if initial_state is None else initial_state.transpose(2, 3)
-    o, final = _ROW(q, k, v, g, None, scale, turned, packing)
-    return o, final.transpose(2, 3).contiguous()
+    return _ROW(q, k, v, g, None, scale, initial_state, packing)

@@ -14,6 +14,7 @@ from torch import Tensor
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
+from gdn.core.replay import replayed
 
 SWIGLU_LINEAR = Op(
     "swiglu_linear",
@@ -45,6 +46,7 @@ PARALLEL_LINEAR = Op(
 """Rows take `(x, first, second, third)` and return three results, of no meaning where a matrix is None."""
 
 
+@replayed
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     r"""SwiGLU (arXiv 2002.05202) and the matrix after it:
 
@@ -76,6 +78,7 @@ def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     return SWIGLU_LINEAR.pick(x)(x, weight)
 
 
+@replayed
 def gated_rms_norm_linear(
     x: Tensor,
     gate: Tensor,

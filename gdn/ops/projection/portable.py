@@ -90,5 +90,5 @@ def _norm_backward(
     return norm.run_backward(x, gate, norm_weight, inverse, slope, x.shape[-1], silu, y), y
 
 
-_SWIGLU = recompute.swiglu_linear("gdn::swiglu_linear_portable", _product, _product_backward, foreseen=True)
-_GATED_RMS_NORM = recompute.gated_rms_norm_linear("gdn::gated_rms_norm_linear_portable", _norm, _norm_backward, foreseen=True)
+_SWIGLU = recompute.swiglu_linear("gdn::swiglu_linear_portable", _product, _product_backward, replay=True)
+_GATED_RMS_NORM = recompute.gated_rms_norm_linear("gdn::gated_rms_norm_linear_portable", _norm, _norm_backward, replay=True)

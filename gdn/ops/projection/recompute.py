@@ -19,8 +19,8 @@ NormBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], t
 """From `(x, gate, norm_weight, inverse, slope, eps, silu)`: gradients of the first three, and the gated norm."""
 
 
-def swiglu_linear(name: str, product: Callable[[Tensor], Tensor], backward: SwiGLUBackward, *, foreseen: bool = False) -> Opaque:
-    """`swiglu_linear` out of the product of gates and inputs. `foreseen` as for `Opaque`."""
+def swiglu_linear(name: str, product: Callable[[Tensor], Tensor], backward: SwiGLUBackward, *, replay: bool = False) -> Opaque:
+    """`swiglu_linear` out of the product of gates and inputs. `replay` as for `Opaque`."""
 
     def run(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor]:
         return (_linear(product(x), weight),)
@@ -35,11 +35,11 @@ def swiglu_linear(name: str, product: Callable[[Tensor], Tensor], backward: SwiG
         dx, h = backward(x, _linear(dy, weight.T))
         return [dx, _weight_gradient(dy, h)]
 
-    return Opaque(name, run, gradients, fake=fake, results=1, differentiable=("x", "weight"), foreseen=foreseen)
+    return Opaque(name, run, gradients, fake=fake, results=1, differentiable=("x", "weight"), replay=replay)
 
 
-def gated_rms_norm_linear(name: str, forward: NormForward, backward: NormBackward, *, foreseen: bool = False) -> Opaque:
-    """`gated_rms_norm_linear` out of the gated norm. `foreseen` as for `Opaque`."""
+def gated_rms_norm_linear(name: str, forward: NormForward, backward: NormBackward, *, replay: bool = False) -> Opaque:
+    """`gated_rms_norm_linear` out of the gated norm. `replay` as for `Opaque`."""
 
     def run(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
         h, inverse = forward(x, gate, norm_weight, eps, silu, keep)
@@ -56,7 +56,7 @@ def gated_rms_norm_linear(name: str, forward: NormForward, backward: NormBackwar
         of_norm, h = backward(x, gate, norm_weight, inverse, _linear(dy, weight.T).view(x.shape), eps, silu)
         return [*of_norm, _weight_gradient(dy, h.flatten(-2))]
 
-    return Opaque(name, run, gradients, fake=fake, results=1, differentiable=("x", "gate", "norm_weight", "weight"), foreseen=foreseen)
+    return Opaque(name, run, gradients, fake=fake, results=1, differentiable=("x", "gate", "norm_weight", "weight"), replay=replay)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

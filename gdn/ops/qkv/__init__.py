@@ -8,6 +8,7 @@ from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.core.replay import replayed
 
 EPS = 1e-6
 """That of l2norm."""
@@ -23,6 +24,7 @@ OP = Op(
 """Rows take `(x, weight, heads, head_dim, packing)`."""
 
 
+@replayed
 def convolved_qkv(x: Tensor, weight: Tensor, *, heads: int, head_dim: int, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
     r"""The short convolution over queries, keys and values, and the length of queries and keys, as in Gated DeltaNet (arXiv 2412.06464):
 

@@ -283,4 +283,4 @@ def _sizes(
     return rows * pieces * blocks, rows * pieces, (length, pieces), constants, warps
 
 
-_QKV = Opaque("gdn::convolved_qkv_portable", _forward, _backward, fake=_fake, results=3, differentiable=("x", "weight"), foreseen=True)
+_QKV = Opaque("gdn::convolved_qkv_portable", _forward, _backward, fake=_fake, results=3, differentiable=("x", "weight"), replay=True)

@@ -43,7 +43,8 @@ class Recurrence:
 
     Args:
         name: of the registered operator, "<name>_portable".
-        decays: what has a decay of its own: a head, or a channel of the keys or the values. With "value", states are turned, `[N, HV, V, K]`.
+        decays: what has a decay of its own: a head, or a channel of the keys or the values. With "value", kernels have states turned,
+            `[N, HV, V, K]`.
         plan: `(q, k, v, cu_seqlens, chunk_table)` to the plan of a call.
         kept: the two buffers that forward fills for backward, from the plan and v.
         forward: fills o, the final state and what is kept.
@@ -69,7 +70,7 @@ class Recurrence:
             fake=self._fake,
             results=2,
             differentiable=differentiable,
-            foreseen=True,
+            replay=True,
             expected=1,
         )
 
@@ -86,7 +87,6 @@ class Recurrence:
     ) -> tuple[Tensor, Tensor]:
         K, V = q.shape[3], v.shape[3]
         more_k, more_v = -K % 8, -V % 8  # loads take eight elements at a time
-        turned = self.decays == "value"
         if more_k:
             q, k = F.pad(q, (0, more_k)), F.pad(k, (0, more_k))
         if more_v:
@@ -95,11 +95,11 @@ class Recurrence:
         if more_g:  # to pad by nothing is to copy
             g = F.pad(g, (0, more_g))
         if initial_state is not None and (more_k or more_v):
-            initial_state = F.pad(initial_state, (0, more_k, 0, more_v) if turned else (0, more_v, 0, more_k))
+            initial_state = F.pad(initial_state, (0, more_v, 0, more_k))
         o, final = self._operator(q, k, v, g, beta, initial_state, *bounds_of(packing), scale)
         if not (more_k or more_v):
             return o, final
-        return o[..., :V], final[..., :V, :K] if turned else final[..., :K, :V]
+        return o[..., :V], final[..., :K, :V]
 
     def _forward(
         self,
@@ -124,27 +124,33 @@ class Recurrence:
             final.zero_()
         else:
             final.copy_(call.initial)
-        return o, final, first, second
+        return o, self._turned(final).contiguous(), first, second
 
     def _backward(self, args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         q, k, v, g, beta, initial_state, *bounds, scale = args
         do, d_final = grads
         call = self._call(q, k, v, g, beta, initial_state, (bounds[0], bounds[1], bounds[2]), scale)
         do = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if do is None else dense(do)
-        d_final = None if d_final is None else aligned(d_final)
+        d_final = None if d_final is None else aligned(self._turned(d_final))
         d_initial = None if call.initial is None else torch.empty_like(call.initial)
         if call.p.chunks:
-            return [*self.find(call, saved, do, d_final, d_initial), d_initial]
-        if d_initial is not None:
-            d_initial = d_initial.zero_() if d_final is None else d_initial.copy_(d_final)
-        return [*(None if x is None else torch.zeros_like(x) for x in (q, k, v, g, beta)), d_initial]
+            gradients = self.find(call, saved, do, d_final, d_initial)
+        else:
+            gradients = [None if x is None else torch.zeros_like(x) for x in (q, k, v, g, beta)]
+            if d_initial is not None:
+                d_initial = d_initial.zero_() if d_final is None else d_initial.copy_(d_final)
+        return [*gradients, None if d_initial is None else self._turned(d_initial)]
+
+    def _turned(self, state: Tensor) -> Tensor:
+        """A state of a user as kernels have it, and the other way round."""
+        return state.transpose(2, 3) if self.decays == "value" else state
 
     def _call(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor | None, bounds: Bounds, scale: float
     ) -> Call:
         p = self.plan(q, k, v, *bounds[:2])
         q, k, v, g = token_rows(q), token_rows(k), token_rows(v), aligned(g)
-        beta, initial = (None if x is None else aligned(x) for x in (beta, initial))
+        beta, initial = None if beta is None else aligned(beta), None if initial is None else aligned(self._turned(initial))
         strides = tuple(x.stride(1) for x in (q, k, v))
         key = (self.name, p.code, q.shape[2], q.dtype, g.dtype, None if beta is None else beta.dtype, strides)
         return Call(p, key, q, k, v, g, beta, initial, bounds, scale)
@@ -170,11 +176,16 @@ class Recurrence:
     ) -> Tensors:
         tensors = (q, k, v, *(x for x in (cu_seqlens, chunk_table) if x is not None))
         if all(isinstance(size, int) for x in tensors for size in x.shape):
-            return self._buffers(self.plan(q, k, v, cu_seqlens, chunk_table), v)
+            o, final, *kept = self._buffers(self.plan(q, k, v, cu_seqlens, chunk_table), v)
+            return o, self._turned(final).contiguous(), *kept
         q, k, like = (x.new_empty((1, 1, *x.shape[2:])) for x in (q, k, v))
         _, final, *kept = self._buffers(self.plan(q, k, like, None, None), like)
         documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        return v.new_empty(v.shape), _longer(final, documents), *(_longer(x, torch.library.get_ctx().new_dynamic_size()) for x in kept)
+        return (
+            v.new_empty(v.shape),
+            _longer(self._turned(final).contiguous(), documents),
+            *(_longer(x, torch.library.get_ctx().new_dynamic_size()) for x in kept),
+        )
 
 
 def _longer(x: Tensor, size: Any) -> Tensor:
