@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -563,7 +562,7 @@ PLAIN = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="", help="folder for bench_small_ops.jsonl")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose name contains one of these, a comma list")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--plain", action="store_true", help="time the plain torch rows too")
     parser.add_argument(
@@ -588,9 +587,16 @@ def main() -> None:
         f"{'':38s} {'error':>8s} {'plain':>8s} {'bits':>5s} {'eager us':>9s} {'graph us':>9s} {'host us':>8s} {'bare us':>8s} {'first us':>8s} {'of copy':>8s} {'first s':>8s}"
     )
     common = {"bench": "small_ops", **rows.machine(torch.device("cuda")), "copy_bytes_s": bandwidth}
-    lines = []
-    for name, found in of_torch(flush, args.repeats).items() if not args.only else ():
-        lines.append(common | {"row": name} | found)
+
+    def keep(line: dict[str, Any]) -> None:
+        if args.out:
+            rows.append(Path(args.out) / "bench_small_ops.jsonl", common | line)
+
+    def wanted(name: str) -> bool:
+        return any(part in name for part in args.only.split(","))
+
+    for name, found in of_torch(flush, args.repeats).items() if wanted("torch") else ():
+        keep({"row": name} | found)
         print(
             f"{name:38s} {'':23s} {1e3 * found['eager_ms']:9.1f} {'':9s} {found['host_us']:8.1f} {'':8s} {found['host_first_us']:8.1f}",
             flush=True,
@@ -598,31 +604,27 @@ def main() -> None:
     peers = of_fla() if args.peers else {}
     for make in (steps, other_steps, convolutions, norms, gates, fused, losses, rules, cores, recurrences):
         for row in make():
-            if args.only not in row.name:
+            if not wanted(row.name):
                 continue
             plain = PLAIN.get(row.op, "torch")
             try:
                 checked = check(row, plain)
                 for impl in ("portable", *([plain] if args.plain else [])):
                     found = measure(row, impl, flush, bandwidth, args.repeats)
-                    lines.append(common | {"row": row.name} | checked | found)
+                    keep({"row": row.name} | checked | found)
                     show(row, checked, found)
             except Exception as problem:
-                lines.append(common | failure(row, "portable", problem))
+                keep(failure(row, "portable", problem))
             if row.op in peers and comparable(row):
                 theirs = dataclasses.replace(row, call=peers[row.op])
                 try:
                     checked = check_theirs(row, theirs)
                     found = measure(theirs, "fla", flush, bandwidth, args.repeats)
-                    lines.append(common | {"row": row.name} | checked | found)
+                    keep({"row": row.name} | checked | found)
                     show(row, checked, found)
                 except Exception as problem:
-                    lines.append(common | failure(row, "fla", problem))
+                    keep(failure(row, "fla", problem))
         torch.cuda.empty_cache()
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        with (Path(args.out) / "bench_small_ops.jsonl").open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def failure(row: Row, impl: str, problem: Exception) -> dict[str, Any]:

@@ -11,7 +11,8 @@ for the second half of 63. With all elements from the first step, in words of 12
 6000: 60 or 120 elements have thousands of products of two, which an MLP learns by heart and then no more, while with few elements following
 the state is the shorter way. Which few matters. In three dimensions, where A5 turns an icosahedron, every element is two reflections, and
 cycles of five show no other way: where A5 permutes five things they are four. A model that had begun with the cycles of three, two
-reflections there too, was stuck with two writes. The generators of S5 are swaps, one reflection each.
+reflections there too, was stuck with two writes. The generators of S5 are swaps, one reflection each. Models other than DeltaProduct with
+beta below 2, which follow no word of S4 in three seeds, have one seed there.
 
 Hybrids have a layer of each of their mixers, two or three instead of one, and attention there sees a quarter of the long words.
 """
@@ -51,6 +52,11 @@ EASY, HARD = ("S3", "S4"), ("A5", "S5")
 def named(writes: int) -> str:
     """The series of DeltaProduct."""
     return f"{writes} write{'s' if writes > 1 else ''} a token"
+
+
+def seeds_of(series: str, group: str) -> range:
+    """One on A5 and S5 for what follows nothing there; three else."""
+    return range(3 if group in EASY or series.endswith("a token") else 1)
 
 
 def models(width: int, heads: int, window: int) -> dict[str, Pattern]:
@@ -126,6 +132,7 @@ def runs(toy: bool) -> list[Run]:
                     tests=tests,
                 )
                 for series, mixers in models(width, heads, (longest + 1) // 4).items()
+                if seed in seeds_of(series, group)
             ]
         found += [_as_published(run, toy) for run in found if run.seed == seed and run.x in EASY and run.series == named(2)]
     return found
@@ -151,7 +158,7 @@ def of_128(group: float | str) -> str:
     return f"{group}, trained on 128"
 
 
-TITLE = "Word problems with one layer of DeltaProduct by writes a token, beta < 2, and of others\nEach line is one of three seeds"
+TITLE = "Word problems with one layer of DeltaProduct by writes a token, beta < 2, and of others\nEach line is a seed"
 STYLES = {named(n): style for n, style in ((4, ("C3", 4.5)), (3, ("C1", 3.0)), (2, ("C0", 1.8)), (1, ("black", 1.2)))}
 """Colour and width of DeltaProduct's lines; fewer writes are drawn thinner and above more, so that equal lines can all be seen."""
 

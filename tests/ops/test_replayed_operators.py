@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -302,6 +303,13 @@ def test_no_graph_of_autograd_outlives_a_call(name: str, replayed_here: list[str
             get_gradient_edge(x).node.metadata["seen"] = True  # kept if somebody else holds the node
         return any("seen" in get_gradient_edge(x).node.metadata for x in leaves)
 
+    def is_left() -> bool:
+        """For a while, at most: the thread of a GPU's backward lets go of its last node a moment after it has said that it is done."""
+        ends = time.monotonic() + 10
+        while in_use() and time.monotonic() < ends:
+            time.sleep(0.01)
+        return not in_use()
+
     with use(**{name: "portable", "gated_delta_rule": "portable"}):
         gc.collect()
         gc.disable()
@@ -311,7 +319,7 @@ def test_no_graph_of_autograd_outlives_a_call(name: str, replayed_here: list[str
                 assert in_use()
                 torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
                 del results
-                assert not in_use()
+                assert is_left()
         finally:
             gc.enable()
     assert replayed_here
