@@ -485,8 +485,8 @@ def bare(call: Call) -> dict[str, float]:
     return {"launches": len(ready), "bare_us": host(lambda: [start() for start in ready])["host_us"]}
 
 
-def of_torch(flush: Tensor, repeats: int) -> dict[str, dict[str, Any]]:
-    """Calls of torch that launch one kernel forward, and one or two backward."""
+def of_torch(flush: Tensor, repeats: int, wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+    """Calls of torch that launch one kernel forward, and one or two backward: those with a wanted name."""
     x, y, w = normal(8, 4096, 2048).requires_grad_(), normal(8, 4096, 2048), normal(2048).requires_grad_()
     calls: dict[str, Call] = {
         "torch.add 8x4096x2048": lambda: torch.add(y, y),
@@ -497,6 +497,8 @@ def of_torch(flush: Tensor, repeats: int) -> dict[str, dict[str, Any]]:
     }
     found = {}
     for name, call in calls.items():
+        if not wanted(name):
+            continue
         for _ in range(3):
             call()
         found[name] = {"impl": "torch", "eager_ms": median_ms(call, flush, repeats)} | host(call)
@@ -595,7 +597,7 @@ def main() -> None:
     def wanted(name: str) -> bool:
         return any(part in name for part in args.only.split(","))
 
-    for name, found in of_torch(flush, args.repeats).items() if wanted("torch") else ():
+    for name, found in of_torch(flush, args.repeats, wanted).items():
         keep({"row": name} | found)
         print(
             f"{name:38s} {'':23s} {1e3 * found['eager_ms']:9.1f} {'':9s} {found['host_us']:8.1f} {'':8s} {found['host_first_us']:8.1f}",

@@ -12,8 +12,8 @@ allocates anew and takes the current stream: no address and no tensor outlives i
 What cannot be replayed runs as if this file were not there: calls on the CPU, under torch.compile, functorch or a dispatch mode, those of
 tensor subclasses, and those in which anything else happened to tensors, such as reading a value. A host promises (`replay=True` there) that
 it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. A replay allocates a buffer where it is
-first needed and frees it after its last use, whatever the host did. A call that raises leaves nothing behind. `forget` drops all, as `use`
-and `Op.register` do.
+first needed and frees it after its last use, whatever the host did; small ones are one allocation for the whole call. A call that raises
+leaves nothing behind. `forget` drops all, as `use` and `Op.register` do.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Tensors = Sequence[Tensor]
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
 _TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
-"""The last thing that `matmul` does: a view that torch does not call one."""
+"""The last thing that `matmul` does: a view that torch calls none, so that it may be written to."""
 _SMALL, _ALIGNMENT = 1 << 20, 256
 """Bytes."""
 _UNFORESEEABLE = {getattr(torch.Tag, name) for name in _TAGS}
@@ -147,7 +147,7 @@ class Recording:
                     source.allocate(i, x.shape, x.strides, x.dtype)
             step.write(source)
             source.free([i for i, end in last.items() if end == n and i >= self.given and i not in results and i not in parts])
-        for i in results - first.keys():  # what has no elements
+        for i in results - first.keys():  # what no step touches, as it has no elements
             if i in self.fresh:
                 x = self.fresh[i]
                 source.allocate(i, x.shape, x.strides, x.dtype)
@@ -187,12 +187,14 @@ class Recorder(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         out = func(*args, **named)
-        if func.is_view or func is _UNSAFE_VIEW:
+        if func.is_view and not (isinstance(out, Tensor) and out.untyped_storage()._cdata not in self._memory):
             return out  # `_base` finds it by its memory if it is used
         if not isinstance(out, Tensor) or out.device != self._device or _UNFORESEEABLE.intersection(func.tags):
             self.refused = True
         elif func.overloadpacket in _ALLOCATIONS:
             self._fresh.append(self._hold(out))
+        elif func is _UNSAFE_VIEW:
+            self._steps.append(_Operator(func, [None, *args[1:]], named, [(0, self._place(args[0]))], self._make(out)))
         else:
             self._operator(func, args, named, out)
         return out
@@ -258,13 +260,18 @@ class Recorder(_Mode):
         geometry = x.size(), x.stride(), x.storage_offset() - held.storage_offset()
         if geometry == (held.size(), held.stride(), 0) and base >= self._given:
             return base
+        i = self._make(x)
+        if base < self._given:
+            self._parts.add(i)
+        self._steps.append(_Operator(_part, [None, *geometry], {}, [(0, base)], i))
+        return i
+
+    def _make(self, x: Tensor) -> int:
+        """One more tensor in memory of another."""
         i = len(self._held)
         self._held.append(x)
         self._names[id(x)] = i
         self._made.add(i)
-        if base < self._given:
-            self._parts.add(i)
-        self._steps.append(_Operator(_part, [None, *geometry], {}, [(0, base)], i))
         return i
 
 
@@ -377,6 +384,7 @@ class Witness(_Mode):
         self._names: dict[int, int] = {}
         self._memory: dict[int, int | None] = {}
         self._calls: Calls = []
+        self._gradients = torch.is_grad_enabled()
         self._given = len(tensors)
         self._hold(tensors)
 
@@ -412,7 +420,9 @@ class Witness(_Mode):
             return known
         base = self._memory.get(x.untyped_storage()._cdata)
         held = None if base is None else self._held[base]
-        if base is None or held is None or not _is_reshaped(x, held):
+        # A view made without gradients says that it requires one, and has nobody to hand it on to.
+        detached = held is not None and self._gradients and held.requires_grad != (x.grad_fn is not None)
+        if base is None or held is None or detached or not _is_reshaped(x, held):
             self._refused = True
             return 0
         self._names[id(x)] = i = len(self._held)

@@ -99,7 +99,8 @@ def figure(rows: Sequence[Row]) -> Figure:
     at_once = [task for task in TASKS if task not in MEMORISATION]
     others = [row | {"scores": {row["x"]: row["scores"]["accuracy"]}} for row in rows if row["x"] in at_once]
     plots.bars(axes, others, at_once)
-    longer = [(at_once.index(task), row) for task in LONGER for row in rows if row["x"] == lengthened(task)]
+    known = {row["series"] for row in others}
+    longer = [(at_once.index(task), row) for task in LONGER for row in rows if row["x"] == lengthened(task) and row["series"] in known]
     places, scores = [plots.bar(row["series"], others, group) for group, row in longer], [row["scores"]["accuracy"] for _, row in longer]
     axes.scatter(places, scores, s=34, marker="D", color="white", edgecolor="black", zorder=4, label=f"after {EPOCHS} epochs, each seed")
     by_heart = [row | {"x": MEMORISATION[row["x"]].vocab // 2} for row in rows if row["x"] in MEMORISATION]

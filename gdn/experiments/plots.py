@@ -65,12 +65,13 @@ def over_tests(axes: Axes, rows: Sequence[Row], tests: Mapping[str, float], x: f
 
 
 def over_steps(axes: Axes, rows: Sequence[Row]) -> None:
-    """A thin line for each run whose scores were kept: those of the first test. One that stopped early keeps its last score."""
+    """A thin line for each run whose scores were kept: those of the first test. One that had enough early keeps its score."""
     rows = [row for row in rows if row["curve"]]
     longest = max((row["curve"][-1][0] for row in rows), default=0)
     for series in dict.fromkeys(row["series"] for row in rows):
         for i, row in enumerate([row for row in rows if row["series"] == series]):
-            steps, values = zip(*[*row["curve"], (longest, row["curve"][-1][1])])
+            end = longest if row["steps"] < row["run"]["training"]["steps"] else row["curve"][-1][0]
+            steps, values = zip(*[*row["curve"], (end, row["curve"][-1][1])])
             axes.plot(steps, values, color=colour(series, rows), linewidth=1.1, alpha=0.8, label=series if i == 0 else None)
 
 

@@ -488,6 +488,44 @@ def test_between_calls_a_tensor_may_change_its_shape(end: str, replayed_here: li
     assert hosts() == ["flat", "forward", "backward"]
 
 
+@pytest.mark.parametrize("cut", ["detached", "without gradients", "a result"])
+def test_between_calls_what_is_cut_off_from_gradients_stays_so(cut: str) -> None:
+    @replayed
+    def other(x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        if cut == "a result":
+            y = SCALE(x, bias, 2.0)[0]
+            return y, y.detach()
+        with torch.set_grad_enabled(cut == "detached"):
+            inside = x.detach() if cut == "detached" else x.view(-1)
+        return SCALE(inside, bias, 2.0)
+
+    for seed in range(3):
+        x, bias = numbers(seed).requires_grad_(), numbers(seed + 5).requires_grad_()
+        y, *rest = other(x, bias)
+        assert not any(z.requires_grad for z in rest)
+        dx, dbias = torch.autograd.grad(y.sum(), (x, bias), allow_unused=True)
+        assert torch.equal(dbias, torch.ones(5)) and (dx is None) == (cut != "a result")
+
+
+@pytest.mark.parametrize("last", ["matmul", "contiguous"])
+def test_what_torch_calls_a_view_or_none_is_what_it_is(last: str) -> None:
+    """The last thing that `matmul` does is a view that may be written to; `contiguous` in inference mode may be a copy."""
+
+    def host(x: Tensor) -> list[Tensor]:
+        return [torch.matmul(x, x[0].T).view(-1, 2).view(3, 2, 2) if last == "matmul" else x.transpose(0, 1).contiguous()]
+
+    def given(seed: int) -> Tensor:
+        return numbers(seed, 24).view(3, 2, 4)
+
+    with torch.inference_mode(last == "contiguous"):
+        (first,), recording = replay.record(lambda: host(x), [x := given(0)])
+        assert recording is not None and torch.equal(first, host(x)[0])
+        for seed in (1, 2):
+            assert torch.equal(recording.known().run([y := given(seed)])[0], host(y)[0])
+    _, recording = replay.record(lambda: [torch.matmul(x, x[0].T)], [x := given(0)])
+    assert recording is not None and not recording.known().run([x])[0]._is_view()
+
+
 @pytest.mark.parametrize("part", [slice(1, None), slice(None, None, 2), slice(None)], ids=["a part", "apart", "memory of two"])
 def test_between_calls_nothing_else_is_replayed_whole(part: slice) -> None:
     @replayed

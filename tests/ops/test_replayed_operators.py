@@ -234,7 +234,10 @@ FORESEEN = CASES | {"linear_cross_entropy": short(losses)[:3]}
 """The loss is not replayed: its products write into what they are told to by name."""
 
 
-@pytest.mark.parametrize(("name", "build"), [pytest.param(n, b, id=f"{n}-{p}") for n, cases in FORESEEN.items() for p, b in cases])
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [pytest.param(n, b, id=f"{n}-{p}") for cases_of in (FORESEEN, PARTLY) for n, cases in cases_of.items() for p, b in cases],
+)
 def test_kernels_are_foreseen(name: str, build: Build, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first launch of each forward knows all compiled code that it and its backward will want, if what is usual has a gradient: the
     results, but not the last state of a sequence."""
@@ -284,6 +287,30 @@ def test_operators_are_replayed_whole(name: str, replayed_here: list[str], monke
             with monkeypatch.context() as patch:
                 patch.setattr(operator, "__wrapped__", _not_again)
                 operator(**arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_to_autograd_what_they_are_as_written(name: str, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views, which may not be written to, or none."""
+    monkeypatch.setattr(checks, "not_positive", lambda *arguments: None)
+    with use(**{name: "portable", "gated_delta_rule": "portable"}):
+        for gradient in (False, True)[: 1 if name.endswith("_step") else 2]:
+            arguments = changed(CASES[name][0][1](1), lambda x, gradient=gradient: x.detach().requires_grad_(gradient))
+            found = [[(x.requires_grad, x.is_leaf, x._is_view()) for x in tensors_of(getattr(ops, name)(**arguments))] for _ in range(3)]
+            assert found[0] == found[1] == found[2]
+    assert replayed_here
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("_step")])
+def test_operators_are_replayed_in_inference_mode(name: str, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever comes first: a signature does not tell it from `no_grad`."""
+    monkeypatch.setattr(checks, "not_positive", lambda *arguments: None)
+    arguments = changed(CASES[name][0][1](1), Tensor.detach)
+    with use(**{name: "portable", "gated_delta_rule": "portable"}), torch.inference_mode():
+        first = tensors_of(getattr(ops, name)(**arguments))
+        assert not replayed_here
+        again = tensors_of(getattr(ops, name)(**arguments))
+    assert replayed_here and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("_step")])

@@ -94,6 +94,14 @@ def test_offsets_of_long_rows(monkeypatch: pytest.MonkeyPatch, small_tiles: Call
     as_good_as_the_reference(windowed_sigmoid_attention, "portable", problem.build(slopes=True, dtype=torch.float32, device=DEVICE))
 
 
+def test_starts_may_be_a_column_of_a_table(as_good_as_the_reference: Check) -> None:
+    arguments = Problem(name="", B=2, T=40, H=4, G=2, window=30, past=20, start=(0, 27)).build(
+        slopes=True, dtype=torch.float32, device=DEVICE
+    )
+    arguments["start"] = torch.stack([arguments["start"], arguments["start"] + 7], dim=1)[:, 0]
+    as_good_as_the_reference(windowed_sigmoid_attention, "portable", arguments)
+
+
 def test_slopes_that_are_not_trained_cost_nothing() -> None:
     def gradients(slopes_too: bool) -> tuple[Tensor, ...]:
         arguments = Problem(name="", T=50, H=2, G=2, window=20).build(slopes=True, dtype=torch.float32, device=DEVICE)

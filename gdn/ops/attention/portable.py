@@ -473,6 +473,7 @@ def windowed_sigmoid_attention(
     if more_v:
         v = F.pad(v, (0, more_v))
     bounds = (None, None, None) if packing is None else (packing.positions, packing.documents, packing.cu_seqlens)
+    start = None if start is None else start.contiguous()
     (o,) = _OPAQUE(q, k, v, slopes, *bounds, start, window, scale, slopes.requires_grad)
     return o[..., :V] if more_v else o
 

@@ -3,6 +3,7 @@ programs over its tokens, then over the programs: no atomics, one order."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,11 +158,12 @@ def _heads(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def _tokens(x: Tensor) -> tuple[Tensor, int]:
-    """x `[B, T, channels]` or `[B, T, H, P]`, or a dense copy, and the distance of its tokens."""
-    whole = x.flatten(2)
-    if whole.shape[1] * whole.stride(1) == whole.stride(0) and whole.stride(2) == 1:
-        return whole, whole.stride(1)
-    return whole.contiguous(), whole.shape[2]
+    """x `[B, T, channels]` or `[B, T, H, P]`, or a dense copy, and the distance of its tokens. No view: a replay could not tell which of
+    two tensors that share memory it is of."""
+    heads_touch = x.ndim == 3 or x.shape[2] == 1 or x.stride(2) == x.shape[3]
+    if x.stride(-1) == 1 and heads_touch and x.shape[1] * x.stride(1) == x.stride(0):
+        return x, x.stride(1)
+    return x.contiguous(), math.prod(x.shape[2:])
 
 
 def _widths(y: Tensor, groups: int) -> tuple[int, int, int, int]:
