@@ -132,8 +132,8 @@ def test_additions_go_with_the_norms_after_them(hooked: str, dtype: torch.dtype,
     """All but the first norm of three blocks and the last one; where somebody listens to a block or a norm, it is called with the sum."""
     model, x = tiny().to(dtype), tokens()
     plain, norms = model.embedding(x), []  # with gradients as below: torch multiplies in another way where nothing needs one
-    for block in model._blocks():
-        plain = block(plain)[0]
+    for each in model._blocks():
+        plain = each(plain)[0]
         norms.append(plain)
     expected = model.norm(plain)
     joined: list[torch.Tensor] = []
