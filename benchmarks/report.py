@@ -274,9 +274,8 @@ def small(results: Sequence[Result], runs: Numbered) -> Lines:
             speed = f"{r['of_copy']:.0%}" if "of_copy" in r.values else f"{number(r['TFLOP_s'])} TFLOP/s" if "TFLOP_s" in r.values else ""
             times = [number(1e3 * r[n]) if n in r.values else "" for n in ("eager_ms", "graph_ms")] if not r.failed else ["failed", ""]
             errors = [f"{r[n]:.1e}" if n in r.values else "" for n in ("error", "plain_error")]
-            host = [number(r.get(n)) for n in ("host_us", "bare_us")]
-            host.insert(1, str(r.get("launches", "")))
-            lines.append([problem[0], title(impl), *times, *host, number(r.get("host_first_us")), speed, *errors, runs([r])])
+            host = [number(r.get("host_us")), str(r.get("launches", "")), number(r.get("bare_us")), number(r.get("host_first_us"))]
+            lines.append([problem[0], title(impl), *times, *host, speed, *errors, runs([r])])
     of_host = ["host µs", "launches", "host µs of these alone", "host µs after a wait"]
     measured = ["eager µs", "graph µs", *of_host, "of copy bandwidth", "error", "plain torch's error"]
     columns = ["", "implementation", *measured, "run"]

@@ -368,7 +368,7 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
             steps.append(replace(step, arguments=arguments))
         assert not isinstance(recording.results, int)
         held += [number[i] for i in recording.results if i is not None]  # a forward returns tensors alone
-    if not recordings or not reshaped.isdisjoint([results] if isinstance(results, int) else results):
+    if not reshaped.isdisjoint([results] if isinstance(results, int) else results):
         return None
     ends = held[results] if isinstance(results, int) else [held[i] for i in results]
     return Recording(recordings[0].device, given, given + len(fresh), fresh, steps, ends)

@@ -41,14 +41,14 @@ def runs(toy: bool) -> list[Run]:
             plain = DeltaNet.Config(heads=HEADS, head_dim=width // HEADS, short_conv=False)
             found.append(_run("DeltaNet, no convolution", (plain,), examples, seed, toy))
         for series in LARGE:
-            mixers = models.pattern(series, 32 if toy else LARGE_WIDTH, 2 * HEADS, window)
-            found.append(_large(_run(series, mixers, settings[-1], seed, toy), toy))
+            found.append(_large(series, settings[-1], seed, window, toy))
     return found
 
 
-def _large(run: Run, toy: bool) -> Run:
+def _large(series: str, examples: int, seed: int, window: int, toy: bool) -> Run:
     """A run in the published size."""
     width, layers, steps = (32, 3, 2) if toy else (LARGE_WIDTH, LARGE_LAYERS, LARGE_STEPS)
+    run = _run(series, models.pattern(series, width, 2 * HEADS, window), examples, seed, toy)
     return run.with_(
         series=run.series + SIZE,
         model=run.model.with_(width=width, layers=layers, mlp=3 * width),
