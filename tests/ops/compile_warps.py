@@ -28,8 +28,8 @@ ROWS = re.compile(r"(#\w+) = #ttg.nvidia_mma<\{versionMajor = 3, .*?warpsPerCTA 
 PRODUCT = re.compile(r"warp_group_dot .*?\} : (\S+)<.* -> tensor<(\d+)x\w+, (#\w+)>")
 
 
-def code(what: Launch) -> str | None:
-    """Triton's code for a GPU, layouts chosen; None for a kernel without products."""
+def code(what: Launch, *operations: str) -> str | None:
+    """Triton's code for a GPU, layouts chosen; None for a kernel without one of these operations."""
     backend: Any = make_backend(TARGET)
     options = backend.parse_options({"num_warps": what.warps, "num_stages": what.stages})
     context = ir.context()
@@ -37,7 +37,7 @@ def code(what: Launch) -> str | None:
     backend.load_dialects(context)
     made = source(what)
     module: Any = made.make_ir(TARGET, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
-    if "tt.dot" not in str(module):
+    if not any(operation in str(module) for operation in operations):
         return None
     stages: dict[str, Any] = {}
     metadata: dict[str, Any] = {"target": TARGET, **options.__dict__}
@@ -55,12 +55,17 @@ def small_products(text: str) -> int:
     return sum(first == "!ttg.memdesc" and int(rows) < 16 * along[layout] for first, rows, layout in found)
 
 
-def main(*names: str) -> None:
-    hardware.interprets_triton = lambda: True  # so that rows take tensors of the CPU; nothing is launched
+def pretend() -> None:
+    """Let rows take tensors of the CPU as if an H200 were here. Nothing is launched."""
+    hardware.interprets_triton = lambda: True
     hardware.capability = lambda index=0: 90
     hardware.room = lambda index=0: hardware.HOPPER
     hardware.multiprocessors = lambda index=0: 132
     checks.not_positive = lambda *arguments: None
+
+
+def main(*names: str) -> None:
+    pretend()
     cut_up(setattr)
     seen = set()
     for factor, times in (("as asked", Fraction(1)), ("twice", Fraction(2))):
@@ -70,7 +75,7 @@ def main(*names: str) -> None:
             key = (what.kernel, what.name(0)[0])
             if key not in seen:
                 seen.add(key)
-                text = code(what)
+                text = code(what, "tt.dot")
                 if text is not None:
                     print(json.dumps([name_of(what.kernel), factor, small_products(text)]), flush=True)
 

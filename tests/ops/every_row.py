@@ -114,9 +114,9 @@ def cut_up(replace: Callable[[Any, str, Any], Any]) -> None:
         row.plan.cache_clear()
 
 
-def written(name: str, device: str = "cpu") -> list[Launch]:
+def written(name: str, device: str = "cpu", case: Case | None = None) -> list[Launch]:
     """What forward and backward would launch. Nothing runs, so no host may look at a number."""
-    arguments = CASES[name].build(device=device)
+    arguments = (case or CASES[name]).build(device=device)
     tensors = compare.named_tensors(arguments).values()
     trained = [x for x in tensors if x.requires_grad] or [x.requires_grad_() for x in tensors if x.is_floating_point()]
     backward = "state" not in arguments

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -127,16 +128,42 @@ PRODUCTS = (
 """Operators whose kernels have matrix products, all of them; the other two that do have the gated delta rule's."""
 
 
+def printed(script: str, *names: str) -> list[list[Any]]:
+    """What a script beside this file prints of Triton's code."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(Path(__file__).with_name(script)), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("names", PRODUCTS, ids=" ".join)
 def test_no_warps_read_beyond_shared_memory_on_hopper(names: list[str]) -> None:
     """In the code that Triton makes for sm_90. With as many warps as they ask for no kernels do; with twice as many those that are held."""
-    script = Path(__file__).with_name("compile_warps.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, str(script), *names], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = printed("compile_warps.py", *names)
     assert {warps for _, warps, _ in found} == {"as asked", "twice"}
     twice = {(name, products > 0) for name, warps, products in found if warps == "twice"}
     assert [x for x in found if x[1] == "as asked" and x[2]] == []
     assert twice == {(name, name in HELD) for name, _ in twice}
+
+
+SUMMING = {
+    "delta_rule.portable_prepare.gates_kernel",
+    "delta_rule.portable_prepare.pair_kernel",
+    "delta_rule.portable_scan.summary_kernel",
+    "delta_rule.portable_scan.backward_summary_kernel",
+    "delta_rule.portable_grad.gradient_kernel",
+    "linear_recurrence.portable_heads.gates_kernel",
+    "linear_recurrence.portable_heads.gradient_kernel",
+}
+"""Kernels with running sums."""
+
+
+@pytest.mark.slow
+def test_lanes_of_a_running_sum_are_neighbours_on_hopper() -> None:
+    """Where each number of a sum is in several lanes, Triton 3.6 adds a lane's own number to it."""
+    found = printed("compile_scans.py", *CASES)
+    assert {name for name, _, _ in found} == SUMMING
+    assert [x for x in found if x[1]] == []
+    assert all(sums for _, _, sums in found)

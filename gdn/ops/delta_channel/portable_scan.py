@@ -21,6 +21,7 @@ from gdn.ops.delta_rule.portable_scan import (
     add_dot,
     document_bounds,
     dot,
+    exact_dot,
     load_square,
     load_state,
     program_place,
@@ -28,13 +29,6 @@ from gdn.ops.delta_rule.portable_scan import (
     store_state,
     store_tile,
 )
-
-
-@triton.jit
-def exact_dot(x, y, WIDE: tl.constexpr):
-    """A product whose sums are rounded to nearest in fp32. Tensor cores cut theirs, so that all errors have the sign of the sum; where keys repeat,
-    little of X is left in `X - Phi^T beta X`, and all of its error."""
-    return tl.dot(x, y, input_precision="ieee" if WIDE else "tf32")
 
 
 @triton.jit

@@ -205,7 +205,7 @@ def plan(
         S=S,
         width=width,
         writes=writes,
-        apart=gates_apart(chunks * HV),
+        apart=writes > 1 or gates_apart(chunks * HV),
         launches=table,
     )
 
@@ -306,7 +306,8 @@ def slab_chunks(stretch: int, programs: int, wide_keys: bool) -> int:
 
 def gates_apart(tiles: int) -> bool:
     """Whether so many chunks of value heads are worth a kernel of their own for the gates: one launch more, of 18 us, for 71 of the 712 us
-    of `pair_kernel` with 64 heads, 8 x 4096. Below, the pair kernel finds them while it waits for other things anyway (README.md)."""
+    of `pair_kernel` with 64 heads, 8 x 4096. Below, the pair kernel finds them while it waits for other things anyway (README.md), but never where
+    a token has several writes: Triton 3.6 would sum them wrong there (notes/triton_pipelines.md)."""
     return tiles >= 12000
 
 

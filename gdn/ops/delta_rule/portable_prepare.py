@@ -245,7 +245,8 @@ def pair_kernel(
     WRITES: tl.constexpr,
     READS: tl.constexpr,
 ):
-    """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head. Grid [chunks * HV]. APART: `gates_kernel` found the gates.
+    """Phi = (I + M diag(beta))^-1 M, A and the gates of one chunk and value head. Grid [chunks * HV]. APART: `gates_kernel` found the gates, as
+    it must where tokens have several writes.
 
     phi [chunks, HV, 64, 64] is Phi, in fp16 in units of a power of two, units [chunks, HV] (which are made for all inputs of 16 bits).
 
@@ -269,8 +270,7 @@ def pair_kernel(
     if APART:
         strength = load_gate(gates, tile, 2)
     else:
-        g_at, decaying = decays_at(start, i, rows, HV, hv, WRITES)
-        log_decay = tl.load(g + g_at, mask=decaying, other=0.0)
+        log_decay = tl.load(g + at, mask=i < rows, other=0.0)
         strength = tl.load(beta + at, mask=i < rows, other=0.0).to(tl.float32)
     q += hv // GROUP * K
     k += hv // GROUP * K

@@ -162,6 +162,13 @@ def add_dot(acc, x, y, WIDE: tl.constexpr):
 
 
 @triton.jit
+def exact_dot(x, y, WIDE: tl.constexpr):
+    """A product whose sums are rounded to nearest in fp32. Tensor cores cut theirs, so that all errors have the sign of the sum; where keys repeat,
+    little of X is left in `X - Phi^T beta X`, and all of its error."""
+    return tl.dot(x, y, input_precision="ieee" if WIDE else "tf32")
+
+
+@triton.jit
 def minus_solved(acc, x, phi, units, tile, WIDE: tl.constexpr):
     """acc - x [BV, 64] Phi, or its transpose. Phi in fp16 is kept in units of a power of two of the chunk, and each row of x is taken in
     units of its own: so all numbers fit fp16, whose products are eight times as exact as those of bfloat16. Where keys repeat with beta near
@@ -169,7 +176,7 @@ def minus_solved(acc, x, phi, units, tile, WIDE: tl.constexpr):
     loses digits, less than 2^-40 all. The product is summed into the registers of acc, which a thread is short of;
     with keys wider than 128 so short that units made `states_kernel` take 1269 us for 709: there Phi of bfloat16 inputs is bfloat16."""
     if WIDE:
-        return acc - dot(x, phi, WIDE)
+        return acc - exact_dot(x, phi, WIDE)
     elif phi.dtype == tl.bfloat16:
         return tl.dot((-x).to(tl.bfloat16), phi, acc)
     else:
