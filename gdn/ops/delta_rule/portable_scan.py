@@ -169,14 +169,15 @@ def exact_dot(x, y, WIDE: tl.constexpr):
 
 
 @triton.jit
-def minus_solved(acc, x, phi, units, tile, WIDE: tl.constexpr):
+def minus_solved(acc, x, phi, units, tile, WIDE: tl.constexpr, BACKWARD: tl.constexpr = False):
     """acc - x [BV, 64] Phi, or its transpose. Phi in fp16 is kept in units of a power of two of the chunk, and each row of x is taken in
     units of its own: so all numbers fit fp16, whose products are eight times as exact as those of bfloat16. Where keys repeat with beta near
     2, this rounding would be most of the error of all results. A row is one column of values over 64 tokens: less than 2^-29 of its largest
     loses digits, less than 2^-40 all. The product is summed into the registers of acc, which a thread is short of;
-    with keys wider than 128 so short that units made `states_kernel` take 1269 us for 709: there Phi of bfloat16 inputs is bfloat16."""
+    with keys wider than 128 so short that units made `states_kernel` take 1269 us for 709: there Phi of bfloat16 inputs is bfloat16.
+    In fp32 the backward's product is exact (`exact_dot`), which the forward gains next to nothing by."""
     if WIDE:
-        return acc - exact_dot(x, phi, WIDE)
+        return acc - (exact_dot(x, phi, WIDE) if BACKWARD else dot(x, phi, WIDE))
     elif phi.dtype == tl.bfloat16:
         return tl.dot((-x).to(tl.bfloat16), phi, acc)
     else:
@@ -636,7 +637,7 @@ def backward_kernel(
             do_columns = tl.trans(load_rows_again(do + hv * V, first_read, reads, HV * V, first, V, BV, READS))
             x = add_dot(x, do_columns, load_square(scores, tile, READS), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
-            x = minus_solved(x, x * beta, load_square(phi, tile), units, tile, WIDE)
+            x = minus_solved(x, x * beta, load_square(phi, tile), units, tile, WIDE, BACKWARD=True)
             store_rows(dv + hv * V, x * divisor(beta, dv.dtype.element_ty), start, rows, HV * V, first, V, BV)
             gamma = load_gate(gates, tile, 1)[None, :]
             q_rows = load_rows_again(q + h * K, first_read, reads, q_stride, 0, K, BK, READS)
@@ -724,7 +725,7 @@ def backward_summary_kernel(
             do_columns = tl.trans(load_rows_again(do + hv * V, first_read, reads, HV * V, first, V, BV, READS))
             x = add_dot(x, do_columns, load_square(scores, tile, READS), WIDE)
             beta = load_gate(gates, tile, 2)[None, :]
-            x = minus_solved(x, x * beta, load_square(phi, tile), units, tile, WIDE)
+            x = minus_solved(x, x * beta, load_square(phi, tile), units, tile, WIDE, BACKWARD=True)
             gamma = load_gate(gates, tile, 1)[None, :]
             q_rows = load_rows_again(q + h * K, first_read, reads, q_stride, 0, K, BK, READS)
             x *= gamma * -beta
