@@ -71,16 +71,20 @@ def _processor(call: Call, repeats: int) -> list[float]:
 
 
 def captured(call: Call) -> Call:
-    """The call as a CUDA graph."""
+    """The call as a CUDA graph. If that fails, random numbers can still be drawn: torch would hold that they are being captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             call()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except BaseException:
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay
 
 
