@@ -249,7 +249,7 @@ def recurrences() -> list[Row]:
     found = []
     for op, gates, writes in (
         (ops.linear_attention, "", 0), (ops.gated_linear_attention, "key", 0), (ops.value_gated_linear_attention, "value", 0),
-        (ops.channel_delta_rule, "key", 1), (ops.gated_delta_product, "", 2),
+        (ops.channel_delta_rule, "key", 1), (ops.gated_delta_product, "", 2), (ops.gated_delta_product, "", 4),
     ):  # fmt: skip
         for backward in (False, True):
 
@@ -261,7 +261,8 @@ def recurrences() -> list[Row]:
                 return {"q": q, "k": k, "v": normal(*each, H, K), "g": g, **strength}
 
             x = make()
-            name = f"{op.__name__.replace('_', ' ')} 8x4096{' fwd+bwd' if backward else ''}"
+            more = f" {writes} writes" if writes > 2 else ""
+            name = f"{op.__name__.replace('_', ' ')} 8x4096{more}{' fwd+bwd' if backward else ''}"
             moved = (1 + 2 * backward) * size(*x.values(), x["q"])
             small = lambda make=make: make(1, 100, 2, 32)  # noqa: E731
             found.append(Row(name, op.__name__, op, x, moved, backward, small))

@@ -1,8 +1,8 @@
 """A training step of a whole language model on a GPU, beside FLA's Gated DeltaNet and a Transformer++. `python benchmarks/bench_train_gpu.py --help`
 
 One step is forward, loss, backward and AdamW, with bfloat16 parameters (gates float32) and random tokens. For each model and shape: seconds
-from building the model to the end of the first step (everything compiled on the way), median milliseconds of a step, tokens per second, peak
-memory, and the share of the data sheet's dense bfloat16 rate that is used: `mfu` by the operations of the model at that length (three times the
+from building the model to the end of the first step (everything compiled on the way), median milliseconds of a step (with `--graph` also as one
+CUDA graph), tokens per second, peak memory, and the share of the data sheet's dense bfloat16 rate that is used: `mfu` by the operations of the model at that length (three times the
 forward pass, recurrence and attention scores included), `mfu_6n` by 6 a parameter and token.
 
 Errors are those of the loss and of all gradients together, relative (in norm), against our model in float64 with the same weights, FLA's too.
@@ -101,25 +101,31 @@ def fla(model: str, size: str, device: str) -> tuple[nn.Module, Loss]:
     return module, lambda tokens, targets: module(input_ids=tokens, labels=torch.roll(targets, 1, 1)).loss
 
 
-def measure(model: str, size: str, batch: int, length: int, steps: int, device: str) -> dict[str, Any]:
+def measure(model: str, size: str, batch: int, length: int, steps: int, device: str, graph: bool = False) -> dict[str, Any]:
     where = torch.device(device)
     started = time.perf_counter()
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     module, loss = (fla if model == "fla" else gdn)(model, size, device)
     parameters = sum(p.numel() for p in module.parameters())
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    times, first, value = [], 0.0, 0.0
-    for step in range(steps + 1):
-        tokens = torch.randint(config(model, size).vocab, (batch, length), device=where)
-        clock.synchronize(where)
-        begin = time.perf_counter()
+    graph = graph and where.type == "cuda"
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True, capturable=graph)
+
+    def step(tokens: Tensor) -> Tensor:
         found = loss(tokens, torch.roll(tokens, -1, 1))
         found.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return found.detach()
+
+    times, first, value = [], 0.0, 0.0
+    for number in range(steps + 1):
+        tokens = torch.randint(config(model, size).vocab, (batch, length), device=where)
         clock.synchronize(where)
-        if step == 0:
+        begin = time.perf_counter()
+        found = step(tokens)
+        clock.synchronize(where)
+        if number == 0:
             first = time.perf_counter() - started
         else:
             times.append(time.perf_counter() - begin)
@@ -132,6 +138,9 @@ def measure(model: str, size: str, batch: int, length: int, steps: int, device: 
     if where.type == "cuda":
         result["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
         result |= utilisation(config(model, size), length, parameters, batch * length / median, torch.cuda.get_device_name())
+    if graph:
+        torch.cuda.empty_cache()  # a graph's memory is its own
+        result |= clock.graph_ms(functools.partial(step, tokens), where, steps, seconds=60)
     return result | rows.compared(lambda: errors(module, loss, torch.randint_like(tokens, config(model, size).vocab)))
 
 
@@ -232,6 +241,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--shapes", default="8x4096,16x2048,4x8192,2x16384", help="comma list of batch x length (default %(default)s)")
     parser.add_argument("--steps", type=int, default=6, help="steps that the median is of, after one that is not (default %(default)s)")
+    parser.add_argument("--graph", action="store_true", help="time the whole step as a CUDA graph too")
     parser.add_argument("--compile", action="store_true", help="compile every model of ours that is named without it")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     tuning.add_arguments(parser)
@@ -251,7 +261,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measured(model: str, batch: int, length: int, args: argparse.Namespace) -> dict[str, Any]:
-    row = functools.partial(measure, model, args.size, batch, length, args.steps, args.device)
+    row = functools.partial(measure, model, args.size, batch, length, args.steps, args.device, args.graph)
     return tuning.ahead(row, args, tunes=model == "fla")
 
 

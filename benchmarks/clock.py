@@ -17,7 +17,7 @@ FLUSH_BYTES = 1 << 28
 def measure(call: Call, device: torch.device | str, *, repeats: int = 20, seconds: float = 3.0, graph: bool = True) -> dict[str, Any]:
     """Seconds to the first result, peak memory of one call beyond what stood before it, eager time, and time under a CUDA graph.
 
-    A call that cannot be captured has the reason as `graph_error`. Between 3 and `repeats` calls are timed: as many as fit in `seconds`.
+    Between 3 and `repeats` calls are timed: as many as fit in `seconds`.
     """
     device = torch.device(device)
     begin = time.perf_counter()
@@ -27,12 +27,15 @@ def measure(call: Call, device: torch.device | str, *, repeats: int = 20, second
     if device.type == "cuda":
         found["peak_MiB"] = peak_bytes(call) >> 20
     found["eager_ms"] = median_ms(call, device, repeats, seconds)
-    if graph and device.type == "cuda":
-        try:
-            found["graph_ms"] = median_ms(captured(call), device, repeats, seconds)
-        except Exception as failure:
-            found["graph_error"] = f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:200]
-    return found
+    return found | (graph_ms(call, device, repeats, seconds) if graph and device.type == "cuda" else {})
+
+
+def graph_ms(call: Call, device: torch.device | str, repeats: int = 20, seconds: float = 3.0) -> dict[str, Any]:
+    """`median_ms` of a call as a CUDA graph, or why there is none as `graph_error`."""
+    try:
+        return {"graph_ms": median_ms(captured(call), device, repeats, seconds)}
+    except Exception as failure:
+        return {"graph_error": f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:200]}
 
 
 def median_ms(call: Call, device: torch.device | str, repeats: int = 20, seconds: float = 3.0) -> float:

@@ -236,7 +236,8 @@ def training(results: Sequence[Result], runs: Numbered) -> Lines:
                 lines.append([size, title(impl), "", "failed", *[""] * 6, runs([r])])
                 continue
             share = [f"{r[name]:.1%}" if name in r.values else "" for name in ("mfu", "mfu_6n")]
-            figures = [number(r["tokens_per_s"]), number(r["step_ms"]), *share, number(r.get("peak_GiB")), number(r["first_s"])]
+            step = " / ".join(number(r[name]) for name in ("step_ms", "graph_ms") if name in r.values)
+            figures = [number(r["tokens_per_s"]), step, *share, number(r.get("peak_GiB")), number(r["first_s"])]
             errors = r.get("errors") or {}
             error = dashed(f"{errors[name]:.1e}" if name in errors else "" for name in ("loss", "gradients"))
             lines.append([size, title(impl), f"{r['parameters'] / 1e9:.3f}", *figures, error, runs([r])])
@@ -244,7 +245,7 @@ def training(results: Sequence[Result], runs: Numbered) -> Lines:
     columns += ["error of loss / gradients", "run"]
     return [
         "", "### Training a language model", "",
-        "Forward, loss, backward and AdamW, bfloat16. Utilisation is the share of the data sheet's dense bfloat16 rate that the model's own operations"
+        "Forward, loss, backward and AdamW, bfloat16; milliseconds eager (/ as one CUDA graph). Utilisation is the share of the data sheet's dense bfloat16 rate that the model's own operations"
         " make; 6 N counts 6 operations a parameter and token instead. Errors are relative (of all gradients together, in norm), against float64 with the"
         " same weights, drawn alike for all models; a dash where none was measured.", "",
         *cells(columns, lines), *failures(results),

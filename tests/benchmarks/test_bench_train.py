@@ -7,6 +7,7 @@ import bench_train_gpu as bench
 import pytest
 import rows
 import torch
+from on_gpu import gpu
 
 from gdn.hf.families import family
 from gdn.models import LM
@@ -16,7 +17,7 @@ FORMAT = family("gated_deltanet")
 
 
 def test_our_model_and_the_transformer_train_and_a_missing_peer_is_a_row(tmp_path):
-    line = f"--device cpu --size tiny --shapes 2x16,1x32 --steps 1 --models ours,fla,transformer --out {tmp_path / 'out.jsonl'}"
+    line = f"--device cpu --size tiny --shapes 2x16,1x32 --steps 1 --models ours,fla,transformer --graph --out {tmp_path / 'out.jsonl'}"
     args = bench.parse(line.split())
     found = rows.run("train", bench.plan(args), args, "cpu")
     assert [(r["shape"], r["impl"]) for r in found] == [(s, m) for s in ("2x16", "1x32") for m in ("ours", "fla", "transformer")]
@@ -24,10 +25,18 @@ def test_our_model_and_the_transformer_train_and_a_missing_peer_is_a_row(tmp_pat
         if result["impl"] == "fla":
             assert "failed" in result
         else:
-            assert result["tokens_per_s"] > 0 and 0 < result["loss"] < 20
+            assert "graph_ms" not in result and result["tokens_per_s"] > 0 and 0 < result["loss"] < 20
             assert 0 < result["errors"]["loss"] < 1e-2 and 0 < result["errors"]["gradients"] < 0.2
     text = bench.table(found).splitlines()
     assert len(text) == 4 and "2x16" in text[0] and "1x32" in text[0]
+
+
+@gpu
+@pytest.mark.parametrize("model", ["ours", "ours blocks", "transformer"])
+def test_a_step_is_timed_as_a_graph_and_its_errors_are_those_without(model):
+    found = bench.measure(model, "tiny", 2, 600, 2, "cuda", graph=True)
+    assert "graph_error" not in found and found["graph_ms"] > 0
+    assert max(found["errors"].values()) < 0.2
 
 
 def errors(model="ours", length=200):

@@ -67,6 +67,13 @@ class ConvolutionStep:
 
 PACKED: dict[str, Any] = {"name": "", "T": 200, "H": 1, "HV": 2, "K": 64, "V": 64, "lengths": (130, 0, 70)}
 RULE, LINEAR = Rule(**PACKED, initial=True), Linear(**PACKED, initial=True)
+
+
+def several_writes(n: int) -> Case:
+    """Of each token. A chunk has 32 reads for two and three, and 16 for more."""
+    return Case(Product(tokens=RULE.with_(T=100, lengths=(70, 0, 30)), n=n), narrow=True)
+
+
 POOL: dict[str, Any] = {"name": "", "B": 3, "T": 2, "H": 1, "HV": 2, "K": 128, "V": 130, "slots": (2, -1, 0), "pool": 3}
 STEP, LINEAR_STEP = Step(**POOL), LinearStep(**POOL)
 WIDE, HEADS = Norm(name="", shape=(40, 1025)), StateSpace(name="", T=70, H=3, P=100)
@@ -74,7 +81,7 @@ GATES, BLOCKS = Gate(name="", B=2, T=500, HV=3), Projection(name="", shape=(7, 4
 CASES: dict[str, Case] = {
     "gated_delta_rule": Case(RULE, narrow=True),
     "channel_delta_rule": Case(ChannelRule(rule=RULE), narrow=True),
-    "gated_delta_product": Case(Product(tokens=RULE.with_(T=100, lengths=(70, 0, 30)), n=2), narrow=True),
+    "gated_delta_product": several_writes(2),
     "delta_core": Case(Core(**PACKED, state=True), narrow=True),
     "linear_attention": Case(LINEAR, first=("head",), narrow=True),
     "gated_linear_attention": Case(LINEAR, first=("key",), narrow=True),

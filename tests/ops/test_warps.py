@@ -21,7 +21,7 @@ from on_gpu import gpu
 
 pytest.importorskip("triton")
 
-from every_row import CASES, cut_up, linear_row, rule_row, written
+from every_row import CASES, Case, cut_up, linear_row, rule_row, several_writes, written
 from warps import FACTORS, HELD, MOST, name_of, warps_times
 
 from gdn import ops
@@ -44,9 +44,9 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         row.plan.cache_clear()
 
 
-def agrees(name: str, check: Check) -> None:
+def agrees(name: str, check: Check, case: Case | None = None) -> None:
     """The row is as right as the tests of its operator want it: `compare` measures problems that say what is trained."""
-    case, row = CASES[name], getattr(ops, name)
+    case, row = case or CASES[name], getattr(ops, name)
     arguments = case.build(device=DEVICE)
     if any(x.requires_grad for x in compare.named_tensors(arguments).values()):
         truth, rounding = (compare.run(tables()[name], "reference", case.build(dtype)) for dtype in (torch.float64, case.dtype))
@@ -61,6 +61,13 @@ def agrees(name: str, check: Check) -> None:
 @each
 def test_results_do_not_depend_on_the_warps(name: str, as_good_as_the_reference: Check) -> None:
     agrees(name, as_good_as_the_reference)
+
+
+@gpu
+@pytest.mark.usefixtures("poisoned_memory", "cut", "warps")
+@pytest.mark.parametrize("n", [3, 4])
+def test_results_of_more_writes_do_not_depend_on_the_warps(n: int, as_good_as_the_reference: Check) -> None:
+    agrees("gated_delta_product", as_good_as_the_reference, several_writes(n))
 
 
 def test_every_triton_row_is_here() -> None:
@@ -162,7 +169,7 @@ SUMMING = {
 
 @pytest.mark.slow
 def test_lanes_of_a_running_sum_are_neighbours_on_hopper() -> None:
-    """Where each number of a sum is in several lanes, Triton 3.6 adds a lane's own number to it."""
+    """Where a number of a sum is in several lanes beside each other, Triton 3.6 may let a lane add its own number again."""
     found = printed("compile_scans.py", *CASES)
     assert {name for name, _, _ in found} == SUMMING
     assert [x for x in found if x[1]] == []

@@ -121,7 +121,8 @@ class Plan:
     writes: int
     """Of a token; all sizes above count writes."""
     apart: bool
-    """Whether the gates have a kernel of their own."""
+    """Whether the gates have a kernel of their own: always where a token has several writes, since Triton 3.6 may sum them wrong in the
+    pair kernel then (notes/triton_pipelines.md)."""
     launches: dict[str, Launch]
     made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """What `prepared` has made."""
@@ -306,8 +307,7 @@ def slab_chunks(stretch: int, programs: int, wide_keys: bool) -> int:
 
 def gates_apart(tiles: int) -> bool:
     """Whether so many chunks of value heads are worth a kernel of their own for the gates: one launch more, of 18 us, for 71 of the 712 us
-    of `pair_kernel` with 64 heads, 8 x 4096. Below, the pair kernel finds them while it waits for other things anyway (README.md), but never where
-    a token has several writes: Triton 3.6 would sum them wrong there (notes/triton_pipelines.md)."""
+    of `pair_kernel` with 64 heads, 8 x 4096. Below, the pair kernel finds them while it waits for other things anyway (README.md)."""
     return tiles >= 12000
 
 

@@ -270,6 +270,7 @@ def pair_kernel(
     if APART:
         strength = load_gate(gates, tile, 2)
     else:
+        tl.static_assert(WRITES == 1)
         log_decay = tl.load(g + at, mask=i < rows, other=0.0)
         strength = tl.load(beta + at, mask=i < rows, other=0.0).to(tl.float32)
     q += hv // GROUP * K

@@ -175,7 +175,7 @@ def minus_solved(acc, x, phi, units, tile, WIDE: tl.constexpr, BACKWARD: tl.cons
     2, this rounding would be most of the error of all results. A row is one column of values over 64 tokens: less than 2^-29 of its largest
     loses digits, less than 2^-40 all. The product is summed into the registers of acc, which a thread is short of;
     with keys wider than 128 so short that units made `states_kernel` take 1269 us for 709: there Phi of bfloat16 inputs is bfloat16.
-    In fp32 the backward's product is exact (`exact_dot`), which the forward gains next to nothing by."""
+    In fp32 the sums of the backward's product are rounded to nearest (`exact_dot`); the forward would gain next to nothing."""
     if WIDE:
         return acc - (exact_dot(x, phi, WIDE) if BACKWARD else dot(x, phi, WIDE))
     elif phi.dtype == tl.bfloat16:
