@@ -5,15 +5,9 @@ No interpreter asks for the warps. On a GPU sums over warps, tiles too small for
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +16,7 @@ from on_gpu import gpu
 pytest.importorskip("triton")
 
 from every_row import CASES, Case, cut_up, linear_row, rule_row, several_writes, written
+from printed import printed
 from warps import FACTORS, HELD, MOST, name_of, warps_times
 
 from gdn import ops
@@ -133,15 +128,6 @@ PRODUCTS = (
     ["value_gated_linear_attention", "windowed_sigmoid_attention"],
 )
 """Operators whose kernels have matrix products, all of them; the other two that do have the gated delta rule's."""
-
-
-def printed(script: str, *names: str) -> list[list[Any]]:
-    """What a script beside this file prints of Triton's code."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(Path(__file__).with_name(script)), *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow

@@ -56,14 +56,16 @@ def launches(BK: int, V: int, wide: bool, room: int) -> dict[str, Launch]:
     """Launch parameters of each kernel by padded key width, value width, whether inputs are fp32, and `hardware.room`.
 
     Products of 64 tokens take 4 warps, and tiles in 16 bits have rows of at least 128 bytes (notes/triton_pipelines.md). A product without tensor
-    cores, as one backwards in fp32 is, spills more than twice as much with 32 columns as with 16.
+    cores, as one backwards in fp32 is, spills more than twice as much with 32 columns as with 16. Without a limit of registers scans of wide keys
+    in fp32 would get 32 (there as well).
     """
     block = 32 if wide else 64
-    scan = (
-        Launch(block=128, warps=8)
-        if BK > 128 and V > 64 and not wide and room >= hardware.HOPPER
-        else Launch(block=block, warps=4, stages=1 if wide or BK > 128 else 2)
-    )
+    if wide:
+        scan = Launch(block=block, warps=4, registers=255 if BK > 128 else None)
+    elif BK > 128 and V > 64 and room >= hardware.HOPPER:
+        scan = Launch(block=128, warps=8)
+    else:
+        scan = Launch(block=block, warps=4, stages=1 if BK > 128 else 2)
     return {
         "channels": Launch(block=block, warps=4),
         "solve": Launch(block=0, warps=4),

@@ -23,9 +23,11 @@ class Launch:
     warps: int
     stages: int = 1
     """Depth of the software pipeline."""
+    registers: int | None = None
+    """Most registers of a thread."""
 
     def __call__(self, kernel: Any, key: Any, programs: int, *args: Any) -> None:
-        launch(kernel, (programs,), *args, warps=self.warps, key=(key, self))
+        launch(kernel, (programs,), *args, warps=self.warps, registers=self.registers, key=(key, self))
 
 
 def bounds_of(packing: Packing | None) -> Bounds:

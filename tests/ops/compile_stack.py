@@ -1,0 +1,50 @@
+"""Run in a process of its own by test_targets.py: compile the forward kernels of the delta rules in float32 for Hopper, to the end.
+
+Arguments: widths of keys and values. Prints JSON, a line for each kernel with a stack: its name, and registers and bytes of stack of a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from compile_portable import launches, recurrence, source
+from compile_warps import TARGET, pretend
+from triton import knobs
+
+from gdn.core.portable_launch import Launch
+from gdn.ops.delta_channel.portable import channel_delta_rule
+from gdn.ops.delta_rule.portable import gated_delta_rule
+
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+
+
+def usage(what: Launch) -> tuple[int, int]:
+    """Registers, and bytes of the stack."""
+    options = {"num_warps": what.warps, "num_stages": what.stages, "maxnreg": what.registers}
+    code = triton.compile(source(what), target=TARGET, options=options).asm["cubin"]
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder) / "kernel.cubin").write_bytes(code)
+        printed = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    registers, stack = USAGE.findall(printed)[0]
+    return int(registers), int(stack)
+
+
+def main(K: int, V: int) -> None:
+    pretend()
+    for row in (gated_delta_rule, channel_delta_rule):
+        function, tensors, rest = recurrence(row, K, V, T=128)
+        tensors = {name: x.float() for name, x in tensors.items()}
+        for what in launches(function, tensors, rest, backward=False):
+            registers, stack = usage(what)
+            if stack:
+                print(json.dumps([what.kernel.fn.__name__, registers, stack]), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
