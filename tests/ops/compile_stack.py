@@ -1,6 +1,6 @@
 """Run in a process of its own by test_targets.py: compile the forward kernels of the delta rules in float32 for Hopper, to the end.
 
-Arguments: widths of keys and values. Prints JSON, a line for each kernel with a stack: its name, and registers and bytes of stack of a thread.
+Arguments: widths of keys and of values. Prints JSON, a line for each kernel with a stack: its name, registers, and bytes of stack.
 """
 
 from __future__ import annotations

@@ -220,10 +220,10 @@ def launches(K: int, V: int, wide: bool, *, crowded: bool = False, chained: bool
     BK, BV = _power_of_two(K), _power_of_two(V) if V <= 64 else 128 if V % 128 == 0 or V > 256 else 64
     half = min(64, BV)
     if wide:
-        most = 255 if BK > 128 else None  # else ptxas takes 32 and spills all (notes/triton_pipelines.md)
-        scan = Launch(block=min(32, BV), warps=4, registers=most)
+        # without a limit ptxas takes 32 registers here and spills all (notes/triton_pipelines.md)
+        scan = Launch(block=min(32, BV), warps=4, registers=255 if BK > 128 else None)
         rest = {
-            "pair": Launch(block=min(BK, 64), warps=4, registers=most),
+            "pair": Launch(block=min(BK, 64), warps=4, registers=255),
             "pairs": Launch(block=min(32, BV), warps=4),
             "gradient": Launch(block=min(32, BK), warps=4, inner=min(32, BV)),
             **dict.fromkeys(("output", "states", "summary", "backward", "backward_summary"), scan),
