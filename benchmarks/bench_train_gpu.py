@@ -2,8 +2,8 @@
 
 One step is forward, loss, backward and AdamW, with bfloat16 parameters (gates float32) and random tokens. For each model and shape: seconds
 from building the model to the end of the first step (everything compiled on the way), median milliseconds of a step (with `--graph` also as one
-CUDA graph), tokens per second, peak memory, and the share of the data sheet's dense bfloat16 rate that is used: `mfu` by the operations of the model at that length (three times the
-forward pass, recurrence and attention scores included), `mfu_6n` by 6 a parameter and token.
+CUDA graph), tokens per second, peak memory, and the share of the data sheet's dense bfloat16 rate that is used: `mfu` by the operations of the
+model at that length (three times the forward pass, recurrence and attention scores included), `mfu_6n` by 6 a parameter and token.
 
 Errors are those of the loss and of all gradients together, relative (in norm), against our model in float64 with the same weights, FLA's too.
 They are taken after the timed steps, from one whose loss is that of the first 512 tokens of the last sequence alone: its shape is the one that
