@@ -46,8 +46,10 @@ BACKEND = make_backend(TARGET)
 _DONE: set[Any] = set()
 
 
-def translate(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, key: Any = None) -> None:
-    """In place of `gdn.core.portable_launch.launch`."""
+def translate(
+    kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, stages: int = 1, registers: int | None = None, key: Any = None
+) -> None:
+    """In place of `gdn.core.portable_launch.launch`. A limit of registers is not the translator's."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
