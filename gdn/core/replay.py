@@ -187,7 +187,7 @@ class Recorder(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         out = func(*args, **named)
-        if func.is_view and not (isinstance(out, Tensor) and out.untyped_storage()._cdata not in self._memory):
+        if func.is_view and (not isinstance(out, Tensor) or out.untyped_storage()._cdata in self._memory):
             return out  # `_base` finds it by its memory if it is used
         if not isinstance(out, Tensor) or out.device != self._device or _UNFORESEEABLE.intersection(func.tags):
             self.refused = True

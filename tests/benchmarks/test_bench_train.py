@@ -25,7 +25,7 @@ def test_our_model_and_the_transformer_train_and_a_missing_peer_is_a_row(tmp_pat
         if result["impl"] == "fla":
             assert "failed" in result
         else:
-            assert "graph_ms" not in result and result["tokens_per_s"] > 0 and 0 < result["loss"] < 20
+            assert not {"graph_ms", "graph_error"} & set(result) and result["tokens_per_s"] > 0 and 0 < result["loss"] < 20
             assert 0 < result["errors"]["loss"] < 1e-2 and 0 < result["errors"]["gradients"] < 0.2
     text = bench.table(found).splitlines()
     assert len(text) == 4 and "2x16" in text[0] and "1x32" in text[0]
@@ -33,7 +33,7 @@ def test_our_model_and_the_transformer_train_and_a_missing_peer_is_a_row(tmp_pat
 
 @gpu
 @pytest.mark.parametrize("model", ["ours", "ours blocks", "transformer"])
-def test_a_step_is_timed_as_a_graph_and_its_errors_are_those_without(model):
+def test_a_step_is_timed_as_a_graph_and_errors_are_measured_after_it(model):
     found = bench.measure(model, "tiny", 2, 600, 2, "cuda", graph=True)
     assert "graph_error" not in found and found["graph_ms"] > 0
     assert max(found["errors"].values()) < 0.2

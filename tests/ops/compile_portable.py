@@ -101,10 +101,10 @@ CALLS: dict[str, Callable[[], Call]] = {
 }
 
 
-def launches(row: Callable[..., Any], tensors: dict[str, Tensor], rest: dict[str, Any], *, backward: bool = True) -> list[Launch]:
+def launches(row: Callable[..., Any], tensors: dict[str, Tensor], rest: dict[str, Any]) -> list[Launch]:
     """What forward and backward would launch; a step has no backward."""
     THREAD.launches = found = []
-    if "state" in tensors or not backward:
+    if "state" in tensors:
         row(**tensors, **rest)
         THREAD.launches = None
         return found

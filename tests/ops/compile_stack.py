@@ -1,6 +1,6 @@
-"""Run in a process of its own by test_targets.py: compile the forward kernels of the delta rules in float32 for Hopper, to the end.
+"""Run in a process of its own by test_targets.py: compile the kernels of the delta rules in float32 for Hopper, to the end.
 
-Arguments: widths of keys and of values. Prints JSON, a line for each kernel with a stack: its name, registers, and bytes of stack.
+Arguments: widths of keys and of values. Prints JSON, a line for each kernel: its name, registers of a thread, and bytes of its stack.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 import triton
 from compile_portable import launches, recurrence, source
 from compile_warps import TARGET, pretend
+from every_row import cut_up
 from triton import knobs
+from warps import name_of
 
 from gdn.core.portable_launch import Launch
 from gdn.ops.delta_channel.portable import channel_delta_rule
@@ -36,14 +38,16 @@ def usage(what: Launch) -> tuple[int, int]:
 
 
 def main(K: int, V: int) -> None:
+    """In segments and with gates apart, so that all kernels are there."""
     pretend()
+    cut_up(setattr)
+    seen = set()
     for row in (gated_delta_rule, channel_delta_rule):
         function, tensors, rest = recurrence(row, K, V, T=128)
-        tensors = {name: x.float() for name, x in tensors.items()}
-        for what in launches(function, tensors, rest, backward=False):
-            registers, stack = usage(what)
-            if stack:
-                print(json.dumps([what.kernel.fn.__name__, registers, stack]), flush=True)
+        for what in launches(function, {name: x.float() for name, x in tensors.items()}, rest):
+            if (key := (what.kernel, what.name(0)[0])) not in seen:
+                seen.add(key)
+                print(json.dumps([name_of(what.kernel), *usage(what)]), flush=True)
 
 
 if __name__ == "__main__":

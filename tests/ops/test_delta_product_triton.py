@@ -123,12 +123,16 @@ def test_agrees_with_the_recurrence(parts: str, case: Problem, dtype: torch.dtyp
     assert wrong == []
 
 
+@pytest.mark.parametrize("parts", ["whole", "segments"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_float32_stands_sums_that_tensor_cores_cut(seed: int) -> None:
+def test_float32_stands_sums_that_tensor_cores_cut(seed: int, parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their errors all have the sign of the sum, and where keys resemble each other, little is left of X - Phi^T beta X."""
     case = next(p for p in SMALL if p.name == "correlated keys, 3 writes")
+    monkeypatch.setattr(portable, "segment_chunks", lambda *sizes: PARTS[parts][0] or 0)
+    portable.plan.cache_clear()
     with sums_are_cut():
         actual = compare.run(OP, "portable", case.build(dtype=torch.float32, device=DEVICE, seed=seed))
+    portable.plan.cache_clear()
     truth = compare.run(OP, "reference", case.build(seed=seed))
     assert compare.complaints(actual, textbook(case, torch.float32, seed), truth, torch.float32) == []
 

@@ -287,6 +287,11 @@ def test_operators_are_replayed_whole(name: str, replayed_here: list[str], monke
             with monkeypatch.context() as patch:
                 patch.setattr(operator, "__wrapped__", _not_again)
                 operator(**arguments)
+        with torch.no_grad():  # of parameters
+            operator(**arguments)
+            with monkeypatch.context() as patch:
+                patch.setattr(operator, "__wrapped__", _not_again)
+                operator(**arguments)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -43,6 +43,24 @@ def test_programs_of_several_tokens_agree_too(monkeypatch: pytest.MonkeyPatch) -
     test_triton_agrees_with_the_definition(*OPS[1], Problem(name="", B=1, T=11, H=2, P=4, groups=2), torch.float32)
 
 
+def every_other(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The same numbers with others between them along a dimension, which are NaN."""
+    wide = x.new_full((*x.shape[:dim], 2 * x.shape[dim], *x.shape[dim + 1 :]), torch.nan)
+    index = (*(slice(None),) * dim, slice(None, None, 2))
+    wide[index] = x
+    return wide[index]
+
+
+@pytest.mark.parametrize(("name", "dim"), [("x", 0), ("x", 1), ("x", 2), ("x", 3), ("gate", 0), ("gate", 1), ("gate", 2)])
+def test_numbers_may_lie_apart(name: str, dim: int) -> None:
+    """Sequences, tokens, heads or channels."""
+    arguments = Problem(name="", B=2, T=5, H=3, P=4, groups=1).build_norm(dtype=torch.float32, device=DEVICE)
+    arguments = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+    with use(skip_gated_rms_norm="portable"):
+        found, expected = (skip_gated_rms_norm(**{**arguments, name: x}) for x in (every_other(arguments[name], dim), arguments[name]))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("impl", ["torch", "portable"])
 def test_compile_as_one_graph(impl: str) -> None:
     for function, arguments in (

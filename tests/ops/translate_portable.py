@@ -7,6 +7,7 @@ meaning on the CPU; where they would launch, the kernel is translated for exactl
 from __future__ import annotations
 
 import importlib
+import json
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def translate(
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        if parameter.is_constexpr or value is None or value is 1:  # noqa: F632
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
         elif isinstance(value, Tensor):
@@ -71,7 +72,7 @@ def translate(
     BACKEND.load_dialects(context)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     source.make_ir(TARGET, options, BACKEND.get_codegen_implementation(options), BACKEND.get_module_map(), context)
-    print(name, flush=True)
+    print(json.dumps([name]), flush=True)
 
 
 def train(outputs: Any, arguments: dict[str, Any]) -> None:
