@@ -24,9 +24,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def quick_interpreter() -> Iterator[None]:
     """Let Triton's interpreter do in half the time what it does: prepare its language once a launch instead of at every call inside a
-    kernel, look numpy's types up instead of listing them all, and see integers overflow without its own arithmetic. And let
-    exponentials and logarithms be right: numpy's in float32 are off by more than two units in the last place on some processors, which sums
-    keep, where a GPU's and torch's are off by one."""
+    kernel, look numpy's types up instead of listing them all, and see integers overflow without its own arithmetic."""
     if not (has_package("triton") and interprets_triton()):
         yield
         return
@@ -53,13 +51,6 @@ def quick_interpreter() -> Iterator[None]:
     def type_of(kind: Any) -> np.dtype[Any]:
         return np.dtype(np.uint64) if isinstance(kind.scalar, tl.pointer_type) else numpy_type(kind.scalar)
 
-    def unary(self: Any, argument: Any, function: Callable[..., Any]) -> Any:
-        if function not in (np.exp, np.exp2, np.log, np.log2) or argument.data.dtype != np.float32:
-            return plainly(self, argument, function)
-        return interpreter.TensorHandle(function(argument.data.astype(np.float64)).astype(np.float32), argument.dtype.scalar)
-
-    plainly = interpreter.InterpreterBuilder.unary_op
-
     def check_overflow(self: Any, left: Any, right: Any, operation: Callable[..., Any]) -> None:
         kind, name = left.type.scalar, operation.__name__
         if kind.int_bitwidth < 64:
@@ -71,7 +62,6 @@ def quick_interpreter() -> Iterator[None]:
         patch.setattr(interpreter, "_LangPatchScope", Scope)
         patch.setattr(interpreter, "_patch_lang", prepare_once)
         patch.setattr(interpreter, "_get_np_dtype", type_of)
-        patch.setattr(interpreter.InterpreterBuilder, "unary_op", unary)
         patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", check_overflow)
         yield
 

@@ -132,6 +132,7 @@ def test_every_section_is_written(tmp_path):
             shape="8x4096",
             tokens_per_s=64000,
             step_ms=510.0,
+            graph_ms=490.0,
             first_s=9.0,
             mfu=0.5,
             mfu_6n=0.52,
@@ -144,7 +145,7 @@ def test_every_section_is_written(tmp_path):
     ]
     text = report.text(load(tmp_path, *rows))
     for part in (
-        "gla, 8x4096, bf16", "- gla: as it is", "64,000 | 510 | 50.0% | 52.0%", "more than 300 s", "3,000 | 10.7", "90%",
+        "gla, 8x4096, bf16", "- gla: as it is", "64,000 | 510 / 490 | 50.0% | 52.0%", "more than 300 s", "3,000 | 10.7", "90%",
         "| 2/8 1x2048 still bfloat16 | gdn | 1.0e-03 | 2.0e-03 | 1 |",
     ):  # fmt: skip
         assert part in text

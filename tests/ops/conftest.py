@@ -95,8 +95,9 @@ def as_good_as_the_reference() -> Callable[..., None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_computes_like_a_gpu(quick_interpreter: None) -> Iterator[None]:
-    """Let Triton's interpreter round float32 to the nearest bfloat16 (it cuts, which doubles every error), overflow silently, and multiply
-    matrices of bfloat16 as numbers (it takes their bits for integers)."""
+    """Let Triton's interpreter round float32 to the nearest bfloat16 (it cuts, which doubles every error), overflow silently, multiply
+    matrices of bfloat16 as numbers (it takes their bits for integers), and take exponentials and logarithms of float32 that are off by one
+    unit in the last place at most (numpy's are by more than two on some processors, and sums keep that)."""
     if not (has_package("triton") and interprets_triton()):
         yield
         return
@@ -123,8 +124,16 @@ def interpreter_computes_like_a_gpu(quick_interpreter: None) -> Iterator[None]:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return product(self, widen(a), widen(b), *rest)
 
+    plainly = interpreter.InterpreterBuilder.unary_op
+
+    def unary(self: Any, argument: Any, function: Callable[..., Any]) -> Any:
+        if function not in (np.exp, np.exp2, np.log, np.log2) or argument.data.dtype != np.float32:
+            return plainly(self, argument, function)
+        return interpreter.TensorHandle(function(argument.data.astype(np.float64)).astype(np.float32), argument.dtype.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
+        patch.setattr(interpreter.InterpreterBuilder, "unary_op", unary)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
         before = np.seterr(over="ignore")
         yield
