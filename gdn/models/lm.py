@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
+from torch.utils._pytree import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from gdn.core import checks
@@ -39,6 +40,9 @@ class LMOutput:
     """`[B, T, vocab]`."""
     state: LMState | None = None
     """The state after the last token, when one was given."""
+
+
+register_dataclass(LMOutput)  # else FSDP finds no tensor in it before torch 2.13, and where the model is one part it never sums gradients
 
 
 class LM(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from gdn.core.errors import ArgumentError, CheckpointError, ConfigError
 from gdn.core.packing import Packing
@@ -50,6 +51,13 @@ def test_published_sizes_have_the_official_number_of_parameters(name: str, offic
         model = LM(config)
     assert unused == sum(mixer.heads for mixer in config.mixers if isinstance(mixer, GatedDeltaNet.Config))
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters() == official - unused
+
+
+@pytest.mark.parametrize("asked", ["loss", "logits"])
+def test_torch_finds_the_tensor_of_an_output(asked: str) -> None:
+    """As FSDP looks for what its hooks go on."""
+    output = tiny()(tokens(), targets=tokens() if asked == "loss" else None)
+    assert [leaf for leaf in tree_leaves(output) if leaf is not None] == [getattr(output, asked)]
 
 
 def test_declared_parameters_equal_those_built() -> None:
@@ -150,11 +158,6 @@ def test_additions_go_with_the_norms_after_them(hooked: str, dtype: torch.dtype,
         assert torch.equal(heard["norm"][0], norms[2]) and torch.equal(heard["norm"][1], expected)
 
 
-non_leaf = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-"""Torch's compiler looks at that attribute of its inputs, and hides the warning only if it is no error."""
-
-
-@non_leaf
 @pytest.mark.parametrize(("packed", "way"), [(False, "whole"), (True, "whole"), (True, "blocks")])
 def test_compiled_training_step_has_the_loss_of_eager(packed: bool, way: str) -> None:
     """One whole graph, forward and backward, or one for each block, through the default compiler."""
@@ -191,7 +194,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     block._compiled_terms.cache_clear()
 
 
-@non_leaf
 def test_equal_blocks_are_compiled_once(graphs: list[int]) -> None:
     """The first block, which has one term, as the others; where they are of several kinds or layers know each other, the whole model."""
     one, other = (GatedDeltaNet.Config(heads=heads, head_dim=8) for heads in (1, 2))
@@ -213,7 +215,6 @@ def test_equal_blocks_are_compiled_once(graphs: list[int]) -> None:
         assert graphs == expected
 
 
-@non_leaf
 def test_a_run_of_packed_batches_stays_compiled(graphs: list[int]) -> None:
     """Other documents, one document, and both without gradients: the compiler gives up past eight versions, here with an error."""
     model, plain = tiny(), tiny()
@@ -226,7 +227,6 @@ def test_a_run_of_packed_batches_stays_compiled(graphs: list[int]) -> None:
     assert 0 < len(graphs) <= 8
 
 
-@non_leaf
 @pytest.mark.parametrize("part", ["mlp", "mixer_norm", "mixer.o_proj"])
 def test_blocks_compiled_alike_are_not_where_somebody_listens_to_a_part(part: str, graphs: list[int]) -> None:
     """The compiler does not look for hooks of a later block when it takes what was compiled for the first."""
@@ -238,7 +238,6 @@ def test_blocks_compiled_alike_are_not_where_somebody_listens_to_a_part(part: st
     assert graphs == [3]
 
 
-@non_leaf
 def test_compiled_blocks_in_a_compiled_model_are_one_graph(graphs: list[int]) -> None:
     model, x = tiny(), tokens()
     expected = model(x, targets=x).loss

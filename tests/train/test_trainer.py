@@ -288,7 +288,6 @@ def test_recomputing_blocks_changes_no_number(tiny: Tiny) -> None:
     assert rows(run(tiny("kept"))) == rows(run(tiny("again", recompute="block")))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler looks at it
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_compiling_blocks_changes_no_number_and_never_gives_up(recompute: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past eight versions of a block the compiler would go on without compiling: here an error."""
