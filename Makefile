@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 RUN ?= runs/demo
 
-.PHONY: demo test check bench clean
+.PHONY: demo test oldest check bench clean
 
 # `demo` needs only the library and a plot; `test` needs the test extra. Each stamp is remade when the dependencies change.
 .stamps/base: pyproject.toml constraints.txt
@@ -24,6 +25,14 @@ demo: .stamps/base  ## train a small Gated DeltaNet on this machine's Python sou
 test: .stamps/test  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two workers with one thread each: more threads only wait for each other
 
+oldest: $(OLDEST)/.complete  ## the whole test suite with the oldest versions that are supported
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2
+
+$(OLDEST)/.complete: pyproject.toml constraints.oldest.txt
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.oldest.txt -e '.[test]'
+	@touch $@
+
 check: .stamps/test  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,4 +42,4 @@ bench: .stamps/test  ## time the gated delta rule beside transformers'
 	$(BIN)/gdn bench ops
 
 clean:  ## forget the environment and the demo
-	rm -rf $(VENV) .stamps runs
+	rm -rf $(VENV) $(OLDEST) .stamps runs

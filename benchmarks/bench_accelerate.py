@@ -31,6 +31,7 @@ from torch import Tensor
 
 import gdn
 from gdn.core.device import machine
+from gdn.hf.names import CACHE
 
 WHOLE_LAYERS, WHOLE_VOCAB = 24, 248_320
 SHAPE: dict[str, Any] = {
@@ -83,7 +84,7 @@ def decoder(model: Any, tokens: Tensor) -> Callable[[Any, Tensor, int], float]:
         token, logits = out.logits[:, -1:].argmax(-1), out.logits
         with torch.no_grad():
             for _ in range(steps):
-                logits = model(token, past_key_values=out.past_key_values, use_cache=True).logits
+                logits = model(token, use_cache=True, **{CACHE: out[CACHE]}).logits
                 token = logits[:, -1:].argmax(-1)
         return float(logits.double().square().mean().sqrt())
 

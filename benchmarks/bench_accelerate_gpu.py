@@ -32,6 +32,7 @@ from bench_accelerate import SHAPE, WHOLE_LAYERS, WHOLE_VOCAB
 from bench_decode_gpu import Step, random_tokens, seconds_per_step
 
 import gdn
+from gdn.hf.names import CACHE
 
 WORKS = {
     "train": ("gdn compiled", "stock", "gdn", "stock compiled"),
@@ -101,12 +102,12 @@ def decode(impl: str, size: str, batch: int, context: int, steps: int, device: t
         else transformers.DynamicCache(config=model.config)
     )
     torch.manual_seed(1)
-    model(random_tokens(model.config.vocab_size, batch, context, device), past_key_values=cache, use_cache=True)
+    model(random_tokens(model.config.vocab_size, batch, context, device), use_cache=True, **{CACHE: cache})
     run, token = runner(impl, model), random_tokens(model.config.vocab_size, batch, 1, device)
 
     @torch.no_grad()
     def step() -> None:
-        token.copy_(run(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1))
+        token.copy_(run(token, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1))
 
     clock.synchronize(device)
     begin = time.perf_counter()

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from gdn.core.errors import ArgumentError
+from gdn.hf.names import CACHE
 from gdn.models.lm import LM
 from gdn.models.state import LMState
 
@@ -81,7 +82,8 @@ class GdnCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        return [True] * len(self)
+        """Not of the kind that does not know how much it has read: transformers would hand it a text again from the start."""
+        return [False]
 
     def activate_past_recording(self) -> None:
         """Keep what takes tokens back from now on."""
@@ -133,9 +135,9 @@ def _place(lm: LM, device: torch.device) -> torch.device | None:
 
 def _fitting(state: LMState, lm: LM, batch: int) -> LMState:
     if state.batch != batch:
-        raise ArgumentError(f"past_key_values: holds {state.batch} sequences, but the input has {batch}")
+        raise ArgumentError(f"{CACHE}: holds {state.batch} sequences, but the input has {batch}")
     if state.model is not None and state.model is not lm:
-        raise ArgumentError("past_key_values: holds the state of another model")
+        raise ArgumentError(f"{CACHE}: holds the state of another model")
     return state
 
 
@@ -164,7 +166,7 @@ class GdnStaticCache(GdnCache):
 
     def open(self, lm: LM, batch: int, device: torch.device) -> LMState:
         if torch.is_grad_enabled():
-            raise ArgumentError("past_key_values: a static cache is written in place; expected torch.no_grad() around the call")
+            raise ArgumentError(f"{CACHE}: a static cache is written in place; expected torch.no_grad() around the call")
         if self._state is None:
             self._state = lm.init_state(batch, room=self.room, device=_place(lm, device))
             self.seen = torch.zeros((), dtype=torch.int64, device=device)
@@ -193,7 +195,7 @@ class GdnStaticCache(GdnCache):
         return False
 
     def activate_past_recording(self) -> None:
-        raise ArgumentError("past_key_values: a static cache takes no tokens back; expected a GdnCache")
+        raise ArgumentError(f"{CACHE}: a static cache takes no tokens back; expected a GdnCache")
 
     def reset(self) -> None:
         """Empty, at new addresses: the next tokens begin a text."""

@@ -21,7 +21,7 @@ class GdnConfig(PreTrainedConfig):
     """
 
     model_type = "gdn"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {"num_layers": "num_hidden_layers"}  # noqa: RUF012
 
     vocab_size: int = 32000

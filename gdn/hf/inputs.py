@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
+from gdn.hf.names import CACHE
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def layout(batch: int, length: int, device: torch.device, given: Boundaries, *, 
     documents = _documents(batch, length, given, mask, cached)
     if documents is not None:
         if cached:
-            raise ArgumentError("past_key_values: cannot be given with packed rows; the documents of a packed row begin empty")
+            raise ArgumentError(f"{CACHE}: cannot be given with packed rows; the documents of a packed row begin empty")
         if mask is not None:  # padding becomes documents of its own
             changes = (mask[:, 1:] != mask[:, :-1]) | (documents[:, 1:] != documents[:, :-1])
             documents = torch.cat([changes.new_zeros(batch, 1), changes], 1).cumsum(1)

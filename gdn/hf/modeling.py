@@ -17,6 +17,7 @@ from gdn.core.errors import ArgumentError
 from gdn.hf.cache import GdnCache, GdnStaticCache
 from gdn.hf.configuration import GdnConfig
 from gdn.hf.inputs import Boundaries, Layout, layout
+from gdn.hf.names import CACHE
 from gdn.mixers.base import FLOAT32
 from gdn.models.lm import LM
 from gdn.models.start import Start
@@ -32,7 +33,7 @@ class GdnPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = FLOAT32  # type: ignore[assignment]
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _is_stateful = False  # transformers' word for states that cannot go back: these can
 
     def __init__(self, config: GdnConfig) -> None:
@@ -114,7 +115,7 @@ class GdnPreTrainedModel(PreTrainedModel):
         else:
             shapes(("inputs_embeds", x, "B T D"), D=self.config.hidden_size)
         if cache is not None and not isinstance(cache, GdnCache):
-            raise ArgumentError(f"past_key_values: expected a GdnCache, got {type(cache).__name__}")
+            raise ArgumentError(f"{CACHE}: expected a GdnCache, got {type(cache).__name__}")
         how = layout(x.shape[0], x.shape[1], x.device, given, cached=cache is not None)
         wanted = use_cache if use_cache is not None else self.config.use_cache and not self.training
         if cache is None and wanted and how.packing is None:
@@ -129,7 +130,7 @@ class GdnPreTrainedModel(PreTrainedModel):
         if hidden:
             first = self.lm.embedding(x) if inputs_embeds is None else x
             states = (first, *(how.restore(h) for h in seen[:-1]), last)
-        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache, hidden_states=states), how  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=states, **{CACHE: cache}), how  # type: ignore[arg-type]
 
 
 class GdnModel(GdnPreTrainedModel):
@@ -155,6 +156,7 @@ class GdnModel(GdnPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: GdnCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """
@@ -162,12 +164,12 @@ class GdnModel(GdnPreTrainedModel):
             input_ids, inputs_embeds: `[B, T]` or `[B, T, width]`, one of the two.
             attention_mask: `[B, T]`, 0 at padding on either side; longer by the cached tokens with a cache.
             position_ids, seq_idx, cu_seq_lens_q (or cu_seqlens): documents of packed rows, in any one of the ways transformers has.
-            past_key_values: a `GdnCache` to go on from, updated.
+            past_key_values, cache: a `GdnCache` to go on from, updated; by the one name or the other.
             output_hidden_states: also the embeddings and the output of each block; the last one is normed.
         """
         given = Boundaries(attention_mask, position_ids, seq_idx, _first(cu_seq_lens_q, kwargs.get("cu_seqlens")))
         hidden = _first(output_hidden_states, self.config.output_hidden_states)
-        output, _ = self._run(input_ids, inputs_embeds, given, past_key_values, use_cache, bool(hidden))
+        output, _ = self._run(input_ids, inputs_embeds, given, _one(past_key_values, cache), use_cache, bool(hidden))
         return output if _first(return_dict, self.config.return_dict) else output.to_tuple()
 
 
@@ -225,6 +227,7 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: GdnCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """
@@ -238,7 +241,7 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         """
         given = Boundaries(attention_mask, position_ids, seq_idx, _first(cu_seq_lens_q, kwargs.get("cu_seqlens")))
         hidden = _first(output_hidden_states, self.config.output_hidden_states)
-        output, how = self._run(input_ids, inputs_embeds, given, past_key_values, use_cache, bool(hidden))
+        output, how = self._run(input_ids, inputs_embeds, given, _one(past_key_values, cache), use_cache, bool(hidden))
         last = output.last_hidden_state
         assert last is not None
         weight = self.lm.head_weight
@@ -259,8 +262,8 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(
             loss=loss,  # type: ignore[arg-type]
             logits=logits,  # type: ignore[arg-type]
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            **{CACHE: getattr(output, CACHE)},
         )
         return result if _first(return_dict, self.config.return_dict) else result.to_tuple()
 
@@ -286,12 +289,12 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ArgumentError(f'cache_implementation: expected None, "dynamic" or "static", got {kind!r}')
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
             room = max(max_cache_length, generation_config.max_cache_len or 0)
-            cache = model_kwargs["past_key_values"] = GdnStaticCache(room) if kind == "static" else GdnCache()
+            cache = model_kwargs[CACHE] = GdnStaticCache(room) if kind == "static" else GdnCache()
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
@@ -318,6 +321,13 @@ def _outputs_of(blocks: Any) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _one(past_key_values: Any, cache: Any) -> Any:
+    """The cache, by whichever name it came."""
+    if past_key_values is not None and cache is not None:
+        raise ArgumentError("cache: expected one of cache and past_key_values, which are two names of the same, got both")
+    return _first(past_key_values, cache)
 
 
 def _first(*values: Any) -> Any:

@@ -92,12 +92,14 @@ class TransformersModel(Subject):
         self.model, self.vocab = model, model.get_input_embeddings().weight.shape[0]
 
     def read(self, tokens: Tensor, state: Any = None, mask: Tensor | None = None, keep: bool = False) -> tuple[Tensor, Any]:
-        said: dict[str, Any] = {"use_cache": keep or state is not None, "past_key_values": state}
+        from gdn.hf.names import CACHE
+
+        said: dict[str, Any] = {"use_cache": keep or state is not None, CACHE: state}
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             said |= {"attention_mask": mask, "position_ids": positions}
         out = self.model(tokens, **said)
-        return out.logits, out.past_key_values
+        return out.logits, getattr(out, CACHE)
 
     def packed(self) -> dict[str, Callable[[Tensor, list[int]], Tensor]]:
         def by_positions(tokens: Tensor, lengths: list[int]) -> Tensor:

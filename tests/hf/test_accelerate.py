@@ -15,6 +15,7 @@ import gdn
 from gdn.core.errors import ArgumentError, ImplementationError
 from gdn.hf.accelerate import check_sources
 from gdn.hf.accelerate.families import FAMILIES
+from gdn.hf.names import CACHE
 
 LENGTHS = [20, 1, 17, 12]
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
@@ -82,9 +83,7 @@ def test_caches_hold_what_those_of_stock_hold(models: Callable[..., Any], family
         for fast in (False, True):
             handle = gdn.accelerate(model) if fast else None
             cache = make()
-            outputs.append(
-                torch.cat([model(p, past_key_values=cache, use_cache=True).logits for p in x.split([2, 9, 5, 3, 1, 1, 1, 2], 1)], 1)
-            )
+            outputs.append(torch.cat([model(p, use_cache=True, **{CACHE: cache}).logits for p in x.split([2, 9, 5, 3, 1, 1, 1, 2], 1)], 1))
             caches.append(cache.layers[0])
             if handle:
                 handle.restore()
@@ -112,8 +111,8 @@ def test_any_split_of_a_prompt_gives_the_same_logits(accelerated: Any) -> None:
     for cuts in ([1], [33], [3, 40], [47, 48, 49], [2, 10, 11]):
         cache, pieces = None, []
         for piece in x.tensor_split(cuts, dim=1):
-            out = accelerated(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = accelerated(piece, use_cache=True, **{CACHE: cache})
+            cache = out[CACHE]
             pieces.append(out.logits)
         torch.testing.assert_close(torch.cat(pieces, 1), whole, **EXACT)
 
@@ -165,7 +164,7 @@ def test_padding_on_either_side_leaves_no_trace(accelerated: Any) -> None:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         out = accelerated(padded, attention_mask=mask, position_ids=positions, use_cache=True)
         torch.testing.assert_close(out.logits[:, left : left + 20], expected.logits, **EXACT)
-        memory = [o.past_key_values.layers[0].recurrent_states[0] for o in (out, expected)]
+        memory = [o[CACHE].layers[0].recurrent_states[0] for o in (out, expected)]
         torch.testing.assert_close(*memory, **EXACT)
 
 
@@ -173,7 +172,7 @@ def test_gradients_flow_through_a_cache(accelerated: Any) -> None:
     x, parameters = tokens(), list(accelerated.parameters())
     whole = torch.autograd.grad(accelerated(x).logits[:, 30:].square().sum(), parameters)
     first = accelerated(x[:, :30], use_cache=True)
-    second = accelerated(x[:, 30:], past_key_values=first.past_key_values, use_cache=True)
+    second = accelerated(x[:, 30:], use_cache=True, **{CACHE: first[CACHE]})
     for a, b in zip(torch.autograd.grad(second.logits.square().sum(), parameters), whole):
         torch.testing.assert_close(a, b, **EXACT)
 
@@ -310,9 +309,9 @@ def test_refuses_packed_documents_with_a_cache_or_a_mask(models: Callable[..., A
     model, x = models("qwen3_5"), tokens(1)
     gdn.accelerate(model)
     said = _ways_to_say_packed()["packing"]
-    cache = model(x, use_cache=True).past_key_values
-    with pytest.raises(ArgumentError, match=r"past_key_values: cannot be given together with packed documents \(packing\)"):
-        model(x, past_key_values=cache, **said())
+    cache = model(x, use_cache=True)[CACHE]
+    with pytest.raises(ArgumentError, match=rf"{CACHE}: cannot be given together with packed documents \(packing\)"):
+        model(x, **{CACHE: cache}, **said())
     with pytest.raises(ArgumentError, match=r"use_cache: expected False with packed documents"):
         model(x, use_cache=True, **said())
     with pytest.raises(ArgumentError, match="attention_mask: cannot be given"):

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from gdn.core.errors import ArgumentError
 from gdn.hf import GdnCache, GdnForCausalLM, GdnStaticCache
+from gdn.hf.names import CACHE
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -73,7 +74,7 @@ def test_beams_are_those_found_without_a_cache(mixers: str) -> None:
 def contrastive(model: GdnForCausalLM, ids: torch.Tensor, *, cached: bool, **kwargs: Any) -> torch.Tensor:
     """Contrastive search (arXiv 2202.06417): of the likeliest tokens the one whose hidden state is least like those before it."""
     out, candidates, alpha = model(ids, use_cache=True, output_hidden_states=True), 4, 0.6
-    cache, seen, logits = out.past_key_values, out.hidden_states[-1], out.logits[:, -1]
+    cache, seen, logits = out[CACHE], out.hidden_states[-1], out.logits[:, -1]
     for _ in range(kwargs["generation_config"].max_new_tokens):
         chance, tried = logits.softmax(-1).topk(candidates, -1)
         token = tried.reshape(-1, 1)
@@ -127,7 +128,7 @@ def test_assisted_decoding_gives_exactly_the_tokens_of_greedy_decoding_in_200_ca
                     cache, crops = Counting(), []
                     cache.crops = crops
                     got = model.generate(
-                        prompt[None], max_new_tokens=new, do_sample=False, assistant_model=helper, past_key_values=cache, use_cache=True
+                        prompt[None], max_new_tokens=new, do_sample=False, assistant_model=helper, use_cache=True, **{CACHE: cache}
                     )
                     assert torch.equal(got[0], text), (mixers, seed, length)
                     assert cache.get_seq_length() == length + new - 1
@@ -175,8 +176,8 @@ def test_a_cache_goes_on_between_calls_and_sequences_can_be_chosen() -> None:
     model, x = causal().double(), tokens(2, 10)
     expected = model.generate(x, max_new_tokens=10, do_sample=False)
     first = model.generate(x, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    assert first.past_key_values.get_seq_length() == 13
-    rest = model.generate(first.sequences, max_new_tokens=6, do_sample=False, past_key_values=first.past_key_values)
+    assert first[CACHE].get_seq_length() == 13
+    rest = model.generate(first.sequences, max_new_tokens=6, do_sample=False, **{CACHE: first[CACHE]})
     assert torch.equal(rest, expected)
     cache = GdnCache()
     with torch.no_grad():
@@ -195,9 +196,13 @@ def test_static_decoding_gives_the_same_tokens_from_padded_prompts_too(mixers: s
     model, x = causal(mixers).double(), tokens(3, 9)
     mask = torch.ones_like(x)
     mask[0, :4] = mask[2, :1] = 0
+    masks: list[torch.Tensor | None] = []
     for given in ({}, {"attention_mask": mask}):
         expected = model.generate(x, max_new_tokens=9, do_sample=False, **given)
+        heard = model.register_forward_pre_hook(lambda module, inputs, named: masks.append(named.get("attention_mask")), with_kwargs=True)
         assert torch.equal(model.generate(x, max_new_tokens=9, do_sample=False, cache_implementation="static", **given), expected)
+        heard.remove()
+    assert len(masks) == 18 and all(said is None for said in masks[1:9] + masks[10:])  # one that grows would make each step another graph
 
 
 @pytest.mark.parametrize("mixers", ["gated_deltanet", "hybrid"])

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from gdn.core.errors import ArgumentError, ConfigError
-from gdn.hf import GdnConfig, GdnForCausalLM, GdnModel
+from gdn.hf import GdnCache, GdnConfig, GdnForCausalLM, GdnModel
+from gdn.hf.names import CACHE
 from gdn.models.lm import LM
 from gdn.models.start import tune_start
 from gdn.models.store import load_model
@@ -135,14 +136,14 @@ def test_padding_on_any_side_leaves_no_trace(mixers: str, side: str) -> None:
     labels = x.clone()  # as a careless collator gives them: padding not masked
     out = model(x, attention_mask=mask, labels=labels, output_hidden_states=True, use_cache=True)
     following = tokens(3, 3)
-    more = model(following, past_key_values=out.past_key_values).logits
+    more = model(following, past_key_values=out[CACHE]).logits
     summed = 0.0
     for i, text in enumerate(texts):
         alone = model(text[None], labels=text[None], output_hidden_states=True, use_cache=True)
         torch.testing.assert_close(out.logits[i][masks[i].bool()], alone.logits[0], **EXACT)
         torch.testing.assert_close(out.hidden_states[1][i][masks[i].bool()], alone.hidden_states[1][0], **EXACT)
         summed += alone.loss.item() * (len(text) - 1)
-        after = model(following[i : i + 1], past_key_values=alone.past_key_values).logits
+        after = model(following[i : i + 1], cache=alone[CACHE]).logits
         torch.testing.assert_close(more[i], after[0], **EXACT)
     assert out.loss.item() == pytest.approx(summed / sum(len(t) - 1 for t in texts), rel=1e-9)
 
@@ -168,9 +169,9 @@ def test_packed_rows_equal_separate_ones(mixers: str, by: str) -> None:
         summed += alone.loss.item() * (text.shape[1] - 1)
         begin += text.shape[1]
     assert out.loss.item() == pytest.approx(summed / 14, rel=1e-9)
-    assert out.past_key_values is None
+    assert getattr(out, CACHE) is None
     with pytest.raises(ArgumentError, match="packed rows"):
-        model(x, past_key_values=model(tokens(1)).past_key_values, **{**given, "seq_idx": torch.arange(x.shape[1])[None]})
+        model(x, past_key_values=model(tokens(1))[CACHE], **{**given, "seq_idx": torch.arange(x.shape[1])[None]})
 
 
 def test_positions_that_only_count_are_not_packing() -> None:
@@ -188,7 +189,8 @@ def test_wrong_inputs_are_named() -> None:
         ("attention_mask: expected", {"input_ids": x, "attention_mask": torch.ones(2, 4)}),
         ("position_ids: expected", {"input_ids": x, "position_ids": torch.arange(4)[None]}),
         ("expected a GdnCache", {"input_ids": x, "past_key_values": ()}),
-        ("holds 2 sequences", {"input_ids": x[:1], "past_key_values": model(x).past_key_values}),
+        ("holds 2 sequences", {"input_ids": x[:1], "past_key_values": model(x)[CACHE]}),
+        ("two names of the same", {"input_ids": x, "past_key_values": model(x)[CACHE], "cache": GdnCache()}),
     ):
         with pytest.raises(ArgumentError, match=words):
             model(**given)

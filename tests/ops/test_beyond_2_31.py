@@ -7,11 +7,14 @@ an int32 overflows.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import mmap
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -454,9 +457,15 @@ def needs_memory(wanted: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def memory_is_given_back() -> Iterator[None]:
-    yield
-    if DEVICE == "cuda":
+def one_at_a_time() -> Iterator[None]:
+    """Of all processes with tests on this GPU one has such tensors."""
+    if DEVICE != "cuda":
+        yield
+        return
+    device = torch.cuda.get_device_properties(0).uuid
+    with (Path(tempfile.gettempdir()) / f"gdn-tests-{device}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
         torch.cuda.empty_cache()
 
 

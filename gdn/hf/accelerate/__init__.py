@@ -29,8 +29,8 @@ from gdn.hf.accelerate.loss import causal_lm_loss
 logger = logging.getLogger("gdn.accelerate")
 
 _MARK = "_gdn_accelerate"
-CHECKED = "5.23.0"
-"""The version of transformers that the digests in `families` are of."""
+CHECKED = "5.23 and 5.24"
+"""The versions of transformers that the digests in `families` are of."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from gdn.core.checks import accumulate_dtype
 from gdn.core.packing import Packing
 from gdn.hf.accelerate.families import Family
 from gdn.hf.accelerate.packed import find_packing
+from gdn.hf.names import CACHE
 from gdn.ops import (
     GateParameters,
     causal_conv1d,
@@ -62,11 +63,13 @@ def model_forward(family: Family) -> Forward:
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
+        cache = past_key_values if cache is None else cache
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is not None:
-            packed = find_packing(tokens, attention_mask, position_ids, past_key_values, use_cache, kwargs)
+            packed = find_packing(tokens, attention_mask, position_ids, cache, use_cache, kwargs)
             if packed is not None:
                 kwargs["packing"], position_ids = packed
                 attention_mask, use_cache = None, False
@@ -75,9 +78,9 @@ def model_forward(family: Family) -> Forward:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -96,20 +99,22 @@ def mixer_forward(family: Family) -> Forward:
         attention_mask: Tensor | None = None,
         *,
         packing: Packing | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        cache = cache_params if cache is None else cache
         qkv, gate, a, b = family.project(self, hidden_states)
         if attention_mask is not None:
             # Padding writes nothing and forgets nothing: zero inputs to the convolution, beta = 0, g = 0.
             hidden = (attention_mask == 0).unsqueeze(-1)
             qkv, a, b = qkv.masked_fill(hidden, 0), a.masked_fill(hidden, -math.inf), b.masked_fill(hidden, -math.inf)
-        past = None if cache_params is None else cache_params.get_conv_state(self.layer_idx, state_idx=0)
+        past = None if cache is None else cache.get_conv_state(self.layer_idx, state_idx=0)
         if past is None and self.conv1d.bias is None:
-            o = _from_the_start(self, qkv, a, b, cache_params, packing)
+            o = _from_the_start(self, qkv, a, b, cache, packing)
         else:
-            q, k, v = _convolve(self, qkv, past, cache_params, packing).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
+            q, k, v = _convolve(self, qkv, past, cache, packing).split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
             q, k = q.unflatten(-1, (self.num_k_heads, -1)), k.unflatten(-1, (self.num_k_heads, -1))
-            o = _recall(self, q, k, v.unflatten(-1, (self.num_v_heads, -1)), a, b, cache_params, packing)
+            o = _recall(self, q, k, v.unflatten(-1, (self.num_v_heads, -1)), a, b, cache, packing)
         o = getattr(self, family.output_norm)(o, gate.unflatten(-1, o.shape[2:]))
         return getattr(self, family.output)(o.flatten(2))
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from gdn.core.errors import ArgumentError
 from gdn.core.packing import Packing
 from gdn.core.packing_graph import packing_from_starts
+from gdn.hf.names import CACHE
 
 
 def find_packing(
     tokens: Tensor,
     attention_mask: Any,
     position_ids: Tensor | None,
-    past_key_values: Any,
+    cache: Any,
     use_cache: bool | None,
     kwargs: dict[str, Any],
 ) -> tuple[Packing, Tensor] | None:
@@ -28,11 +29,11 @@ def find_packing(
     """
     batch, length = tokens.shape[:2]
     name, packing = _explicit(batch, length, tokens.device, kwargs)
-    if packing is None and position_ids is not None and attention_mask is None and past_key_values is None:
+    if packing is None and position_ids is not None and attention_mask is None and cache is None:
         name, packing = "position_ids", _from_positions(position_ids, batch)
     if packing is None:
         return None
-    _refuse(name, attention_mask, past_key_values, use_cache)
+    _refuse(name, attention_mask, cache, use_cache)
     if position_ids is None:
         position_ids = packing.positions.view(batch, length).long()
     return packing, position_ids
@@ -81,9 +82,9 @@ def _from_starts(later: Tensor) -> Packing:
     return packing_from_starts(torch.nn.functional.pad(later, (1, 0), value=True))
 
 
-def _refuse(name: str, attention_mask: Any, past_key_values: Any, use_cache: bool | None) -> None:
-    if past_key_values is not None:
-        raise ArgumentError(f"past_key_values: cannot be given together with packed documents ({name}); each begins empty")
+def _refuse(name: str, attention_mask: Any, cache: Any, use_cache: bool | None) -> None:
+    if cache is not None:
+        raise ArgumentError(f"{CACHE}: cannot be given together with packed documents ({name}); each begins empty")
     if use_cache:
         raise ArgumentError(f"use_cache: expected False with packed documents ({name}), a cache has one state for each row; got True")
     if attention_mask is None:
