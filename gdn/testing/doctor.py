@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from torch import Tensor
 
@@ -201,26 +201,27 @@ def _clocked(call: Callable[[], Any], device: torch.device, count: int) -> list[
     return times
 
 
-def _table(findings: list[Finding], dtype: torch.dtype) -> Table:
+def _table(findings: list[Finding], dtype: torch.dtype) -> Group:
+    """With a number for each reason that something does not run, which are told below."""
     table = Table(title=f"operators in {str(dtype).removeprefix('torch.')}; the arrow is what a call gets", title_justify="left")
-    table.add_column("operator", no_wrap=True)
-    for column in ("error", "allowed", "ms"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
+    for column in ("operator", "error", "allowed", "ms", ""):
+        table.add_column(column, justify="right" if column in ("error", "allowed", "ms") else "left", no_wrap=True)
+    reasons = {reason: f"({i})" for i, reason in enumerate(dict.fromkeys(f.reason for f in findings if f.reason is not None), 1)}
     last = ""
     for f in findings:
+        why = "" if f.reason is None else f"[dim]{reasons[f.reason]}[/]"
         if f.op != last:
-            table.add_row(f"[bold]{f.op}[/]", "", "", "", "" if f.examined else f"[dim]{f.reason}[/]")
+            table.add_row(f"[bold]{f.op}[/]", "", "", "", "" if f.examined else why)
             last = f.op
         if not f.examined:
             continue
         row = f"{'→' if f.chosen else ' '} {f.impl}"
         if f.reason is not None:
-            table.add_row(row, "", "", "", f"[dim]{f.reason}[/]")
+            table.add_row(row, "", "", "", why)
         else:
             elapsed = "" if f.milliseconds is None else f"{f.milliseconds:.2f}"
             table.add_row(row, f"{f.error:.1e}", f"{f.allowed:.1e}", elapsed, "[green]ok[/]" if f.ok else "[red]wrong[/]")
-    return table
+    return Group(table, *(f"[dim]{number} {reason}[/]" for reason, number in reasons.items()))
 
 
 def _random(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Callable[..., Tensor]:

@@ -79,10 +79,10 @@ def test_what_was_examined_in_time_is_told(monkeypatch: pytest.MonkeyPatch, caps
 def test_skipped_rows_say_why_and_times_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "EXAMPLES", {"l2norm": doctor.EXAMPLES["l2norm"]})
     monkeypatch.setattr(doctor, "milliseconds", lambda call, device: 12.34)
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "60")
     assert doctor.examine("cpu") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("portable" in line and "needs a cuda tensor, got cpu" in line for line in lines)
+    assert any("portable" in line and "(1)" in line for line in lines) and "(1) needs a cuda tensor, got cpu" in lines
     assert any("→ torch" in line and "12.34" in line and "ok" in line for line in lines)
 
 
