@@ -50,6 +50,11 @@ def run(tmp_path: Path, text: Path) -> Path:
 
 def says(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
     """Standard output of a command that ends well, standard error of one that does not."""
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
     try:
         got = main([str(a) for a in arguments])
     except SystemExit as leaving:  # the parser's
@@ -158,6 +163,21 @@ def test_eval_tells_bits_per_byte_on_one_line_and_positions_beyond_the_training_
 
 def test_eval_of_the_model_folder_in_a_run_knows_the_run(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     assert says(capsys, "eval", run / "model") == says(capsys, "eval", run)
+
+
+def test_eval_shows_how_far_it_is_on_standard_error_if_that_is_a_terminal(
+    capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["eval", str(run)]) == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == ""
+    monkeypatch.setenv("TERM", "xterm")
+    stderr = Terminal()
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert main(["eval", str(run)]) == 0
+    assert capsys.readouterr().out == quiet.out
+    for shown in ("reading text", "loss ", "loss by position", "0:00:0"):
+        assert shown in stderr.getvalue(), shown
 
 
 def test_eval_of_a_model_alone_claims_no_training_length(capsys: pytest.CaptureFixture[str], run: Path, text: Path) -> None:
