@@ -202,6 +202,19 @@ def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     out = says(capsys, "train", "--list")
     for name in ("demo", "corpus", "gdn_0.4b", "gdn_1.3b"):
         assert re.search(rf"^{re.escape(name)} +\w.*\.$", out, re.M), name
+def test_text_without_a_validation_side_is_an_error_with_the_options_that_mend_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    source = [f"--data.source={text}", "--data.validation-fraction=0", f"--directory={tmp_path / 'new'}"]
+    said = says(capsys, "train", "corpus", *SMALL, *QUICK, *source, status=1)
+    helped = says(capsys, "train", "--help")
+    for field in ("data.validation_fraction", "data.validation_source", "validation_tokens"):
+        option = f"--{field.replace('_', '-')}"
+        assert field.removeprefix("data.") in said
+        assert option in said and option in helped
+    assert "--source" in said and "--source" in says(capsys, "eval", "--help")
+
+
 
 
 def test_a_full_disk_is_an_error_of_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path) -> None:
