@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -443,13 +444,14 @@ def _config_of(name: str) -> Any:
     from gdn.models.sizes import SIZES, size
     from gdn.models.store import model_folder, stored_config
 
-    if name in SIZES or name.startswith("gdn_d"):
+    if name in SIZES or re.fullmatch(r"gdn_d\d+", name):
         return size(name)
     if name in recipes.names() or name.endswith(".py") or ".py:" in name:
         return recipes.load(name).model
     if Path(name).is_dir():
         return stored_config(model_folder(name))
-    raise ConfigError(f'"{name}" is no size, recipe or training directory.{nearest(name, [*SIZES, "gdn_d8", *recipes.names()])}')
+    known = nearest(name, {*SIZES, "gdn_d8", *recipes.names()})
+    raise ConfigError(f'"{name}" is neither a folder with a model nor a known size or recipe.{known}')
 
 
 def convert(

@@ -91,6 +91,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("info gdn_1.4b", 1, 'Did you mean "gdn_1.3b"'),
         ("info gdn_d4 --length 0", 1, "length: expected at least 1, got 0"),
         ("generate no-such-folder", 1, "no-such-folder: no such folder"),
+        ("info gdn_data", 1, '"gdn_data" is neither a folder with a model nor a known size or recipe.'),
+        ("info no/such/folder", 1, '"no/such/folder" is neither a folder with a model nor a known size or recipe. Known: corpus, '),
         ("generate no-such-folder --tempreature 1", 2, "--temperature FLOAT"),
         ("eval no-such-folder", 1, "no-such-folder: no such folder"),
         ("doctor --device tpu", 1, 'device: expected "auto", "cpu", "cuda"'),
