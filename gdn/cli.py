@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,10 @@ from gdn.core.errors import FULL, ArgumentError, ConfigError, GdnError, nearest
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 OutPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+Official = Literal["qwen3_5_text", "qwen3_next", "olmo_hybrid", "nvlabs"]
+Fla = Literal["gated_deltanet", "delta_net", "gated_deltaproduct", "kda", "gla", "gsa", "retnet", "hgrn2", "mamba2"]
+Family = Literal["gdn", "run", Official, Fla]
+"""The names of `gdn.hf.families`, which needs transformers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -443,20 +448,21 @@ def _config_of(name: str) -> Any:
     from gdn.models.sizes import SIZES, size
     from gdn.models.store import model_folder, stored_config
 
-    if name in SIZES or name.startswith("gdn_d"):
+    if name in SIZES or re.fullmatch(r"gdn_d\d+", name):
         return size(name)
     if name in recipes.names() or name.endswith(".py") or ".py:" in name:
         return recipes.load(name).model
     if Path(name).is_dir():
         return stored_config(model_folder(name))
-    raise ConfigError(f'"{name}" is no size, recipe or training directory.{nearest(name, [*SIZES, "gdn_d8", *recipes.names()])}')
+    known = nearest(name, {*SIZES, "gdn_d8", *recipes.names()})
+    raise ConfigError(f'"{name}" is neither a folder with a model nor a known size or recipe.{known}')
 
 
 def convert(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
     *,
-    to: str,
+    to: Annotated[Family, tyro.conf.arg(metavar="NAME")],
     check: bool = False,
 ) -> int:
     """Convert a checkpoint between this package, transformers, flash-linear-attention and the official code: gdn convert SRC DST --to NAME.
@@ -471,7 +477,10 @@ def convert(
         check: Open the result and compare logits, then convert it back and compare bytes.
     """
     from gdn.core.errors import require
+    from gdn.models.store import checkpoint_folder, expect_new
 
+    checkpoint_folder(source)
+    expect_new(target)
     require("transformers", "hf", "gdn convert")
     from gdn.hf.convert import convert as converted
 

@@ -6,13 +6,15 @@ import io
 import json
 import re
 import resource
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from gdn import recipes
-from gdn.cli import COMMANDS, main
+from gdn.cli import COMMANDS, Family, main
 from gdn.data import ByteTokenizer, DataConfig, load_tokenizer
 from gdn.data.find import open_source
 from gdn.data.source import View
@@ -46,6 +48,11 @@ def run(tmp_path: Path, text: Path) -> Path:
     data = DataConfig(validation_source=str(text), length=64, batch=2)
     (folder / "config.json").write_text(json.dumps(Trainer.Config(model=TINY, data=data).to_dict()))
     return folder
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def says(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
@@ -84,6 +91,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("train demo --device tpu", 1, 'device: expected "auto", "cpu", "cuda"'),
         ("train demo --data.source no-such-*.txt", 1, "no-such-*.txt: no file matches"),
         ("info gdn_1.4b", 1, 'Did you mean "gdn_1.3b"'),
+        ("info gdn_data", 1, '"gdn_data" is neither a folder with a model nor a known size or recipe.'),
+        ("info no/such/folder", 1, '"no/such/folder" is neither a folder with a model nor a known size or recipe. Known: corpus, '),
         ("info gdn_d4 --length 0", 1, "length: expected at least 1, got 0"),
         ("generate no-such-folder", 1, "no-such-folder: no such folder"),
         ("generate no-such-folder --tempreature 1", 2, "--temperature FLOAT"),
@@ -156,6 +165,21 @@ def test_eval_tells_bits_per_byte_on_one_line_and_positions_beyond_the_training_
     assert re.search(r"128 to 255 .* beyond the training length", out)
 
 
+def test_eval_shows_how_far_it_is_on_standard_error_if_that_is_a_terminal(
+    capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["eval", str(run)]) == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == ""
+    monkeypatch.setenv("TERM", "xterm")
+    stderr = Terminal()
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert main(["eval", str(run)]) == 0
+    assert capsys.readouterr().out == quiet.out
+    for shown in ("reading text", "loss ", "loss by position", "0:00:0"):
+        assert shown in stderr.getvalue(), shown
+
+
 def test_eval_of_the_model_folder_in_a_run_knows_the_run(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     assert says(capsys, "eval", run / "model") == says(capsys, "eval", run)
 
@@ -176,6 +200,19 @@ def test_train_reaches_nested_fields_and_leaves_a_model_that_generates(
     saved = json.loads((tmp_path / "new" / "config.json").read_text())
     assert saved["model"]["pattern"][0]["head_dim"] == 8
     assert says(capsys, "generate", tmp_path / "new", "--prompt=one", "--tokens=3").startswith("one")
+
+
+def test_text_without_a_validation_side_is_an_error_with_the_options_that_mend_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: Path
+) -> None:
+    source = [f"--data.source={text}", "--data.validation-fraction=0", f"--directory={tmp_path / 'new'}"]
+    said = says(capsys, "train", "corpus", *SMALL, *QUICK, *source, status=1)
+    helped = says(capsys, "train", "--help")
+    for field in ("data.validation_fraction", "data.validation_source", "validation_tokens"):
+        option = f"--{field.replace('_', '-')}"
+        assert field.removeprefix("data.") in said
+        assert option in said and option in helped
+    assert "--source" in said and "--source" in says(capsys, "eval", "--help")
 
 
 def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,6 +301,24 @@ def test_a_damaged_configuration_is_named_by_every_command(capsys: pytest.Captur
     for arguments in (("generate",), ("check",), ("convert", tmp_path / "out", "--to", "gdn")):
         command, *rest = arguments
         assert f"{tmp_path / 'config.json'} cannot be read: " in says(capsys, command, tmp_path, *rest, status=1)
+
+
+def test_convert_needs_transformers_only_for_arguments_that_can_be(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    new = tmp_path / "new"
+    assert "invalid choice 'qwen3_nxt'" in says(capsys, "convert", run, new, "--to", "qwen3_nxt", status=2)
+    assert "nowhere: no such folder" in says(capsys, "convert", "nowhere", new, "--to", "gdn", status=1)
+    assert "already holds a checkpoint" in says(capsys, "convert", run, run / "model", "--to", "gdn", status=1)
+    assert 'gdn convert needs the package "transformers"' in says(capsys, "convert", run, new, "--to", "gdn", status=1)
+
+
+def test_convert_names_every_family() -> None:
+    pytest.importorskip("transformers")
+    from gdn.hf.families import FAMILIES
+
+    assert set(get_args(Family)) == set(FAMILIES)
 
 
 def test_damaged_weights_are_named_in_a_conversion(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

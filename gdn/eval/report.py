@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.tree import Tree
 
 from gdn.core.errors import ArgumentError
-from gdn.data import DataConfig, validation_batches
+from gdn.data import Batch, DataConfig, validation_batches
 from gdn.eval.perplexity import ByPosition, evaluate, evaluate_by_position
 from gdn.models.describe import costs, mixer_costs
 from gdn.models.lm import LM
@@ -63,7 +66,8 @@ def print_evaluation(model: LM, tokenizer: Any, data: DataConfig, trained: int |
     if length and length < 2:
         raise ArgumentError(f"length: expected at least 2 tokens, got {length}")
     console = Console()
-    result = evaluate(model, validation_batches(data, tokenizer, max_tokens))
+    with _watched("loss", data, tokenizer, max_tokens) as batches:
+        result = evaluate(model, batches)
     console.print(
         f"{result.tokens:,} tokens ({result.num_bytes:,} bytes): loss {result.loss:.4f} nats per token, "
         f"perplexity {result.perplexity:.3f}, [bold]bits per byte {result.bits_per_byte:.3f}[/]",
@@ -71,8 +75,21 @@ def print_evaluation(model: LM, tokenizer: Any, data: DataConfig, trained: int |
     )
     longest = length or 4 * data.length
     rows = data.with_(length=longest, batch=max(1, data.batch * data.length // longest))
-    buckets = evaluate_by_position(model, validation_batches(rows, tokenizer, max_tokens), _edges(data.length, longest))
+    with _watched("loss by position", rows, tokenizer, max_tokens) as batches:
+        buckets = evaluate_by_position(model, batches, _edges(data.length, longest))
     console.print(_by_position(buckets, trained))
+
+
+@contextmanager
+def _watched(what: str, data: DataConfig, tokenizer: Any, max_tokens: int) -> Iterator[Iterable[Batch]]:
+    """Validation batches that move a bar on standard error as they are taken; nothing is shown where that is no terminal."""
+    columns = BarColumn(bar_width=16), TextColumn("{task.description}"), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("reading text", total=None)
+        batches = validation_batches(data, tokenizer, max_tokens)
+        progress.update(task, description=what)
+        yield progress.track(batches, task_id=task)
 
 
 def _by_position(buckets: list[ByPosition], trained: int | None) -> Table:

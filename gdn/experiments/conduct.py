@@ -149,13 +149,14 @@ class Conduct:
     runs: list[Run]
     finished: dict[str, Row]
     """Rows by the key of their run."""
+    toy: bool
     console: Console
 
     @classmethod
     def of(cls, experiment: Experiment, directory: Path, toy: bool, console: Console) -> Conduct:
         directory.mkdir(parents=True, exist_ok=True)
         finished = {run.key: row for row in read(directory / RESULTS) if (run := run_of(row))}
-        return cls(experiment, directory, list(experiment.runs(toy)), finished, console)
+        return cls(experiment, directory, list(experiment.runs(toy)), finished, toy, console)
 
     def missing(self, only: str) -> list[Run]:
         return [run for run in self.runs if run.key not in self.finished and only in run.series]
@@ -176,6 +177,8 @@ class Conduct:
 
     def present(self) -> None:
         if self.rows:
+            if self.toy:
+                self.console.print(f"{self.experiment.name}, toy: a few steps of tiny models, whose scores say nothing", soft_wrap=True)
             present(self.experiment, report.arranged(self.rows, self.runs), self.directory, self.console, of=len(self.runs))
 
 

@@ -22,7 +22,7 @@ from gdn.hf.families import family, find
 from gdn.hf.families.base import Family
 from gdn.hf.remote_code import add_remote_code
 from gdn.models.lm import LM
-from gdn.models.store import CONFIG, INDEX, ORIGIN, model_folder, read_json
+from gdn.models.store import CONFIG, INDEX, ORIGIN, checkpoint_folder, expect_new, read_json
 
 SHARD_BYTES = 4 << 30
 """Largest weights file; one tensor that is larger has a file of its own."""
@@ -75,11 +75,10 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
         ConfigError: the family cannot express a field of the model; the message names it.
         CheckpointError: a tensor is missing, of another shape, or has no place in the family.
     """
-    source, target = _folder(source), Path(target)
+    source, target = checkpoint_folder(source), Path(target)
     given, theirs, config = _read(source)
     mine = family(to)
-    if (target / CONFIG).exists():
-        raise CheckpointError(f"{target} already holds a checkpoint; expected a new folder")
+    expect_new(target)
     values = _configuration(given, theirs, mine, config)
     target.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -110,7 +109,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, shard_bytes: int
 
 def load(folder: str | Path) -> LM:
     """The model of a folder of any known family, in memory. Gates are float32."""
-    folder = _folder(folder)
+    folder = checkpoint_folder(folder)
     _, theirs, config = _read(folder)
     with torch.device("meta"):
         model = LM(config)
@@ -300,11 +299,3 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         return {**new, **{k: v for k, v in old["text_config"].items() if k not in new}}
     nested = {k: {**old[k], **v} for k, v in new.items() if isinstance(v, dict) and isinstance(old.get(k), dict)}
     return {**old, **{k: v for k, v in new.items() if k in old or v is not None}, **nested}
-
-
-def _folder(path: str | Path) -> Path:
-    """The folder with the weights: itself, in pieces or whole, or that of a training run."""
-    path = Path(path)
-    if (path / CONFIG).is_file() and any(path.glob("*.safetensors")):
-        return path
-    return model_folder(path)

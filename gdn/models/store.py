@@ -46,6 +46,20 @@ def model_folder(run: str | Path) -> Path:
     raise CheckpointError(f"{run} holds no {WEIGHTS}, nor does {run / 'model'}; a training run writes it when it ends")
 
 
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder with the weights of any family: itself, in pieces or whole, or that of a training run."""
+    path = Path(path)
+    if (path / CONFIG).is_file() and any(path.glob("*.safetensors")):
+        return path
+    return model_folder(path)
+
+
+def expect_new(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder that holds a checkpoint."""
+    if (folder / CONFIG).exists():
+        raise CheckpointError(f"{folder} already holds a checkpoint; expected a new folder")
+
+
 def save_model(model: LM, folder: str | Path) -> None:
     """Write the model's configuration and weights; each file appears whole or not at all."""
     from safetensors import SafetensorError

@@ -27,6 +27,7 @@ from torch import Tensor
 import gdn
 from gdn.core import device as hardware
 from gdn.core.dispatch import use
+from gdn.core.errors import ArgumentError
 from gdn.ops import gated_delta_rule
 from gdn.ops.delta_rule import OP
 from gdn.ops.delta_rule.problems import BENCHMARK, Problem
@@ -72,6 +73,8 @@ def bench_ops(*, full: bool = False, repeats: int = 5, out: Path | None = None) 
 
 def bench_problems(problems: Sequence[Problem], *, repeats: int, out: Path | None) -> int:
     """Measure, print and record problems; the exit status is 1 when a row is wrong."""
+    if out is not None:
+        _expect_writable(out)
     console = Console()
     machine = hardware.machine()
     console.print(f"{machine.name}, {torch.get_num_threads()} threads, torch {machine.torch}, float32")
@@ -260,6 +263,15 @@ def _ratio(theirs: Measurement, ours: Measurement, mode: str) -> float | None:
     return None if a is None or b is None else a / b
 
 
+def _expect_writable(out: Path) -> None:
+    """Open the file as `_record` will, before the minutes of measuring."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as error:
+        raise ArgumentError(f"out: expected a file to append to, got {out} ({error.filename}: {error.strerror})") from None
+
+
 def _record(out: Path, problem: Problem, measurements: Sequence[Measurement]) -> None:
     from importlib.metadata import version
 
@@ -276,7 +288,6 @@ def _record(out: Path, problem: Problem, measurements: Sequence[Measurement]) ->
         "dtype": "float32",
         "problem": dataclasses.asdict(problem),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as lines:
         for m in measurements:
             row = common | {"impl": m.impl, "error": m.error, "allowed": m.allowed, "ok": m.ok}

@@ -192,6 +192,11 @@ def found_in(run: Path) -> bool:
     return any(_folders(run))
 
 
+def untouched(run: Path) -> str:
+    """What an error adds where a run has checkpoints."""
+    return ". Earlier checkpoints are untouched" if found_in(run) else ""
+
+
 def _folders(run: Path) -> Iterator[Path]:
     return (path for path in (run / FOLDER).glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit())
 
@@ -242,7 +247,7 @@ def _explained(final: Path, partial: Path, world: World) -> Iterator[None]:
         for cause in _causes(error):
             if isinstance(cause, KeyboardInterrupt):
                 raise cause from None
-        raise CheckpointError(f"cannot write {final}: {_reason(error, final)}. Earlier checkpoints are untouched") from error
+        raise CheckpointError(f"cannot write {final}: {_reason(error, final)}{untouched(final.parent.parent)}") from error
 
 
 def _reason(error: BaseException, path: Path) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from gdn.core.device import has_package, machine
 from gdn.core.errors import CheckpointError
-from gdn.train.checkpoint import write_synced
+from gdn.train.checkpoint import untouched, write_synced
 
 FILE = "metrics.jsonl"
 
@@ -51,7 +51,7 @@ class Metrics:
                     if name != "step":
                         self.board.add_scalar(name, value, int(row["step"]))
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}. Earlier checkpoints are untouched") from error
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror}{untouched(self.path.parent)}") from error
 
     def close(self) -> None:
         self.file.close()

@@ -174,7 +174,7 @@ def export(run: Run, config: TrainerConfig, world: World) -> None:
     folder = Path(config.directory, MODEL)
     checkpoint.export(run.model, config.model, folder, world=world)
     if world.is_first:
-        with _writing(folder):
+        with _writing(folder, config):
             run.tokenizer.save(folder)
 
 
@@ -185,7 +185,7 @@ def finish(run: Run, config: TrainerConfig, world: World, display: Display) -> N
     folder = Path(config.directory)
     rows = list(metrics.read(folder / metrics.FILE))
     display.console.print(report.table(rows, parameters=config.model.num_parameters()))
-    with _writing(folder / "loss.png"):
+    with _writing(folder / "loss.png", config):
         picture = report.plot(rows, folder / "loss.png")
     display.say(f"{folder}: {MODEL}, {metrics.FILE}" + (", loss.png" if picture else ""))
     if config.sample_tokens:
@@ -211,9 +211,10 @@ def _explain(what: str, progress: Progress, config: TrainerConfig, rate: float) 
     first = progress.step * config.accumulate
     batches = f"batch {first}" if config.accumulate == 1 else f"batches {first} to {first + config.accumulate - 1}"
     losses = ", ".join(f"{loss:.4g}" for loss in progress.losses) or "none"
+    kept = checkpoint.untouched(Path(config.directory))
     return (
         f"step {progress.step + 1}: {what}. It was {batches} of this process (0 is the first), learning rate {rate:.3g}, "
-        f"losses before it: {losses}. Nothing was updated, and the checkpoints in {config.directory} are as they were. "
+        f"losses before it: {losses}. Nothing was updated{kept}. "
         "To try: a smaller optim.lr or a longer schedule.warmup; "
         f"clip={config.clip} lower; precision=fp32 if it is bf16; `gdn doctor` for the operators on this machine. "
         "If it comes back at this batch whatever the learning rate, look at the data."
@@ -260,7 +261,7 @@ def _log(folder: Path, config: TrainerConfig, progress: Progress, world: World) 
     if not world.is_first:
         yield None
         return
-    with _writing(folder):
+    with _writing(folder, config):
         log = Metrics(folder, progress.step)
         checkpoint.write_synced(folder / checkpoint.RUN, json.dumps(config.to_dict(), indent=2) + "\n")
     try:
@@ -270,12 +271,13 @@ def _log(folder: Path, config: TrainerConfig, progress: Progress, world: World) 
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, config: TrainerConfig) -> Iterator[None]:
     """Turn a failure to write into a `CheckpointError` that says where."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}. Checkpoints are untouched") from error
+        kept = checkpoint.untouched(Path(config.directory))
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}{kept}") from error
 
 
 def _opening(run: Run, found: Path | None, config: TrainerConfig, world: World) -> str:

@@ -104,6 +104,14 @@ def test_old_results_stay_good_when_a_field_is_added_and_not_when_one_is_gone(tm
     assert module.run_of(before) is None
 
 
+@pytest.mark.parametrize("toy", [True, False])
+def test_what_is_printed_of_toys_says_so(tmp_path: Path, toy: bool) -> None:
+    printed = io.StringIO()
+    conduct(experiment(run()), tmp_path, CPU, toy=toy, console=Console(file=printed, width=200))
+    assert ("\nexample, toy: " in printed.getvalue()) is toy
+    assert "toy" not in (tmp_path / "table.md").read_text()
+
+
 def test_only_some_series(tmp_path: Path) -> None:
     both = experiment(run("one"), run("two"))
     assert [row["series"] for row in conduct(both, tmp_path, CPU, only="two", console=quiet())] == ["two"]

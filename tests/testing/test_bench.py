@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from torch import Tensor
 
 from gdn.core.dispatch import Impl
+from gdn.core.errors import ArgumentError
 from gdn.ops.delta_rule import OP
 from gdn.ops.delta_rule.problems import Problem
 from gdn.testing import bench
@@ -38,6 +40,19 @@ def test_table_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     for row in rows:
         assert row["ok"] and row["milliseconds"] > 0 and len(row["samples"]) == 2 and row["threads"] >= 1
         assert row["cpu"] and row["torch"] and row["transformers"] and row["command"] and row["problem"]["T"] == 70
+
+
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(bench, "measure", lambda *_: measured.append(1) or [])
+    file = tmp_path / "file"
+    file.write_text("rows\n")
+    for out in (tmp_path, file / "rows.jsonl", file / "folder" / "rows.jsonl"):
+        with pytest.raises(ArgumentError, match=rf"out: expected a file to append to, got {re.escape(str(out))} \(.*{tmp_path.name}"):
+            bench.bench_problems([TINY], repeats=1, out=out)
+    assert not measured
+    assert bench.bench_problems([TINY], repeats=1, out=file) == 0
+    assert measured and file.read_text() == "rows\n"
 
 
 def without_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import itertools
 import json
 import math
+import os
 import random
 import re
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from gdn.core.errors import CheckpointError, ConfigError, NonFiniteError
 from gdn.data import Loader, load_tokenizer
 from gdn.models import block
 from gdn.models.store import load_model
-from gdn.train import AdamW, Checkpoints, Schedule, Trainer, checkpoint, metrics, stop, trainer
+from gdn.train import AdamW, Checkpoints, Schedule, Trainer, checkpoint, metrics, report, stop, trainer
 from gdn.train.config import first_difference
 from gdn.train.step import Step
 
@@ -246,9 +248,28 @@ def test_a_loss_that_is_not_finite_stops_with_where_and_what_to_try(tiny: Tiny) 
     message = str(caught.value)
     cause = r"(the loss of micro-batch 0 is nan|every loss is finite, the norm of the gradient is nan)"
     assert re.match(rf"step 2: {cause}\. It was batches 2 to 3 of this process \(0 is the first\), learning rate \d", message)
-    for part in ("losses before it: 5.", "Nothing was updated", "smaller optim.lr", "schedule.warmup", "clip=1.0", "gdn doctor"):
+    assert "Nothing was updated. Earlier checkpoints are untouched. To try: " in message
+    for part in ("losses before it: 5.", "smaller optim.lr", "schedule.warmup", "clip=1.0", "gdn doctor"):
         assert part in message, part
     assert checkpoint.defect(Path(config.directory, "checkpoints", "step_00000001")) is None
+    with pytest.raises(NonFiniteError, match=r"Nothing was updated\. To try"):
+        Trainer(config.with_(checkpoints=Checkpoints(every=2), directory=f"{config.directory}-without")).run()
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_checkpoints_only_where_there_are_some(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = tiny()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Metrics", full)
+        with pytest.raises(CheckpointError, match=r"cannot write .*run: No space left on device$"):
+            Trainer(config).run()
+    monkeypatch.setattr(report, "plot", full)
+    with pytest.raises(CheckpointError, match=r"loss\.png: No space left on device\. Earlier checkpoints are untouched$"):
+        Trainer(config).run()
 
 
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(tiny: Tiny) -> None:
