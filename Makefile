@@ -25,7 +25,7 @@ demo: .stamps/base  ## train a small Gated DeltaNet on this machine's Python sou
 test: .stamps/test  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two workers with one thread each: more threads only wait for each other
 
-oldest: $(OLDEST)/.complete  ## the whole test suite with the oldest versions that are supported
+oldest: $(OLDEST)/.complete  ## the whole test suite with the oldest torch, Triton and transformers that are supported
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2
 
 $(OLDEST)/.complete: pyproject.toml constraints.oldest.txt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,9 +15,10 @@ from gdn.core.errors import FULL, ArgumentError, ConfigError, GdnError, nearest
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 OutPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-Official = Literal["qwen3_5_text", "qwen3_next", "olmo_hybrid", "nvlabs"]
-Fla = Literal["gated_deltanet", "delta_net", "gated_deltaproduct", "kda", "gla", "gsa", "retnet", "hgrn2", "mamba2"]
-Family = Literal["gdn", "run", Official, Fla]
+Family = Literal[
+    "gdn", "run", "qwen3_5_text", "qwen3_next", "olmo_hybrid", "nvlabs",
+    "gated_deltanet", "delta_net", "gated_deltaproduct", "kda", "gla", "gsa", "retnet", "hgrn2", "mamba2",
+]  # fmt: skip
 """The names of `gdn.hf.families`, which needs transformers."""
 
 
@@ -448,7 +448,7 @@ def _config_of(name: str) -> Any:
     from gdn.models.sizes import SIZES, size
     from gdn.models.store import model_folder, stored_config
 
-    if name in SIZES or re.fullmatch(r"gdn_d\d+", name):
+    if name in SIZES or (name.startswith("gdn_d") and name[5:].isdecimal()):
         return size(name)
     if name in recipes.names() or name.endswith(".py") or ".py:" in name:
         return recipes.load(name).model

@@ -87,17 +87,17 @@ def nothing_to_read(source: Source, view: View) -> str:
     if view.side == "validation":
         return (
             f"source {source.name}: no document falls on the validation side; "
-            "raise validation_fraction (--data.validation-fraction), give other text as validation_source (--data.validation-source, "
-            "or --source of gdn eval), or validate on nothing (validation_tokens=0, --validation-tokens 0). "
-            "A short text file is one document, and all of it falls on one side"
+            "raise validation_fraction, give other text as validation_source, or validate on nothing (validation_tokens 0). "
+            "A short text file is one document, and all of it falls on one side. In commands: gdn train --data.validation-fraction, "
+            "--data.validation-source or --validation-tokens 0; gdn eval --source"
         )
     if view.side == "all":
         return f"validation_source {source.name}: no document with text"
     if view.world > 1:
         return f"source {source.name}: no document for process {view.rank} of {view.world}; give more text or use fewer processes"
     return (
-        f"source {source.name}: no document with text on the training side; "
-        "lower validation_fraction (--data.validation-fraction) or give more text"
+        f"source {source.name}: no document with text on the training side; lower validation_fraction "
+        "(gdn train --data.validation-fraction) or give more text"
     )
 
 

@@ -82,7 +82,7 @@ class GdnCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Not of the kind that does not know how much it has read: transformers would hand it a text again from the start."""
+        """Asked as `all(cache.is_linear)`. If so, `generate` takes it that a cache does not know its length, and begins texts anew."""
         return [False]
 
     def activate_past_recording(self) -> None:

@@ -17,7 +17,7 @@ from gdn.core.errors import ArgumentError
 from gdn.hf.cache import GdnCache, GdnStaticCache
 from gdn.hf.configuration import GdnConfig
 from gdn.hf.inputs import Boundaries, Layout, layout
-from gdn.hf.names import CACHE
+from gdn.hf.names import CACHE, one_of
 from gdn.mixers.base import FLOAT32
 from gdn.models.lm import LM
 from gdn.models.start import Start
@@ -169,7 +169,7 @@ class GdnModel(GdnPreTrainedModel):
         """
         given = Boundaries(attention_mask, position_ids, seq_idx, _first(cu_seq_lens_q, kwargs.get("cu_seqlens")))
         hidden = _first(output_hidden_states, self.config.output_hidden_states)
-        output, _ = self._run(input_ids, inputs_embeds, given, _one(past_key_values, cache), use_cache, bool(hidden))
+        output, _ = self._run(input_ids, inputs_embeds, given, one_of(past_key_values, cache), use_cache, bool(hidden))
         return output if _first(return_dict, self.config.return_dict) else output.to_tuple()
 
 
@@ -241,7 +241,7 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         """
         given = Boundaries(attention_mask, position_ids, seq_idx, _first(cu_seq_lens_q, kwargs.get("cu_seqlens")))
         hidden = _first(output_hidden_states, self.config.output_hidden_states)
-        output, how = self._run(input_ids, inputs_embeds, given, _one(past_key_values, cache), use_cache, bool(hidden))
+        output, how = self._run(input_ids, inputs_embeds, given, one_of(past_key_values, cache), use_cache, bool(hidden))
         last = output.last_hidden_state
         assert last is not None
         weight = self.lm.head_weight
@@ -289,9 +289,10 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ArgumentError(f'cache_implementation: expected None, "dynamic" or "static", got {kind!r}')
-        cache = model_kwargs.get(CACHE)
+        cache = one_of(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
         if cache is not None:
             cache._is_user_defined = True
+            model_kwargs[CACHE] = cache
         elif generation_config.use_cache is not False:
             room = max(max_cache_length, generation_config.max_cache_len or 0)
             cache = model_kwargs[CACHE] = GdnStaticCache(room) if kind == "static" else GdnCache()
@@ -321,13 +322,6 @@ def _outputs_of(blocks: Any) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _one(past_key_values: Any, cache: Any) -> Any:
-    """The cache, by whichever name it came."""
-    if past_key_values is not None and cache is not None:
-        raise ArgumentError("cache: expected one of cache and past_key_values, which are two names of the same, got both")
-    return _first(past_key_values, cache)
 
 
 def _first(*values: Any) -> Any:

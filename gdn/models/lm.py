@@ -42,7 +42,8 @@ class LMOutput:
     """The state after the last token, when one was given."""
 
 
-register_dataclass(LMOutput)  # else FSDP finds no tensor in it before torch 2.13, and where the model is one part it never sums gradients
+# Else FSDP finds no tensor in it before torch 2.13, and where the model is one part it never sums gradients.
+register_dataclass(LMOutput, serialized_type_name="gdn.models.lm.LMOutput")
 
 
 class LM(nn.Module):

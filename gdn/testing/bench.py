@@ -73,6 +73,8 @@ def bench_ops(*, full: bool = False, repeats: int = 5, out: Path | None = None) 
 
 def bench_problems(problems: Sequence[Problem], *, repeats: int, out: Path | None) -> int:
     """Measure, print and record problems; the exit status is 1 when a row is wrong."""
+    if repeats < 1:
+        raise ArgumentError(f"repeats: expected at least 1, got {repeats}")
     if out is not None:
         _expect_writable(out)
     console = Console()
@@ -267,7 +269,10 @@ def _expect_writable(out: Path) -> None:
     """Open the file as `_record` will, before the minutes of measuring."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        known = out.exists()
         out.open("a").close()
+        if not known:
+            out.unlink()
     except OSError as error:
         raise ArgumentError(f"out: expected a file to append to, got {out} ({error.filename}: {error.strerror})") from None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -204,8 +205,10 @@ def _clocked(call: Callable[[], Any], device: torch.device, count: int) -> list[
 def _table(findings: list[Finding], dtype: torch.dtype) -> Group:
     """With a number for each reason that something does not run, which are told below."""
     table = Table(title=f"operators in {str(dtype).removeprefix('torch.')}; the arrow is what a call gets", title_justify="left")
-    for column in ("operator", "error", "allowed", "ms", ""):
-        table.add_column(column, justify="right" if column in ("error", "allowed", "ms") else "left", no_wrap=True)
+    table.add_column("operator", overflow="fold")
+    for column in ("error", "allowed", "ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=3)
     reasons = {reason: f"({i})" for i, reason in enumerate(dict.fromkeys(f.reason for f in findings if f.reason is not None), 1)}
     last = ""
     for f in findings:
@@ -221,7 +224,7 @@ def _table(findings: list[Finding], dtype: torch.dtype) -> Group:
         else:
             elapsed = "" if f.milliseconds is None else f"{f.milliseconds:.2f}"
             table.add_row(row, f"{f.error:.1e}", f"{f.allowed:.1e}", elapsed, "[green]ok[/]" if f.ok else "[red]wrong[/]")
-    return Group(table, *(f"[dim]{number} {reason}[/]" for reason, number in reasons.items()))
+    return Group(table, *(f"[dim]{number} {escape(reason)}[/]" for reason, number in reasons.items()))
 
 
 def _random(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Callable[..., Tensor]:

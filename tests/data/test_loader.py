@@ -269,7 +269,7 @@ def test_nothing_to_read_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="process 1 of 2"):
         next(Data(config).train_loader(rank=1, world=2))
     empty = DataConfig(source=str(write_jsonl(tmp_path / "empty.jsonl", ["", ""])))
-    with pytest.raises(DataError, match=r"no document with text.*validation_fraction \(--data\.validation-fraction\)"):
+    with pytest.raises(DataError, match=r"no document with text.*validation_fraction \(gdn train --data\.validation-fraction\)"):
         next(Data(empty).train_loader())
     with pytest.raises(DataError, match=r"^validation_source .*empty.jsonl: no document with text$"):
         Data(config.with_(validation_source=empty.source)).validation(100)

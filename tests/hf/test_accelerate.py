@@ -312,6 +312,9 @@ def test_refuses_packed_documents_with_a_cache_or_a_mask(models: Callable[..., A
     cache = model(x, use_cache=True)[CACHE]
     with pytest.raises(ArgumentError, match=rf"{CACHE}: cannot be given together with packed documents \(packing\)"):
         model(x, **{CACHE: cache}, **said())
+    for module, other in ((model.model, "past_key_values"), (model.model.layers[0].linear_attn, "cache_params")):
+        with pytest.raises(ArgumentError, match="cache: given twice"):
+            module.forward(x, **{"cache": cache, other: cache})
     with pytest.raises(ArgumentError, match=r"use_cache: expected False with packed documents"):
         model(x, use_cache=True, **said())
     with pytest.raises(ArgumentError, match="attention_mask: cannot be given"):

@@ -172,6 +172,7 @@ def test_what_was_taken_back_leaves_no_trace(mixers: str) -> None:
     assert torch.equal(model.generate(prompt, max_new_tokens=10, do_sample=False, prompt_lookup_num_tokens=4), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # by transformers 5.24; it works
 def test_a_cache_goes_on_between_calls_and_sequences_can_be_chosen() -> None:
     model, x = causal().double(), tokens(2, 10)
     expected = model.generate(x, max_new_tokens=10, do_sample=False)
@@ -179,6 +180,12 @@ def test_a_cache_goes_on_between_calls_and_sequences_can_be_chosen() -> None:
     assert first[CACHE].get_seq_length() == 13
     rest = model.generate(first.sequences, max_new_tokens=6, do_sample=False, **{CACHE: first[CACHE]})
     assert torch.equal(rest, expected)
+    for name in ("past_key_values", "cache"):
+        warmed = GdnCache()
+        with torch.no_grad():
+            model(x[:, :-1], **{name: warmed})
+        assert torch.equal(model.generate(x, max_new_tokens=10, do_sample=False, **{name: warmed}), expected)
+        assert warmed.get_seq_length() == 19
     cache = GdnCache()
     with torch.no_grad():
         model(x, past_key_values=cache)

@@ -190,7 +190,7 @@ def test_wrong_inputs_are_named() -> None:
         ("position_ids: expected", {"input_ids": x, "position_ids": torch.arange(4)[None]}),
         ("expected a GdnCache", {"input_ids": x, "past_key_values": ()}),
         ("holds 2 sequences", {"input_ids": x[:1], "past_key_values": model(x)[CACHE]}),
-        ("two names of the same", {"input_ids": x, "past_key_values": model(x)[CACHE], "cache": GdnCache()}),
+        ("cache: given twice", {"input_ids": x, "past_key_values": model(x)[CACHE], "cache": GdnCache()}),
     ):
         with pytest.raises(ArgumentError, match=words):
             model(**given)
@@ -288,3 +288,11 @@ def test_smoothed_labels_are_those_of_the_next_token(tmp_path) -> None:
     arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], disable_tqdm=True, use_cpu=True)
     expected = F.cross_entropy(model(x).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), label_smoothing=0.1)
     assert Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"] == pytest.approx(expected.item())
+
+
+def test_evaluation_gathers_logits_and_no_caches(tmp_path) -> None:
+    x, model, seen = tokens(4, 12), causal(logits_with_loss=True), []
+    rows = datasets.Dataset.from_dict({"input_ids": x.tolist(), "labels": x.tolist()})
+    arguments = TrainingArguments(str(tmp_path), use_cache=True, report_to=[], disable_tqdm=True, use_cpu=True)
+    Trainer(model, arguments, eval_dataset=rows, compute_metrics=lambda found: seen.append(found.predictions) or {}).evaluate()
+    torch.testing.assert_close(torch.from_numpy(seen[0]), model(x).logits)

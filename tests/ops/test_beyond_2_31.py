@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import math
 import mmap
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -463,7 +464,7 @@ def one_at_a_time() -> Iterator[None]:
         yield
         return
     device = torch.cuda.get_device_properties(0).uuid
-    with (Path(tempfile.gettempdir()) / f"gdn-tests-{device}.lock").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / f"gdn-tests-{os.getuid()}-{device}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
         torch.cuda.empty_cache()

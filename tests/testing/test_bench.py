@@ -44,15 +44,29 @@ def test_table_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
 
 def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(bench, "measure", lambda *_: measured.append(1) or [])
     file = tmp_path / "file"
     file.write_text("rows\n")
     for out in (tmp_path, file / "rows.jsonl", file / "folder" / "rows.jsonl"):
         with pytest.raises(ArgumentError, match=rf"out: expected a file to append to, got {re.escape(str(out))} \(.*{tmp_path.name}"):
             bench.bench_problems([TINY], repeats=1, out=out)
-    assert not measured
+    fresh = tmp_path / "fresh.jsonl"
+    monkeypatch.setattr(bench, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.bench_problems([TINY], repeats=1, out=fresh)
+    assert not measured and not fresh.exists()
+    monkeypatch.setattr(bench, "measure", lambda *_: measured.append(1) or [])
     assert bench.bench_problems([TINY], repeats=1, out=file) == 0
     assert measured and file.read_text() == "rows\n"
+
+
+def test_repeats_are_at_least_one() -> None:
+    with pytest.raises(ArgumentError, match="repeats: expected at least 1, got 0"):
+        bench.bench_problems([TINY], repeats=0, out=None)
 
 
 def without_decay(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from gdn.core.dispatch import Impl, ops
 from gdn.core.errors import ArgumentError
@@ -79,11 +80,22 @@ def test_what_was_examined_in_time_is_told(monkeypatch: pytest.MonkeyPatch, caps
 def test_skipped_rows_say_why_and_times_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "EXAMPLES", {"l2norm": doctor.EXAMPLES["l2norm"]})
     monkeypatch.setattr(doctor, "milliseconds", lambda call, device: 12.34)
-    monkeypatch.setenv("COLUMNS", "60")
     assert doctor.examine("cpu") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("portable" in line and "(1)" in line for line in lines) and "(1) needs a cuda tensor, got cpu" in lines
     assert any("→ torch" in line and "12.34" in line and "ok" in line for line in lines)
+
+
+def test_verdicts_and_reasons_are_whole_in_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    why = "needs [bfloat16] tensors"
+    findings = [
+        doctor.Finding("value_gated_linear_attention_step", "torch", True, error=1e-7, allowed=2e-7, milliseconds=123.4),
+        doctor.Finding("value_gated_linear_attention_step", "portable", False, why),
+    ]
+    Console(width=50).print(doctor._table(findings, torch.float32))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("→ torch" in line and "1.0e-07" in line and "123.40" in line and "ok" in line for line in lines)
+    assert any("portable" in line and "(1)" in line for line in lines) and f"(1) {why}" in lines
 
 
 def test_the_truth_of_small_problems_is_found_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

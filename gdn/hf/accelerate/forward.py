@@ -18,7 +18,7 @@ from gdn.core.checks import accumulate_dtype
 from gdn.core.packing import Packing
 from gdn.hf.accelerate.families import Family
 from gdn.hf.accelerate.packed import find_packing
-from gdn.hf.names import CACHE
+from gdn.hf.names import CACHE, one_of
 from gdn.ops import (
     GateParameters,
     causal_conv1d,
@@ -66,7 +66,7 @@ def model_forward(family: Family) -> Forward:
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        cache = past_key_values if cache is None else cache
+        cache = one_of(past_key_values, cache)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is not None:
             packed = find_packing(tokens, attention_mask, position_ids, cache, use_cache, kwargs)
@@ -102,7 +102,7 @@ def mixer_forward(family: Family) -> Forward:
         cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        cache = cache_params if cache is None else cache
+        cache = one_of(cache_params, cache)
         qkv, gate, a, b = family.project(self, hidden_states)
         if attention_mask is not None:
             # Padding writes nothing and forgets nothing: zero inputs to the convolution, beta = 0, g = 0.
