@@ -208,7 +208,7 @@ def _table(findings: list[Finding], dtype: torch.dtype) -> Group:
     table.add_column("operator", overflow="fold")
     for column in ("error", "allowed", "ms"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, min_width=3)
+    table.add_column("", no_wrap=True)
     reasons = {reason: f"({i})" for i, reason in enumerate(dict.fromkeys(f.reason for f in findings if f.reason is not None), 1)}
     last = ""
     for f in findings:
