@@ -129,12 +129,15 @@ def generate(
     """
     import torch
 
+    from gdn.core.files import expect_writable
     from gdn.models.sampling import Sampling, resume
     from gdn.models.sampling import generate as tokens_of
     from gdn.models.state import LMState
 
     if tokens < 0:
         raise ArgumentError(f"tokens: expected 0 or more, got {tokens}")
+    if save_state is not None:
+        expect_writable(save_state, "save_state")
     model, tokenizer = _open(run, device)
     text = _utf8("prompt", sys.stdin.read if prompt == "-" else lambda: prompt)
     ids = list(tokenizer.encode(text))

@@ -15,6 +15,7 @@ import torch
 
 from gdn import recipes
 from gdn.cli import COMMANDS, Family, main
+from gdn.core.errors import ConfigError
 from gdn.data import ByteTokenizer, DataConfig, load_tokenizer
 from gdn.data.find import open_source
 from gdn.data.source import View
@@ -153,6 +154,10 @@ def test_generate_names_wrong_values(capsys: pytest.CaptureFixture[str], run: Pa
 def test_generate_writes_nothing_before_it_says_what_is_wrong(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     assert main(["generate", str(run), "--prompt=one", "--load-state=nowhere"]) == 1
     assert capsys.readouterr() == ("", "gdn generate: nowhere: no such file\n")
+    file = run / "config.json" / "state"
+    assert main(["generate", str(run), "--prompt=one", f"--save-state={file}"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and f"save_state: expected a file that can be written, got {file} (" in err
 
 
 def test_eval_tells_bits_per_byte_on_one_line_and_positions_beyond_the_training_length(
@@ -262,6 +267,19 @@ def test_a_recipe_of_ones_own_may_define_classes_and_is_executed_once(tmp_path: 
     other = tmp_path / "other" / "my_runs.py"
     other.write_text(RECIPE.replace("7", "8"))
     assert recipes.load(f"{other}:experiment").steps == 8
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("three", "expected a function that returns a Trainer.Config, it returned 3"), ("tree", 'defines no "tree". Did you mean "three"?')],
+)
+def test_what_is_no_recipe_is_named(function: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "no_run.py"
+    file.write_text("from gdn.train import Trainer\n\ndef three():\n    return 3\n")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        recipes.load(f"{file}:{function}")
+    with pytest.raises(ConfigError, match=r'defines no "zzz"\. Known: three\.$'):
+        recipes.load(f"{file}:zzz")
 
 
 def test_a_tokenizer_is_learned_used_and_tokenises_a_corpus_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

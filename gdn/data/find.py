@@ -18,7 +18,8 @@ KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".parq
 
 
 def open_source(name: str, *, tokenizer: Tokenizer, text_field: str = "text", fraction: float = 0.0) -> Source:
-    """A source by name; `DataError` if there is nothing to read. Files are listed, not read.
+    """A source by name; `DataError` if there is nothing to read. Files are listed, not read, but for the first line of each
+    .jsonl and the columns of each .parquet, which must be there.
 
     Args:
         name: one of these, or several separated by commas:

@@ -33,9 +33,11 @@ class _RowFiles(FileBlocks):
 
 
 class JsonLines(_RowFiles):
-    """One JSON object a line; blank lines are left out."""
+    """One JSON object a line; blank lines are left out. The first line of every file is looked at before anything is read."""
 
     def _blocks(self, path: str) -> int:
+        if (first := read_lines(path, 0, 1)).strip():
+            self._text(first, path, 0, 0)
         return -(-os.path.getsize(path) // BLOCK)
 
     def _texts(self, path: str, block: int) -> list[str]:

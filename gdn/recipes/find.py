@@ -30,7 +30,12 @@ def names() -> list[str]:
 
 def load(name: str) -> Trainer.Config:
     """The configuration of a recipe by name, or of a function in a file, `file.py:function`."""
-    return _function(name)()
+    from gdn.train import Trainer
+
+    made = _function(name)()
+    if not isinstance(made, Trainer.Config):
+        raise ConfigError(f"{name}: expected a function that returns a Trainer.Config, it returned {made!r}")
+    return made
 
 
 def summary(name: str) -> str:
@@ -48,7 +53,8 @@ def _function(name: str) -> Callable[[], Trainer.Config]:
         raise ConfigError(f"{file}: no such file")
     module = _module(Path(file).resolve())
     if not hasattr(module, function):
-        raise ConfigError(f'{file} defines no "{function}".{nearest(function, vars(module))}')
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        raise ConfigError(f'{file} defines no "{function}".{nearest(function, own)}')
     return getattr(module, function)
 
 

@@ -28,6 +28,7 @@ import gdn
 from gdn.core import device as hardware
 from gdn.core.dispatch import use
 from gdn.core.errors import ArgumentError
+from gdn.core.files import expect_writable
 from gdn.ops import gated_delta_rule
 from gdn.ops.delta_rule import OP
 from gdn.ops.delta_rule.problems import BENCHMARK, Problem
@@ -76,7 +77,7 @@ def bench_problems(problems: Sequence[Problem], *, repeats: int, out: Path | Non
     if repeats < 1:
         raise ArgumentError(f"repeats: expected at least 1, got {repeats}")
     if out is not None:
-        _expect_writable(out)
+        expect_writable(out, "out")
     console = Console()
     machine = hardware.machine()
     console.print(f"{machine.name}, {torch.get_num_threads()} threads, torch {machine.torch}, float32")
@@ -263,18 +264,6 @@ def _ratio(theirs: Measurement, ours: Measurement, mode: str) -> float | None:
     """How many times the peer's time ours goes into."""
     a, b = theirs.median(mode), ours.median(mode)
     return None if a is None or b is None else a / b
-
-
-def _expect_writable(out: Path) -> None:
-    """Open the file as `_record` will, before the minutes of measuring."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        known = out.exists()
-        out.open("a").close()
-        if not known:
-            out.unlink()
-    except OSError as error:
-        raise ArgumentError(f"out: expected a file to append to, got {out} ({error.filename}: {error.strerror})") from None
 
 
 def _record(out: Path, problem: Problem, measurements: Sequence[Measurement]) -> None:

@@ -55,6 +55,14 @@ def test_a_bad_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, li
         list(JsonLines("x", [str(path)], "text", 0.0).documents())
 
 
+def test_a_file_of_other_lines_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    good, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    good.write_text('\n{"text": "good"}\n')
+    other.write_text('{"step": 1}\n')
+    with pytest.raises(DataError, match=r'b\.jsonl, line 1: no field "text"'):
+        JsonLines("x", [str(good), str(other)], "text", 0.0)
+
+
 def test_nulls_and_empty_texts_are_left_out_and_lone_surrogates_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     values = [None, "", "a\ud800b", "😀"]

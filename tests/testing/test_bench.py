@@ -52,7 +52,9 @@ def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_
     file = tmp_path / "file"
     file.write_text("rows\n")
     for out in (tmp_path, file / "rows.jsonl", file / "folder" / "rows.jsonl"):
-        with pytest.raises(ArgumentError, match=rf"out: expected a file to append to, got {re.escape(str(out))} \(.*{tmp_path.name}"):
+        with pytest.raises(
+            ArgumentError, match=rf"out: expected a file that can be written, got {re.escape(str(out))} \(.*{tmp_path.name}"
+        ):
             bench.bench_problems([TINY], repeats=1, out=out)
     fresh = tmp_path / "fresh.jsonl"
     monkeypatch.setattr(bench, "measure", interrupted)
