@@ -130,7 +130,8 @@ class GdnPreTrainedModel(PreTrainedModel):
         if hidden:
             first = self.lm.embedding(x) if inputs_embeds is None else x
             states = (first, *(how.restore(h) for h in seen[:-1]), last)
-        return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=states, **{CACHE: cache}), how  # type: ignore[arg-type]
+        found: dict[str, Any] = {"last_hidden_state": last, "hidden_states": states, CACHE: cache}
+        return BaseModelOutputWithPast(**found), how
 
 
 class GdnModel(GdnPreTrainedModel):
@@ -259,12 +260,8 @@ class GdnForCausalLM(GdnPreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
             last = last[:, kept if isinstance(logits_to_keep, int) else logits_to_keep]
             logits = self.lm.head(last) if weight is None else F.linear(last, weight)
-        result = CausalLMOutputWithPast(
-            loss=loss,  # type: ignore[arg-type]
-            logits=logits,  # type: ignore[arg-type]
-            hidden_states=output.hidden_states,
-            **{CACHE: getattr(output, CACHE)},
-        )
+        found: dict[str, Any] = {"loss": loss, "logits": logits, "hidden_states": output.hidden_states, CACHE: getattr(output, CACHE)}
+        result = CausalLMOutputWithPast(**found)
         return result if _first(return_dict, self.config.return_dict) else result.to_tuple()
 
     def _loss(self, hidden: Tensor, weight: Tensor | None, targets: Tensor, items: Tensor | int | None) -> Tensor:
