@@ -5,9 +5,9 @@ the same dtype; then medians of eager calls and of CUDA-graph replays with the L
 time as a share of the measured copy bandwidth. With `--peers` FLA's functions stand below those operators that it has, too.
 
 "host" is what an eager call takes the host by the clock: the median of twenty in a row behind a busy GPU, and apart from it the first of them,
-after a wait in which the processor's caches have gone cold. "bare" is what of it the same launches of the same compiled kernels take alone,
-with no tensor looked at or allocated: less than that no call in Python can take. The first rows are calls of torch that launch one kernel, for
-comparison. All take two minutes.
+after a wait in which the processor's caches have gone cold. "bare" is what the same launches of the same compiled kernels take one after another
+through Triton's launcher, with no tensor looked at or allocated: replays (gdn/core/portable_plan.py) hand all to the driver in one call instead.
+The rows of torch launch one kernel each, for comparison. All take two minutes.
 """
 
 from __future__ import annotations
@@ -489,8 +489,11 @@ def bare(call: Call) -> dict[str, float]:
 def of_torch(flush: Tensor, repeats: int, wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
     """Calls of torch that launch one kernel forward, and one or two backward: those with a wanted name."""
     x, y, w = normal(8, 4096, 2048).requires_grad_(), normal(8, 4096, 2048), normal(2048).requires_grad_()
+    wide, narrowing, square = normal(8, 4096, 5632), normal(2048, 5632), normal(2048, 2048)
     calls: dict[str, Call] = {
         "torch.add 8x4096x2048": lambda: torch.add(y, y),
+        "torch linear 8x4096, 5632 to 2048": lambda: F.linear(wide, narrowing),
+        "torch linear 8x4096, 2048 to 2048": lambda: F.linear(y, square),
         "torch silu 8x4096x2048": lambda: F.silu(y),
         "torch silu 8x4096x2048 fwd+bwd": lambda: torch.autograd.grad(F.silu(x), x, y),
         "torch rms_norm 8x4096x2048": lambda: F.rms_norm(y, (2048,), w.detach()),

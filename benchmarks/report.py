@@ -277,7 +277,7 @@ def small(results: Sequence[Result], runs: Numbered) -> Lines:
             errors = [f"{r[n]:.1e}" if n in r.values else "" for n in ("error", "plain_error")]
             host = [number(r.get("host_us")), str(r.get("launches", "")), number(r.get("bare_us")), number(r.get("host_first_us"))]
             lines.append([problem[0], title(impl), *times, *host, speed, *errors, runs([r])])
-    of_host = ["host µs", "launches", "host µs of these alone", "host µs after a wait"]
+    of_host = ["host µs", "launches", "host µs of these by Triton", "host µs after a wait"]
     measured = ["eager µs", "graph µs", *of_host, "of copy bandwidth", "error", "plain torch's error"]
     columns = ["", "implementation", *measured, "run"]
     return ["", "### Operators around it", "", *cells(columns, lines), *failures(results)]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -74,16 +73,15 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime import interpreter
 
-    from gdn.core import portable_launch, replay_known
+    from gdn.core import portable_launch, portable_plan, replay, replay_known
 
     names: list[str] = []
-    launch = portable_launch._launch
+    plan = portable_plan.plan
 
-    def compile(what: Any, *rest: Any) -> Any:
-        compiled = launch(what, *rest)
-        name, start, noting = what.kernel.fn.__name__, compiled.run.launch, copy.copy(compiled.run)
-        noting.launch = lambda *args: (names.append(name), start(*args))  # `what` has tensors that would live as long
-        return SimpleNamespace(function=compiled.function, packed_metadata=compiled.packed_metadata, run=noting)
+    def noted(launches: Any, addresses: int) -> Any:
+        started, start = [kernel.name for kernel, _, _ in launches], plan(launches, addresses)
+        assert start is not None
+        return lambda *args: (names.extend(started), start(*args))
 
     def interpret(what: Any, grid: tuple[int, ...], device: int) -> Any:
         kernel, args = what.kernel, what.args
@@ -99,14 +97,26 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
                 patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
                 kernel[x, y, z](*[a if dtype is None else pointer(a, dtype) for a, dtype in zip(rest[6:], dtypes, strict=True)])
 
-        return SimpleNamespace(function="function", packed_metadata="metadata", run=run)
+        known = portable_plan.Kernel(kernel.fn.__name__, cast(int, run), 128, 0, ())
+        return SimpleNamespace(function="function", packed_metadata="metadata", run=run, known=known)
+
+    def interpreted(launches: Any, addresses: int) -> Any:
+        def start(stream: str, *given: int) -> None:
+            assert len(given) == addresses
+            for kernel, grid, arguments in launches:
+                places = [given[a[0]] + a[1] if isinstance(a, tuple) else a[0] for a in arguments]
+                kernel.function(*grid, stream, "function", "metadata", None, None, None, *places)
+
+        return start
 
     def pointer(address: int, dtype: torch.dtype) -> Any:
         return SimpleNamespace(data_ptr=lambda: address, dtype=dtype)
 
     if torch.cuda.is_available():
-        monkeypatch.setattr(portable_launch, "_launch", compile)
+        monkeypatch.setattr(replay, "plan", noted)
     else:
+        monkeypatch.setattr(replay, "plan", interpreted)
+        monkeypatch.setattr(portable_plan, "of_compiled", lambda compiled: compiled.known)
         monkeypatch.setattr(portable_launch, "JITFunction", object)
         monkeypatch.setattr(portable_launch, "_launch", interpret)
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)

@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from gdn.core import device as hardware
+from gdn.core import portable_plan
 from gdn.core.foresight import THREAD, begin, taken
 from gdn.core.replay import recorder
 
@@ -91,7 +92,7 @@ def launch(
     else:
         compiled = _launch(what, grid, device)
     if seen is not None:
-        seen.launch(starter(compiled), grid, args)
+        seen.launch(portable_plan.of_compiled(compiled), starter(compiled), grid, args)
     return compiled
 
 
@@ -116,10 +117,11 @@ def compile_ahead(launches: Iterable[Launch], device: int) -> dict[tuple[Any, ..
         new = [name for name in named if name not in _COMPILING]
         if new:
             driver.active.get_current_device()  # builds a module in C when it is first asked, in each thread that asks
-            threads = ThreadPoolExecutor(len(new), "gdn compiles")
+            threads = ThreadPoolExecutor(len(new) + 1, "gdn compiles")
             with suppress(RuntimeError):  # too many threads, or the main one has ended and others still run
                 for name in new:
                     _COMPILING[name] = threads.submit(_compile, named[name], device)
+                threads.submit(portable_plan.module)
             threads.shutdown(wait=False)
         return {name: _COMPILING[name] for name in named if name in _COMPILING}
 

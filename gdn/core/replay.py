@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from gdn.core.foresight import without_modes
+from gdn.core.portable_plan import Kernel, plan
 from gdn.core.replay_known import MISS, Known, Table, distinct, signature
 from gdn.core.replay_source import Body, Source, replaying
 
@@ -42,7 +43,7 @@ _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.
 _TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """The last thing that `matmul` does: a view that torch calls none, so that it may be written to."""
-_SMALL, _ALIGNMENT = 1 << 20, 256
+_SMALL, _SPARE, _ALIGNMENT = 1 << 20, 1 << 25, 256
 """Bytes."""
 _UNFORESEEABLE = {getattr(torch.Tag, name) for name in _TAGS}
 
@@ -66,6 +67,8 @@ Address = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Launch:
+    kernel: Kernel | None
+    """As the driver knows it."""
     start: Callable[..., None]
     grid: tuple[int, ...]
     between: tuple[Any, ...]
@@ -78,6 +81,7 @@ class _Launch:
         return [a[0] for a in self.arguments if isinstance(a, tuple)]
 
     def write(self, source: Source) -> None:
+        """Through Triton."""
         arguments = [source.address(*a) if isinstance(a, tuple) else source.constant(a[0]) for a in self.arguments]
         source.launch(self.start, self.grid, self.between, arguments, self.packed)
 
@@ -126,13 +130,14 @@ class Recording:
         return all(isinstance(step, _Launch) for step in self.steps)
 
     def body(self) -> Body:
-        """It, done again. An allocation takes half as long as a launch: small tensors that only kernels see are parts of one."""
+        """It, done again. An allocation takes half as long as a launch: small tensors that only kernels see are parts of one, and all of them
+        if they are there at the same time anyway."""
+        groups = self._groups()
         source = Source(self.device, self.given)
-        results = {self.results} if isinstance(self.results, int) else {i for i in self.results if i is not None}
+        first, last = _lives(groups)
+        results = self._ends()
         seen = results.union(*(step.tensors() for step in self.steps if isinstance(step, _Operator)))
-        uses = [(i, n) for n, step in enumerate(self.steps) for i in step.tensors()]
-        first, last = dict(reversed(uses)), dict(uses)
-        parts = [i for i, x in self.fresh.items() if i in first and i not in seen and x.bytes <= _SMALL]
+        parts = [i for i, x in self.fresh.items() if i in first and i not in seen and (len(groups) == 1 or x.bytes <= _SMALL)]
         if len(parts) > 1:
             size = 0
             for i in parts:
@@ -141,11 +146,11 @@ class Recording:
             source.allocate(self.count, (size,), (1,), torch.uint8)
         else:
             parts = []
-        for n, step in enumerate(self.steps):
+        for n, group in enumerate(groups):
             for i, x in self.fresh.items():
                 if first.get(i) == n and i not in parts:
                     source.allocate(i, x.shape, x.strides, x.dtype)
-            step.write(source)
+            _write(group, source)
             source.free([i for i, end in last.items() if end == n and i >= self.given and i not in results and i not in parts])
         for i in results - first.keys():  # what no step touches, as it has no elements
             if i in self.fresh:
@@ -153,9 +158,61 @@ class Recording:
                 source.allocate(i, x.shape, x.strides, x.dtype)
         return source.finish(self.results)
 
+    def _ends(self) -> set[int]:
+        return {self.results} if isinstance(self.results, int) else {i for i in self.results if i is not None}
+
+    def _groups(self) -> list[list[_Launch | _Operator]]:
+        """Steps that are done at once: launches that follow each other, unless what all need at the same time is much more memory."""
+        alone: list[list[_Launch | _Operator]] = [[step] for step in self.steps]
+        together: list[list[_Launch | _Operator]] = []
+        for step in self.steps:
+            if together and all(isinstance(s, _Launch) and s.kernel is not None for s in (step, together[-1][-1])):
+                together[-1].append(step)
+            else:
+                together.append([step])
+        return together if self._peak(together) <= max(self._peak(alone), _SPARE) else alone
+
+    def _peak(self, groups: Groups) -> int:
+        """The most memory of fresh tensors at any time."""
+        first, last = _lives(groups)
+        end = {i: len(groups) for i in self._ends()}
+        living = [(x.bytes, first[i], end.get(i, last[i])) for i, x in self.fresh.items() if i in first]
+        return max([sum(size for size, begin, stop in living if begin <= n <= stop) for n in range(len(groups))], default=0)
+
     def known(self) -> Known:
         body = self.body()
         return Known(replaying(body, self.given), body if self.launches_only else None)
+
+
+Groups = Sequence[Sequence[_Launch | _Operator]]
+
+
+def _lives(groups: Groups) -> tuple[dict[int, int], dict[int, int]]:
+    """The first group and the last one that use each tensor."""
+    uses = [(i, n) for n, group in enumerate(groups) for step in group for i in step.tensors()]
+    return dict(reversed(uses)), dict(uses)
+
+
+def _write(group: Sequence[_Launch | _Operator], source: Source) -> None:
+    """Launches of kernels that the driver can be told of in one call, or else each step by itself."""
+    names: dict[str, int] = {}
+    launches = [
+        (step.kernel, step.grid, [_place(source, a, names) if isinstance(a, tuple) else a for a in step.arguments])
+        for step in group
+        if isinstance(step, _Launch) and step.kernel is not None
+    ]
+    start = plan(launches, len(names)) if len(launches) == len(group) else None
+    if start is not None:
+        source.plan(start, list(names))
+        return
+    for step in group:
+        step.write(source)
+
+
+def _place(source: Source, address: Address, names: dict[str, int]) -> Address:
+    """Which of the names of addresses, and bytes after it."""
+    name, after = source.place(*address)
+    return names.setdefault(name, len(names)), after
 
 
 class _Mode(TorchDispatchMode):
@@ -199,11 +256,11 @@ class Recorder(_Mode):
             self._operator(func, args, named, out)
         return out
 
-    def launch(self, starter: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
-        """By `portable_launch.launch`: a kernel was launched. The starter is how to launch it again."""
+    def launch(self, kernel: Kernel | None, starter: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """By `portable_launch.launch`: a kernel was launched. The starter is how to launch it again through Triton."""
         start, between, packed = starter
         arguments = [self._address(a) if isinstance(a, Tensor) else [a] for a in args]
-        self._steps.append(_Launch(start, (*grid, 1, 1)[:3], between, packed, arguments))
+        self._steps.append(_Launch(kernel, start, (*grid, 1, 1)[:3], between, packed, arguments))
 
     def finish(self, results: Sequence[Tensor | None]) -> Recording | None:
         places = [None if x is None else self._place(x) for x in results]

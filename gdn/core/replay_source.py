@@ -58,11 +58,16 @@ class Source:
 
     def address(self, tensor: int, offset: int = 0) -> str:
         """Of a tensor, or so many bytes after it."""
+        name, after = self.place(tensor, offset)
+        return f"{name} + {self.constant(after)}" if after else name
+
+    def place(self, tensor: int, offset: int = 0) -> tuple[str, int]:
+        """The address of the memory that has a tensor, or so many bytes after it, and how many bytes after that address it is."""
         whole, before = self._parts.get(tensor, (tensor, 0))
         if whole >= self._given and whole not in self._addresses:
             self._addresses.add(whole)
             self._lines.append(f"a{whole} = x{whole}.data_ptr()")
-        return f"a{whole} + {self.constant(before + offset)}" if before + offset else f"a{whole}"
+        return f"a{whole}", before + offset
 
     def allocate(self, tensor: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> None:
         self._lines.append(f"x{tensor} = empty({', '.join(map(self.constant, (shape, strides, dtype)))})")
@@ -75,12 +80,20 @@ class Source:
         self, start: Callable[..., None], grid: Sequence[int], between: Sequence[Any], arguments: Sequence[str], packed: bool
     ) -> None:
         """`start(*grid, stream, *between, *arguments)`, or with the arguments as one tuple."""
-        if not self._streams:
-            self._streams = True
-            self._lines.append("stream = C._cuda_getCurrentRawStream(device)")
+        self._stream()
         handed = f"({''.join(f'{a}, ' for a in arguments)})" if packed else ", ".join(arguments)
         before = ", ".join([*map(self.constant, grid), "stream", *map(self.constant, between)])
         self._lines.append(f"{self.constant(start)}({before}, {handed})")
+
+    def plan(self, start: Callable[..., None], addresses: Sequence[str]) -> None:
+        """`start(stream, *addresses)`, which launches several kernels."""
+        self._stream()
+        self._lines.append(f"{self.constant(start)}({', '.join(['stream', *addresses])})")
+
+    def _stream(self) -> None:
+        if not self._streams:
+            self._streams = True
+            self._lines.append("stream = C._cuda_getCurrentRawStream(device)")
 
     def operator(self, makes: int | None, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> None:
         """A call of torch. Arguments that are text are tensors by name (`tensor`); it makes a tensor or none."""
