@@ -19,7 +19,8 @@ leaves nothing behind. `forget` drops all, as `use` and `Op.register` do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
@@ -114,6 +115,9 @@ class _Fresh(NamedTuple):
     bytes: int
 
 
+Groups = Sequence[Sequence[_Launch | _Operator]]
+
+
 @dataclass(frozen=True)
 class Recording:
     """What a host did with tensors. They are numbered, those that it was given first."""
@@ -130,22 +134,16 @@ class Recording:
         return all(isinstance(step, _Launch) for step in self.steps)
 
     def body(self) -> Body:
-        """It, done again. An allocation takes half as long as a launch: small tensors that only kernels see are parts of one, and all of them
-        if they are there at the same time anyway."""
+        """It, done again."""
         groups = self._groups()
         source = Source(self.device, self.given)
         first, last = _lives(groups)
-        results = self._ends()
-        seen = results.union(*(step.tensors() for step in self.steps if isinstance(step, _Operator)))
-        parts = [i for i, x in self.fresh.items() if i in first and i not in seen and (len(groups) == 1 or x.bytes <= _SMALL)]
-        if len(parts) > 1:
-            size = 0
-            for i in parts:
-                source.part(i, self.count, size)
-                size += -(-self.fresh[i].bytes // _ALIGNMENT) * _ALIGNMENT
+        parts, size = self._parts(groups)
+        for i, (whole, offset) in parts.items():
+            source.part(i, whole, offset)
+        if self.count in {whole for whole, _ in parts.values()}:
             source.allocate(self.count, (size,), (1,), torch.uint8)
-        else:
-            parts = []
+        results = self._ends()
         for n, group in enumerate(groups):
             for i, x in self.fresh.items():
                 if first.get(i) == n and i not in parts:
@@ -161,30 +159,76 @@ class Recording:
     def _ends(self) -> set[int]:
         return {self.results} if isinstance(self.results, int) else {i for i in self.results if i is not None}
 
-    def _groups(self) -> list[list[_Launch | _Operator]]:
+    def _groups(self) -> Groups:
         """Steps that are done at once: launches that follow each other, unless what all need at the same time is much more memory."""
-        alone: list[list[_Launch | _Operator]] = [[step] for step in self.steps]
         together: list[list[_Launch | _Operator]] = []
         for step in self.steps:
             if together and all(isinstance(s, _Launch) and s.kernel is not None for s in (step, together[-1][-1])):
                 together[-1].append(step)
             else:
                 together.append([step])
-        return together if self._peak(together) <= max(self._peak(alone), _SPARE) else alone
+        return together if self._peak(together) <= max(self._peak(self._alone()), _SPARE) else self._alone()
+
+    def _alone(self) -> Groups:
+        return [[step] for step in self.steps]
 
     def _peak(self, groups: Groups) -> int:
         """The most memory of fresh tensors at any time."""
         first, last = _lives(groups)
         end = {i: len(groups) for i in self._ends()}
-        living = [(x.bytes, first[i], end.get(i, last[i])) for i, x in self.fresh.items() if i in first]
-        return max([sum(size for size, begin, stop in living if begin <= n <= stop) for n in range(len(groups))], default=0)
+        parts, size = self._parts(groups) if len(groups) == 1 else ({}, 0)
+        living = [(_aligned(x.bytes), first[i], end.get(i, last[i])) for i, x in self.fresh.items() if i in first and i not in parts]
+        return size + max([sum(size for size, begin, stop in living if begin <= n <= stop) for n in range(len(groups))], default=0)
+
+    def _parts(self, groups: Groups) -> tuple[dict[int, Address], int]:
+        """Tensors that are parts of others, and the bytes of one more for those that are parts of none of these.
+
+        An allocation takes half as long as a launch. So small tensors that only kernels see are in one, for the whole call. Where all
+        launches are done at once, each tensor that only kernels see is in another one: in a result that is not written yet, or in one more
+        for all the rest, at a place that nobody needs at that time.
+        """
+        first, last = _lives(self._alone())
+        results = self._ends()
+        seen = results.union(*(step.tensors() for step in self.steps if isinstance(step, _Operator)))
+        sizes = {i: _aligned(x.bytes) for i, x in self.fresh.items() if i in first and i not in seen}
+        if len(groups) > 1:
+            small = [i for i in sizes if self.fresh[i].bytes <= _SMALL]
+            offsets = list(itertools.accumulate((sizes[i] for i in small), initial=0))
+            return ({}, 0) if len(small) < 2 else ({i: (self.count, n) for i, n in zip(small, offsets, strict=False)}, offsets[-1])
+        parts: dict[int, Address] = {}
+        size = 0
+        for i in sorted(sizes, key=sizes.__getitem__, reverse=True):
+            for whole in [*(r for r in results if r in self.fresh and last[i] < first.get(r, 0)), self.count]:
+                there = [
+                    (begin, sizes[n])
+                    for n, (where, begin) in parts.items()
+                    if where == whole and first[i] <= last[n] and first[n] <= last[i]
+                ]
+                offset = _gap(there, sizes[i])
+                if whole == self.count:
+                    size = max(size, offset + sizes[i])
+                elif offset + sizes[i] > self.fresh[whole].bytes:
+                    continue
+                parts[i] = whole, offset
+                break
+        return parts, size
 
     def known(self) -> Known:
         body = self.body()
         return Known(replaying(body, self.given), body if self.launches_only else None)
 
 
-Groups = Sequence[Sequence[_Launch | _Operator]]
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _gap(taken: Iterable[tuple[int, int]], size: int) -> int:
+    """The first place for so many bytes beside others, each with its place and size."""
+    place = 0
+    for begin, length in sorted(taken):
+        if begin < place + size:
+            place = max(place, begin + length)
+    return place
 
 
 def _lives(groups: Groups) -> tuple[dict[int, int], dict[int, int]]:
