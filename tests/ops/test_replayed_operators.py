@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from on_gpu import gpu
-from torch import Tensor
+from torch import Tensor, _compile
 from torch.autograd.graph import get_gradient_edge
 
 pytest.importorskip("triton")
@@ -240,15 +241,18 @@ FORESEEN = CASES | {"linear_cross_entropy": short(losses)[:3]}
 )
 def test_kernels_are_foreseen(name: str, build: Build, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first launch of each forward knows all compiled code that it and its backward will want, if what is usual has a gradient: the
-    results, but not the last state of a sequence."""
-    launch, foreseen, wanted = portable_launch._launch, set[Any](), list[Any]()
+    results, but not the last state of a sequence. Nothing in that imports torch's compiler, which takes a second."""
+    launch, foreseen, wanted, files = portable_launch._launch, set[Any](), list[Any](), set[str]()
 
     def code(what: portable_launch.Launch) -> tuple[Any, ...]:
         return what._replace(kernel=compiler(what.kernel.fn)).name(-1)[0]
 
     def launched(what: portable_launch.Launch, grid: tuple[int, ...], device: int) -> Any:
         if not backward:
+            before = sys.getprofile()
+            sys.setprofile(lambda frame, *event: files.add(frame.f_code.co_filename))
             foreseen.update(code(each) for some in foresight.taken() for each in some)
+            sys.setprofile(before)
         wanted.append(code(what))
         return launch(what, grid, device)
 
@@ -261,6 +265,7 @@ def test_kernels_are_foreseen(name: str, build: Build, replayed_here: list[str],
         run(name, build, 1, "none" if name.endswith("_step") else "all" if name == "add_rms_norm" else "first")
     assert wanted and bool(backward) != name.endswith("_step")
     assert name.endswith("_step") or foreseen == set(wanted)
+    assert _compile.__file__ not in files
 
 
 @functools.cache

@@ -55,7 +55,7 @@ def _backward(call: Call, kept: Tensors, do: Tensor, d_final: Tensor | None, d_i
         p.wide, use.stages,
     )  # fmt: skip
     dq, dk = (x[0] if p.parts == 1 else x.sum(0).to(q.dtype) for x in (dq, dk))
-    return dq, dk, dv, (dg[0] + dg[1]).to(g.dtype), None
+    return dq, dk, dv, dg.sum(0).to(g.dtype), None
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None) -> Plan:

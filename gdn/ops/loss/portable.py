@@ -87,6 +87,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss; saved: dx, dW and the factor that both still lack."""
     losses, dx, dweight = _go_over(x, weight, targets, ignore_index, narrow, None, keep and reduction != "none")
+    if x.is_meta:  # launches are being foreseen: some of torch's operators without data import its compiler, which takes a second
+        return _fake(x, weight, targets, ignore_index, reduction, narrow, keep)
     if reduction == "none":
         return losses, dx, dweight, losses.new_empty(0)
     if reduction == "sum":
@@ -115,7 +117,7 @@ def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[
     if reduction == "none":
         _, dx, dweight = _go_over(x, weight, targets, ignore_index, narrow, dloss.contiguous(), True)
         return [dx.to(x.dtype), dweight.to(weight.dtype)]
-    factor = dloss * share
+    factor = share if dloss.is_meta else dloss * share
     return [_scaled(dx, factor, x.dtype), _scaled(dweight, factor, weight.dtype)]
 
 
@@ -156,6 +158,8 @@ def chunk_logits(device: torch.device) -> int:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b, summed and stored in float32 whatever a and b are."""
+    if out.is_meta:
+        return
     if a.dtype == torch.float32:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -166,6 +170,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b in float32."""
+    if total.is_meta:
+        return
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif a.is_cuda:
