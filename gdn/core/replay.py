@@ -135,22 +135,20 @@ class Recording:
 
     def body(self) -> Body:
         """It, done again."""
-        groups = self._groups()
+        layout, results = self._layout(), self._ends()
         source = Source(self.device, self.given)
-        first, last = _lives(groups)
-        parts, size = self._parts(groups)
-        for i, (whole, offset) in parts.items():
+        for i, (whole, offset) in layout.parts.items():
             source.part(i, whole, offset)
-        if self.count in {whole for whole, _ in parts.values()}:
-            source.allocate(self.count, (size,), (1,), torch.uint8)
-        results = self._ends()
-        for n, group in enumerate(groups):
+        if layout.size is not None:
+            source.allocate(self.count, (layout.size,), (1,), torch.uint8)
+        for n, group in enumerate(layout.groups):
             for i, x in self.fresh.items():
-                if first.get(i) == n and i not in parts:
+                if layout.first.get(i) == n and i not in layout.parts:
                     source.allocate(i, x.shape, x.strides, x.dtype)
             _write(group, source)
-            source.free([i for i, end in last.items() if end == n and i >= self.given and i not in results and i not in parts])
-        for i in results - first.keys():  # what no step touches, as it has no elements
+            ended = [i for i, end in layout.last.items() if end == n and i >= self.given]
+            source.free([i for i in ended if i not in results and i not in layout.parts])
+        for i in results - layout.first.keys():  # what no step touches, as it has no elements
             if i in self.fresh:
                 x = self.fresh[i]
                 source.allocate(i, x.shape, x.strides, x.dtype)
@@ -159,59 +157,59 @@ class Recording:
     def _ends(self) -> set[int]:
         return {self.results} if isinstance(self.results, int) else {i for i in self.results if i is not None}
 
-    def _groups(self) -> Groups:
-        """Steps that are done at once: launches that follow each other, unless what all need at the same time is much more memory."""
+    def _layout(self) -> _Layout:
+        """Launches that follow each other done at once, unless that takes much more memory."""
         together: list[list[_Launch | _Operator]] = []
         for step in self.steps:
             if together and all(isinstance(s, _Launch) and s.kernel is not None for s in (step, together[-1][-1])):
                 together[-1].append(step)
             else:
                 together.append([step])
-        return together if self._peak(together) <= max(self._peak(self._alone()), _SPARE) else self._alone()
+        alone = _Layout.of([[step] for step in self.steps], *self._side_by_side())
+        if len(together) == len(alone.groups) > 1:
+            return alone
+        found = _Layout.of(together, *self._interleaved())
+        return found if self._peak(found) <= max(self._peak(alone), _SPARE) else alone
 
-    def _alone(self) -> Groups:
-        return [[step] for step in self.steps]
-
-    def _peak(self, groups: Groups) -> int:
+    def _peak(self, layout: _Layout) -> int:
         """The most memory of fresh tensors at any time."""
-        first, last = _lives(groups)
-        end = {i: len(groups) for i in self._ends()}
-        parts, size = self._parts(groups) if len(groups) == 1 else ({}, 0)
-        living = [(_aligned(x.bytes), first[i], end.get(i, last[i])) for i, x in self.fresh.items() if i in first and i not in parts]
-        return size + max([sum(size for size, begin, stop in living if begin <= n <= stop) for n in range(len(groups))], default=0)
+        first, last = layout.first, layout.last | {i: len(layout.groups) for i in self._ends()}
+        living = [(_aligned(x.bytes), first[i], last[i]) for i, x in self.fresh.items() if i in first and i not in layout.parts]
+        peaks = [sum(size for size, begin, end in living if begin <= n <= end) for n in range(len(layout.groups))]
+        return (layout.size or 0) + max(peaks, default=0)
 
-    def _parts(self, groups: Groups) -> tuple[dict[int, Address], int]:
-        """Tensors that are parts of others, and the bytes of one more for those that are parts of none of these.
+    def _inner(self) -> dict[int, int]:
+        """Tensors that only kernels see, and their bytes."""
+        seen = self._ends().union(*(step.tensors() for step in self.steps if isinstance(step, _Operator)))
+        used = {i for step in self.steps for i in step.tensors()}
+        return {i: _aligned(x.bytes) for i, x in self.fresh.items() if i in used and i not in seen}
 
-        An allocation takes half as long as a launch. So small tensors that only kernels see are in one, for the whole call. Where all
-        launches are done at once, each tensor that only kernels see is in another one: in a result that is not written yet, or in one more
-        for all the rest, at a place that nobody needs at that time.
-        """
-        first, last = _lives(self._alone())
-        results = self._ends()
-        seen = results.union(*(step.tensors() for step in self.steps if isinstance(step, _Operator)))
-        sizes = {i: _aligned(x.bytes) for i, x in self.fresh.items() if i in first and i not in seen}
-        if len(groups) > 1:
-            small = [i for i in sizes if self.fresh[i].bytes <= _SMALL]
-            offsets = list(itertools.accumulate((sizes[i] for i in small), initial=0))
-            return ({}, 0) if len(small) < 2 else ({i: (self.count, n) for i, n in zip(small, offsets, strict=False)}, offsets[-1])
-        parts: dict[int, Address] = {}
-        size = 0
+    def _side_by_side(self) -> tuple[dict[int, Address], int | None]:
+        """An allocation takes half as long as a launch: small tensors that only kernels see are parts of one, which has so many bytes."""
+        small = {i: size for i, size in self._inner().items() if self.fresh[i].bytes <= _SMALL}
+        *offsets, end = itertools.accumulate(small.values(), initial=0)
+        return ({i: (self.count, n) for i, n in zip(small, offsets, strict=True)}, end) if len(small) > 1 else ({}, None)
+
+    def _interleaved(self) -> tuple[dict[int, Address], int | None]:
+        """Each tensor that only kernels see is part of another one: of a result that is not written yet, or of one more, which has so many
+        bytes, at a place that nobody needs at that time."""
+        first, last = _lives([[step] for step in self.steps])
+        results = [i for i in self._ends() if i in self.fresh and i in first]
+        sizes, parts, end = self._inner(), dict[int, Address](), None
         for i in sorted(sizes, key=sizes.__getitem__, reverse=True):
-            for whole in [*(r for r in results if r in self.fresh and last[i] < first.get(r, 0)), self.count]:
+            for whole in [*(r for r in results if last[i] < first[r]), self.count]:
                 there = [
                     (begin, sizes[n])
                     for n, (where, begin) in parts.items()
                     if where == whole and first[i] <= last[n] and first[n] <= last[i]
                 ]
                 offset = _gap(there, sizes[i])
-                if whole == self.count:
-                    size = max(size, offset + sizes[i])
-                elif offset + sizes[i] > self.fresh[whole].bytes:
-                    continue
-                parts[i] = whole, offset
-                break
-        return parts, size
+                if whole == self.count or offset + sizes[i] <= self.fresh[whole].bytes:
+                    break
+            parts[i] = whole, offset
+            if whole == self.count:
+                end = max(end or 0, offset + sizes[i])
+        return parts, end
 
     def known(self) -> Known:
         body = self.body()
@@ -229,6 +227,27 @@ def _gap(taken: Iterable[tuple[int, int]], size: int) -> int:
         if begin < place + size:
             place = max(place, begin + length)
     return place
+
+
+class _Layout(NamedTuple):
+    """What is done at once, and where tensors are."""
+
+    groups: Groups
+    parts: dict[int, Address]
+    """Tensors inside of others."""
+    size: int | None
+    """Bytes of one more, if it is needed."""
+    first: dict[int, int]
+    last: dict[int, int]
+    """Groups that need each tensor or a part of it."""
+
+    @classmethod
+    def of(cls, groups: Groups, parts: dict[int, Address], size: int | None) -> _Layout:
+        first, last = _lives(groups)
+        for i, (whole, _) in parts.items():
+            if whole in first:
+                first[whole] = min(first[whole], first[i])
+        return cls(groups, parts, size, first, last)
 
 
 def _lives(groups: Groups) -> tuple[dict[int, int], dict[int, int]]:
