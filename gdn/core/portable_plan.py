@@ -96,24 +96,33 @@ def _parameters(kernel: Kernel, arguments: Arguments) -> tuple[Any, ...]:
 
 
 _lock = threading.Lock()
-_modules: list[Any] = []
+_found: list[tuple[Any, str]] = []
 
 
 def module() -> Any:
     """launches.c, compiled when it is first asked for; None where that fails."""
+    return _once()[0]
+
+
+def why_not() -> str:
+    """What was in the way; nothing where there is a module."""
+    return _once()[1]
+
+
+def _once() -> tuple[Any, str]:
     with _lock:
-        if not _modules:
-            _modules.append(_built())
-        return _modules[0]
+        if not _found:
+            _found.append(_built())
+        return _found[0]
 
 
-def _built() -> Any:
+def _built() -> tuple[Any, str]:
     if torch.version.cuda is None:
-        return None
+        return None, "this torch is not for CUDA"
     from triton.backends.nvidia import driver
     from triton.runtime.build import compile_module_from_src
 
     try:
-        return compile_module_from_src(_SOURCE.read_text(), _NAME, include_dirs=list(driver.include_dirs))
-    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError):
-        return None
+        return compile_module_from_src(_SOURCE.read_text(), _NAME, include_dirs=list(driver.include_dirs)), ""
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as problem:
+        return None, f"launches.c cannot be compiled or loaded: {problem}"

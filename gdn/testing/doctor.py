@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gdn import ops
 from gdn.core import device as hardware
+from gdn.core import portable_plan
 from gdn.core.dispatch import Op, use
 from gdn.core.dispatch import ops as tables
 from gdn.core.errors import ArgumentError
@@ -71,6 +72,8 @@ def examine(device: str = "auto", seconds: float = 55) -> int:
         f"{machine.name}, {machine.memory_bytes / 2**30:.0f} GiB, {machine.threads} threads; "
         f"torch {machine.torch}, triton {machine.triton or 'not installed'}; examining {chosen.type}"
     )
+    if chosen.type == "cuda" and machine.triton:
+        _say_how_kernels_are_launched(console)
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     names = [name for name in tables() if name in EXAMPLES]
     findings: list[Finding] = []
@@ -84,6 +87,13 @@ def examine(device: str = "auto", seconds: float = 55) -> int:
                 findings += examine_op(tables()[name], chosen, dtype, truths[name])
     console.print(_table(findings, dtype))
     return _verdict(findings, console, time.monotonic() - begin)
+
+
+def _say_how_kernels_are_launched(console: Console) -> None:
+    """If not as fast as they could be."""
+    reason = portable_plan.why_not()
+    if reason:
+        console.print(escape(f"eager calls take the host longer than they need, as each kernel is launched by itself: {reason}"))
 
 
 def _prepare(

@@ -72,7 +72,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture
 def driver(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(portable_plan, "_modules", [])
+    monkeypatch.setattr(portable_plan, "_found", [])
     found = Driver(library)
     yield found
     found.fail("")
@@ -221,9 +221,13 @@ def test_no_module_no_plan(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr("triton.runtime.build.compile_module_from_src", fails)
         assert plan(LAUNCHES, 2) is None and portable_plan.module() is None
-    monkeypatch.setattr(portable_plan, "_modules", [])
+        assert portable_plan.why_not() == "launches.c cannot be compiled or loaded: Failed to find C compiler."
+    monkeypatch.setattr(portable_plan, "_found", [])
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert plan(LAUNCHES, 2) is None
+    assert plan(LAUNCHES, 2) is None and portable_plan.why_not() == "this torch is not for CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(portable_plan, "_found", [])
+    assert portable_plan.why_not() == "" and portable_plan.module() is not None
 
 
 @triton.jit

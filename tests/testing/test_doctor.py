@@ -58,6 +58,14 @@ def test_a_row_that_raises_anything_is_a_finding(monkeypatch: pytest.MonkeyPatch
     assert "l2norm: broken failed: KeyError" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("reason", ["", "Failed to find C compiler [gcc]"])
+def test_slow_launches_are_told(reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor.portable_plan, "why_not", lambda: reason)
+    doctor._say_how_kernels_are_launched(Console(width=200))
+    shown = capsys.readouterr().out
+    assert shown == (f"eager calls take the host longer than they need, as each kernel is launched by itself: {reason}\n" if reason else "")
+
+
 def test_operators_are_not_begun_after_the_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "EXAMPLES", {name: doctor.EXAMPLES[name] for name in ("l2norm", "rms_norm")})
     assert doctor.examine("cpu", seconds=1e-6) == 1
