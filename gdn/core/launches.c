@@ -19,11 +19,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PATIENCE = 3, MOST_GRAPHS = 256, MOST_ADDRESSES = 64 };
+enum { PATIENCE = 3, MOST_GRAPHS = 256, MOST_ADDRESSES = 256 };
 static const char *const PLAN = "gdn.plan";
 
 static CUresult (*launch_kernel)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **);
 static CUresult (*parameter_info)(CUfunction, size_t, size_t *, size_t *);
+static CUresult (*get_context)(CUcontext *);
+static CUresult (*set_context)(CUcontext);
 static CUresult (*error_string)(CUresult, const char **);
 static CUresult (*is_capturing)(CUstream, CUstreamCaptureStatus *);
 static CUresult (*exchange_capture_mode)(CUstreamCaptureMode *);
@@ -41,6 +43,8 @@ static const struct {
 } DRIVER[] = {
     {"cuLaunchKernel", &launch_kernel},
     {"cuFuncGetParamInfo", &parameter_info},
+    {"cuCtxGetCurrent", &get_context},
+    {"cuCtxSetCurrent", &set_context},
     {"cuGetErrorString", &error_string},
     {"cuStreamIsCapturing", &is_capturing},
     {"cuThreadExchangeStreamCaptureMode", &exchange_capture_mode},
@@ -63,6 +67,7 @@ typedef struct {
 
 typedef struct {
     pthread_mutex_t lock;
+    CUcontext context;
     Py_ssize_t kernels, addresses, patches;
     CUDA_KERNEL_NODE_PARAMS *nodes;
     uint64_t *slots; /* of all parameters of all kernels */
@@ -78,12 +83,16 @@ typedef struct {
 
 static void plan_free(Plan *plan)
 {
-    if (plan->exec) {
-        exec_destroy(plan->exec);
-        __atomic_sub_fetch(&graphs, 1, __ATOMIC_RELAXED);
-    }
-    if (plan->graph)
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; /* some thread may be capturing, whose capture this would end */
+    if (plan->graph) {
+        exchange_capture_mode(&mode);
+        if (plan->exec) {
+            exec_destroy(plan->exec);
+            __atomic_sub_fetch(&graphs, 1, __ATOMIC_RELAXED);
+        }
         graph_destroy(plan->graph);
+        exchange_capture_mode(&mode);
+    }
     free(plan->nodes);
     free(plan->slots);
     free(plan->pointers);
@@ -131,19 +140,17 @@ static int has_graph(Plan *plan, CUstream stream)
     if (!plan->exec) {
         if (++plan->calls < PATIENCE)
             return 0;
-        if (__atomic_add_fetch(&graphs, 1, __ATOMIC_RELAXED) > MOST_GRAPHS)
-            plan->refused = 1;
-        else {
-            CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED; /* another thread may be capturing */
+        plan->calls = 0;
+        if (__atomic_add_fetch(&graphs, 1, __ATOMIC_RELAXED) <= MOST_GRAPHS) {
+            CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
             exchange_capture_mode(&mode);
             plan->refused = make_graph(plan, stream) != CUDA_SUCCESS;
             exchange_capture_mode(&mode);
         }
-        if (plan->refused) {
+        if (!plan->exec) { /* or there are too many, and it tries again */
             __atomic_sub_fetch(&graphs, 1, __ATOMIC_RELAXED);
             return 0;
         }
-        plan->calls = 0;
         return 1; /* it was made with the parameters of this call */
     }
     if (stream != plan->stream && ++plan->calls < PATIENCE)
@@ -171,14 +178,18 @@ static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count)
         addresses[i] = PyLong_AsUnsignedLongLong(args[i + 1]);
     if (PyErr_Occurred())
         return NULL;
+    CUcontext context = NULL;
     CUresult result;
     Py_BEGIN_ALLOW_THREADS;
     pthread_mutex_lock(&plan->lock);
+    if (get_context(&context) == CUDA_SUCCESS && !context)
+        set_context(plan->context); /* a thread that has not used the device yet */
     for (Py_ssize_t i = 0; i < plan->patches; i++)
         plan->slots[plan->patch[i].slot] = addresses[plan->patch[i].address] + plan->patch[i].offset;
-    if (has_graph(plan, stream))
-        result = graph_launch(plan->exec, stream);
-    else
+    result = has_graph(plan, stream) ? graph_launch(plan->exec, stream) : CUDA_ERROR_NOT_FOUND;
+    if (result == CUDA_ERROR_OUT_OF_MEMORY)
+        plan->refused = 1; /* a graph needs memory when it is first launched */
+    if (result == CUDA_ERROR_OUT_OF_MEMORY || result == CUDA_ERROR_NOT_FOUND)
         result = one_by_one(plan, stream);
     pthread_mutex_unlock(&plan->lock);
     Py_END_ALLOW_THREADS;
@@ -255,8 +266,8 @@ static PyObject *make_plan(PyObject *Py_UNUSED(module), PyObject *args)
     Py_ssize_t addresses, slots = 0, slot = 0;
     if (!PyArg_ParseTuple(args, "O!n", &PyTuple_Type, &kernels, &addresses))
         return NULL;
-    if (addresses > MOST_ADDRESSES)
-        return PyErr_Format(PyExc_ValueError, "at most %d addresses", MOST_ADDRESSES);
+    if (addresses < 0 || addresses > MOST_ADDRESSES)
+        return PyErr_Format(PyExc_ValueError, "expected 0 to %d addresses, got %zd", MOST_ADDRESSES, addresses);
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kernels); i++) {
         PyObject *kernel = PyTuple_GET_ITEM(kernels, i);
         if (!PyTuple_Check(kernel) || PyTuple_GET_SIZE(kernel) != 7 || !PyTuple_Check(PyTuple_GET_ITEM(kernel, 6)))
@@ -269,6 +280,7 @@ static PyObject *make_plan(PyObject *Py_UNUSED(module), PyObject *args)
     pthread_mutex_init(&plan->lock, NULL);
     plan->kernels = PyTuple_GET_SIZE(kernels);
     plan->addresses = addresses;
+    get_context(&plan->context);
     plan->nodes = calloc(plan->kernels + 1, sizeof(*plan->nodes));
     plan->handles = calloc(plan->kernels + 1, sizeof(*plan->handles));
     plan->slots = calloc(slots + 1, sizeof(*plan->slots));

@@ -80,10 +80,10 @@ def plan(launches: Sequence[tuple[Kernel, tuple[int, ...], Arguments]], addresse
     library = module()
     if library is None:
         return None
-    kernels = [(k.function, *grid, k.threads, k.shared, _parameters(k, arguments)) for k, grid, arguments in launches]
     try:
+        kernels = [(k.function, *grid, k.threads, k.shared, _parameters(k, arguments)) for k, grid, arguments in launches]
         return library.plan(tuple(kernels), addresses)
-    except ValueError:  # more addresses than it takes, or another Triton hands kernels other parameters
+    except (ValueError, OverflowError, struct.error):  # more addresses than it takes, or another Triton hands kernels other parameters
         return None
 
 

@@ -11,10 +11,10 @@ allocates anew and takes the current stream: no address and no tensor outlives i
 
 What cannot be replayed runs as if this file were not there: calls on the CPU, under torch.compile, functorch or a dispatch mode, those of
 tensor subclasses, and those in which anything else happened to tensors, such as reading a value. A host promises (`replay=True` there) that
-it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. Launches that follow each other are handed
-to the driver at once (portable_plan.py), and buffers between them are parts of few allocations, as far as that takes no more memory than
-buffers that are allocated where they are first needed and freed after their last use, whatever the host did. A call that raises
-leaves nothing behind. `forget` drops all, as `use` and `Op.register` do.
+it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. Launches that follow each other are
+handed to the driver at once (portable_plan.py), and buffers between them are parts of few allocations, as far as that takes 32 MiB at most
+or no more memory than buffers that are allocated where they are first needed and freed after their last use, whatever the host did. A call
+that raises leaves nothing behind. `forget` drops all, as `use` and `Op.register` do.
 """
 
 from __future__ import annotations

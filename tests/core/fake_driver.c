@@ -32,7 +32,9 @@ struct CUgraphExec_st {
 
 static char log_[1 << 16];
 static char failing[64];
+static CUresult error;
 static int capturing, living;
+static _Thread_local CUcontext current = (CUcontext)1;
 
 static void say(const char *format, ...)
 {
@@ -45,7 +47,7 @@ static void say(const char *format, ...)
 
 static CUresult now(const char *name)
 {
-    return strcmp(failing, name) ? CUDA_SUCCESS : CUDA_ERROR_ILLEGAL_ADDRESS;
+    return strcmp(failing, name) ? CUDA_SUCCESS : error;
 }
 
 static int size_of(CUfunction function, size_t i)
@@ -71,9 +73,27 @@ static void show(CUfunction function, unsigned x, unsigned y, unsigned z, unsign
 
 const char *fake_log(void) { return log_; }
 void fake_clear(void) { log_[0] = 0; }
-void fake_fail(const char *name) { strcpy(failing, name); }
+void fake_fail(const char *name, int how)
+{
+    strcpy(failing, name);
+    error = how;
+}
 void fake_capture(int whether) { capturing = whether; }
 int fake_living(void) { return living; }
+void fake_context(long context) { current = (CUcontext)context; }
+long fake_current(void) { return (long)current; }
+
+CUresult cuCtxGetCurrent(CUcontext *context)
+{
+    *context = current;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuCtxSetCurrent(CUcontext context)
+{
+    current = context;
+    return CUDA_SUCCESS;
+}
 
 CUresult cuGetErrorString(CUresult error, const char **text)
 {
@@ -132,6 +152,7 @@ CUresult cuGraphDestroy(CUgraph graph)
         free(graph->nodes[i]);
     free(graph);
     living--;
+    say("graph destroyed\n");
     return CUDA_SUCCESS;
 }
 
@@ -168,6 +189,7 @@ CUresult cuGraphExecDestroy(CUgraphExec exec)
 {
     free(exec);
     living--;
+    say("exec destroyed\n");
     return CUDA_SUCCESS;
 }
 

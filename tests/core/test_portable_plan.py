@@ -9,6 +9,7 @@ import ctypes
 import shutil
 import struct
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,8 +46,15 @@ class Driver:
         self._library.fake_clear()
         return lines
 
-    def fail(self, name: str) -> None:
-        self._library.fake_fail(name.encode())
+    def fail(self, name: str, how: int = 700) -> None:
+        self._library.fake_fail(name.encode(), how)
+
+    def context(self, context: int) -> None:
+        """Current in this thread."""
+        self._library.fake_context(ctypes.c_long(context))
+
+    def current(self) -> int:
+        return self._library.fake_current()
 
     def capture(self, whether: bool) -> None:
         self._library.fake_capture(int(whether))
@@ -77,6 +85,7 @@ def driver(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dr
     yield found
     found.fail("")
     found.capture(False)
+    found.context(1)
     found.log()
 
 
@@ -108,8 +117,40 @@ def test_kernels_are_a_graph_from_the_third_call_on(driver: Driver) -> None:
     start(5, 2**63, 2000)
     assert driver.log() == graph(5, 2**63, 2000)
     assert driver.living() == 2
+    driver.log()
     del start
     assert driver.living() == 0
+    assert driver.log() == ["mode 2", "exec destroyed", "graph destroyed", "mode 0"]
+
+
+def test_a_thread_that_has_no_context_gets_the_one_of_the_plan(driver: Driver) -> None:
+    driver.context(7)
+    start, seen = made(), list[int]()
+
+    def first() -> None:
+        driver.context(0)
+        start(5, 1, 2)
+        seen.append(driver.current())
+        driver.context(3)
+        start(5, 1, 2)
+        seen.append(driver.current())
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    thread.join()
+    assert seen == [7, 3] and driver.current() == 7
+
+
+def test_a_graph_without_memory_is_given_up(driver: Driver) -> None:
+    start = made()
+    driver.fail("cuGraphLaunch", 2)
+    for _ in range(3):
+        driver.log()
+        start(5, 1, 2)
+    assert driver.log() == ["mode 2", "mode 0", *graph(5, 1, 2), *one_by_one(5, 1, 2)]
+    driver.fail("")
+    start(5, 1, 2)
+    assert driver.log() == one_by_one(5, 1, 2)
 
 
 def test_a_graph_follows_its_stream(driver: Driver) -> None:
@@ -176,20 +217,20 @@ def test_errors_are_raised(name: str, driver: Driver) -> None:
     start(5, 1, 2)
 
 
-def test_only_so_many_graphs_are_made(driver: Driver) -> None:
+def test_only_so_many_graphs_are_made_at_a_time(driver: Driver) -> None:
     starts = [made() for _ in range(300)]
     for _ in range(3):
         driver.log()
         for start in starts:
             start(5, 1, 2)
     assert sum("graph" in line for line in driver.log()) == 256
-    del start
-    starts.clear()
-    assert driver.living() == 0
-    start = made()
+    late = starts[-1]
+    del start, starts
     for _ in range(3):
-        start(5, 1, 2)
-    assert driver.log()[-1:] == graph(5, 1, 2)
+        assert driver.living() == 0
+        driver.log()
+        late(5, 1, 2)
+    assert driver.log() == ["mode 2", "mode 0", *graph(5, 1, 2)]
 
 
 def test_wrong_calls_are_errors(driver: Driver) -> None:
@@ -209,7 +250,9 @@ OTHERS = {"fewer": {"function": 0x848}, "more": {"function": 0x88848}, "wider": 
 @pytest.mark.parametrize("kernel", [FIRST._replace(**other) for other in OTHERS.values()], ids=OTHERS)
 def test_kernels_with_other_parameters_are_left_to_triton(kernel: Kernel, driver: Driver) -> None:
     assert plan([(kernel, (1, 1, 1), [(0, 0), [1], [None]])], 1) is None
-    assert plan([(FIRST, (1, 1, 1), [(0, 0), [1], [None]])], 65) is None
+    assert plan([(FIRST, (1, 1, 1), [(0, 0), [1], [None]])], 257) is None
+    assert plan([(FIRST, (1, 1, 1), [(0, 0), [1], [None]])], -1) is None
+    assert plan([(FIRST, (1, 1, 1), [(0, 0), [2**40], [None]])], 1) is None
     assert plan([(FIRST, (1, 1, 1), [(1, 0), [1], [None]])], 1) is None
     assert plan([(FIRST, (1, 1, 1), [(0, 0), [1], [None]])], 1) is not None
 

@@ -439,6 +439,35 @@ def test_parts_are_apart_while_they_are_needed(data: st.DataObject) -> None:
             assert not (together and begin < there + fresh[n].bytes and there < begin + fresh[i].bytes)
 
 
+def test_a_result_is_there_as_soon_as_anything_lies_in_it(way: str) -> None:
+    """Though it is written only after an operator of torch."""
+
+    def host(x: Tensor) -> list[Tensor]:
+        between, seen, end = x.new_empty(5), x.new_empty(5), x.new_empty(600)
+        launch(scale_kernel, (1,), x, None, between, 2.0, 5, 1, 16)
+        launch(scale_kernel, (1,), between, None, seen, 2.0, 5, 1, 16)
+        other = seen + 1
+        launch(scale_kernel, (1,), other, None, end, 2.0, 5, 1, 16)
+        return [end]
+
+    x, y = numbers(0), numbers(1)
+    _, recording = replay.record(lambda: host(x), [x])
+    assert recording is not None
+    torch.testing.assert_close(recording.known().run([y])[0][:5], 8 * y + 2)
+    assert bool(recording._layout().parts) == (way == "planned")
+
+
+@pytest.mark.parametrize(("uses", "together"), [([[1], [2], [2]], True), ([[3], [3, 2], [2, 1]], False)])
+def test_results_need_memory_to_the_end(uses: list[list[int]], together: bool) -> None:
+    """So what comes after costs as much in one call as in several; but what is over before a result does not, unless it fits into that."""
+    sizes = {1: 2**26, 2: 2**26, 3: 2**27}
+    fresh = {i: replay._Fresh((size,), (1,), torch.uint8, size) for i, size in sizes.items()}
+    kernel = portable_plan.Kernel("kernel", 0, 32, 0, ())
+    steps = [replay._Launch(kernel, print, (1, 1, 1), (), False, [(i, 0) for i in each]) for each in uses]
+    layout = replay.Recording(torch.device("cpu"), 1, 4, fresh, steps, [1])._layout()
+    assert (len(layout.groups) == 1) == together
+
+
 @pytest.mark.parametrize("size", [2**18 + 1, 2**23 + 1])
 def test_memory_lives_from_its_first_use_to_its_last(size: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the host did, but that it costs little if all live at once. Before each allocation: which of those before are alive."""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import gc
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -401,6 +402,37 @@ def test_a_graph_captures_replays(name: str, replayed_here: list[str]) -> None:
         found = [x.detach().clone() for x in captured]
         start(seed)
         assert all(torch.equal(a, b) for a, b in zip(found, call(), strict=True))
+
+
+@gpu
+def test_what_is_forgotten_ends_no_capture(replayed_here: list[str]) -> None:
+    x = torch.randn(8, 64, device=DEVICE)
+    with use(l2norm="portable"):
+        for _ in range(5):
+            expected = ops.l2norm(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replay_known.forget()
+            gc.collect()
+            y = 2 * x
+            z = ops.l2norm(y)
+    graph.replay()
+    torch.testing.assert_close(z, expected)
+
+
+@gpu
+def test_a_new_thread_replays(replayed_here: list[str]) -> None:
+    """One that has not used the device before."""
+    x = torch.randn(8, 64, device=DEVICE)
+    found: list[Tensor] = []
+    with use(l2norm="portable"):
+        for _ in range(5):
+            expected = ops.l2norm(x)
+        replayed_here.clear()
+        thread = threading.Thread(target=lambda: found.append(ops.l2norm(x)))
+        thread.start()
+        thread.join()
+    assert replayed_here and torch.equal(found[0], expected)
 
 
 @gpu
