@@ -182,7 +182,10 @@ static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count)
     CUresult result;
     Py_BEGIN_ALLOW_THREADS;
     pthread_mutex_lock(&plan->lock);
-    if (get_context(&context) == CUDA_SUCCESS && !context)
+    get_context(&context);
+    if (context)
+        plan->context = context; /* callers have made the device of the kernels current, if it was not */
+    else
         set_context(plan->context); /* a thread that has not used the device yet */
     for (Py_ssize_t i = 0; i < plan->patches; i++)
         plan->slots[plan->patch[i].slot] = addresses[plan->patch[i].address] + plan->patch[i].offset;
