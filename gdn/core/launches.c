@@ -5,10 +5,10 @@
    kernels: for each (function, x, y, z, threads, shared bytes, parameters), and each parameter is either the bytes of a value or
    (which of the addresses, bytes after it). What differs between two calls are the stream and the addresses, nothing else.
 
-   From the third call on the kernels are nodes of a graph, in a row: the driver takes some 2 microseconds for a graph, and 3 to 4 for each
-   launch. New parameters of a node are for later launches of the graph, so it may still be running. It belongs to one stream, since a graph
-   never runs twice at the same time, and goes over to another that is used three times in a row. In others, and while a stream is captured, the
-   kernels are launched one after another. */
+   From the third call on the kernels are nodes of a graph, in a row, if there are not too many graphs: the driver takes some 2 microseconds for
+   a graph, and 3 to 4 for each launch. New parameters of a node are for later launches of the graph, so it may still be running. It belongs to
+   one stream, since a graph never runs twice at the same time, and goes over to another that is used three times in a row. In others, and while
+   a stream is captured, the kernels are launched one after another. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
