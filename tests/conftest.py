@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ def quick_interpreter() -> Iterator[None]:
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
+    compiled_check = TritonSemantic.binary_op_sanitize_overflow_impl
     prepare, numpy_type, done = interpreter._patch_lang, functools.cache(interpreter._get_np_dtype), set[int]()
 
     class Scope(interpreter._LangPatchScope):
@@ -51,6 +53,9 @@ def quick_interpreter() -> Iterator[None]:
         return np.dtype(np.uint64) if isinstance(kind.scalar, tl.pointer_type) else numpy_type(kind.scalar)
 
     def check_overflow(self: Any, left: Any, right: Any, operation: Callable[..., Any]) -> None:
+        if not isinstance(left.handle, interpreter.TensorHandle):  # a kernel is being compiled
+            compiled_check(self, left, right, operation)
+            return
         kind, name = left.type.scalar, operation.__name__
         if kind.int_bitwidth < 64:
             found = EXACT[name](left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
@@ -73,7 +78,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime import interpreter
 
-    from gdn.core import portable_launch, portable_plan, replay, replay_known
+    from gdn.core import portable_launch, portable_plan, portable_product, replay, replay_known
 
     names: list[str] = []
     plan = portable_plan.plan
@@ -112,9 +117,26 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def pointer(address: int, dtype: torch.dtype) -> Any:
         return SimpleNamespace(data_ptr=lambda: address, dtype=dtype)
 
+    def multiplying(kind: int, turned_a: bool, turned_b: bool, m: int, n: int, k: int, after_a: int, after_b: int, after_c: int) -> Any:
+        def matrix(address: int, rows: int, columns: int, after: int, turned: bool = False) -> torch.Tensor:
+            rows, columns = (columns, rows) if turned else (rows, columns)
+            memory = (ctypes.c_int16 * (after * (columns - 1) + rows)).from_address(address)
+            numbers = torch.frombuffer(memory, dtype={2: torch.float16, 14: torch.bfloat16}[kind])
+            by_columns = numbers.as_strided((rows, columns), (1, after))
+            return by_columns.T if turned else by_columns
+
+        def multiply(handle: int, second: int, first: int, out: int) -> None:
+            assert handle == 77
+            product = matrix(first, m, k, after_a, turned_a).float() @ matrix(second, k, n, after_b, turned_b).float()
+            matrix(out, m, n, after_c).copy_(product)
+
+        return multiply
+
     if torch.cuda.is_available():
         monkeypatch.setattr(replay, "plan", noted)
     else:
+        monkeypatch.setattr(portable_product, "_multiply", multiplying)
+        monkeypatch.setattr(portable_product, "handle", lambda: 77)
         monkeypatch.setattr(replay, "plan", interpreted)
         monkeypatch.setattr(portable_plan, "of_compiled", lambda compiled: compiled.known)
         monkeypatch.setattr(portable_launch, "JITFunction", object)

@@ -1,4 +1,4 @@
-/* The launches of one operator, handed to the driver in one call from Python.
+/* The launches of one operator, handed to the driver in one call from Python, and products of matrices handed to cuBLAS.
 
    plan(kernels, addresses) -> start; start(stream, *addresses)
 
@@ -8,7 +8,12 @@
    From the third call on the kernels are nodes of a graph, in a row, if there are not too many graphs: the driver takes some 2 microseconds for
    a graph, and 3 to 4 for each launch. New parameters of a node are for later launches of the graph, so it may still be running. It belongs to
    one stream, since a graph never runs twice at the same time, and goes over to another that is used three times in a row. In others, and while
-   a stream is captured, the kernels are launched one after another. */
+   a stream is captured, the kernels are launched one after another.
+
+   product(library, type, turned, turned, m, n, k, leading, leading, leading) -> multiply; multiply(handle, a, b, c)
+
+   c = b' a' of cuBLAS, which goes by columns: c [m, n], b' [m, k] and a' [k, n], each perhaps turned, of that type (cudaDataType), and columns
+   that are so far apart; sums in float32. The library is one that the process has loaded, by name. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -19,6 +24,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { COMPUTE_32F = 68, DEFAULT_TENSOR_OP = 99, DEFAULT_MATH = 0 }; /* of library_types.h and cublas_api.h */
 enum { PATIENCE = 3, MOST_GRAPHS = 256, MOST_ADDRESSES = 256 };
 static const char *const PLAN = "gdn.plan";
 
@@ -56,6 +62,8 @@ static const struct {
     {"cuGraphExecKernelNodeSetParams_v2", &exec_set},
     {"cuGraphLaunch", &graph_launch},
 };
+
+static const char *const PRODUCT = "gdn.product";
 
 static int graphs; /* that there are */
 
@@ -307,8 +315,76 @@ static PyObject *make_plan(PyObject *Py_UNUSED(module), PyObject *args)
     return function;
 }
 
+typedef struct {
+    int (*set_math_mode)(void *, int);
+    /* cublasGemmEx(handle, turned, turned, m, n, k, alpha, b', type, leading, a', type, leading, beta, c, type, leading, compute type, algorithm) */
+    int (*gemm)(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int, const void *, void *, int, int,
+                int, int);
+    int type, turned[2], m, n, k, leading[3];
+} Product;
+
+static void product_free(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, PRODUCT));
+}
+
+static PyObject *multiply(PyObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    const Product *p = PyCapsule_GetPointer(self, PRODUCT);
+    void *given[4];
+    const float one = 1, zero = 0;
+    int status;
+    if (!p)
+        return NULL;
+    if (count != 4)
+        return PyErr_Format(PyExc_TypeError, "expected a handle and 3 addresses, got %zd arguments", count);
+    for (int i = 0; i < 4; i++)
+        given[i] = PyLong_AsVoidPtr(args[i]);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    p->set_math_mode(given[0], DEFAULT_MATH);
+    status = p->gemm(given[0], p->turned[0], p->turned[1], p->m, p->n, p->k, &one, given[2], p->type, p->leading[0], given[1], p->type,
+                     p->leading[1], &zero, given[3], p->type, p->leading[2], COMPUTE_32F, DEFAULT_TENSOR_OP);
+    Py_END_ALLOW_THREADS;
+    if (status)
+        return PyErr_Format(PyExc_RuntimeError, "cuBLAS could not multiply [%d, %d] by [%d, %d]: status %d", p->n, p->k, p->k, p->m, status);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef MULTIPLY = {"multiply", (PyCFunction)(void (*)(void))multiply, METH_FASTCALL, "multiply(handle, a, b, c): c = a b."};
+
+static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    const char *name;
+    Product p;
+    if (!PyArg_ParseTuple(args, "siiiiiiiii", &name, &p.type, &p.turned[0], &p.turned[1], &p.m, &p.n, &p.k, &p.leading[0], &p.leading[1],
+                          &p.leading[2]))
+        return NULL;
+    void *library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+    if (!library)
+        return PyErr_Format(PyExc_ImportError, "%s is not loaded", name);
+    *(void **)&p.set_math_mode = dlsym(library, "cublasSetMathMode");
+    *(void **)&p.gemm = dlsym(library, "cublasGemmEx");
+    if (!p.set_math_mode || !p.gemm)
+        return PyErr_Format(PyExc_ImportError, "%s has no cublasGemmEx or no cublasSetMathMode", name);
+    Product *kept = malloc(sizeof(p));
+    if (!kept)
+        return PyErr_NoMemory();
+    *kept = p;
+    PyObject *capsule = PyCapsule_New(kept, PRODUCT, product_free);
+    if (!capsule) {
+        free(kept);
+        return NULL;
+    }
+    PyObject *function = PyCFunction_New(&MULTIPLY, capsule);
+    Py_DECREF(capsule);
+    return function;
+}
+
 static PyMethodDef METHODS[] = {
     {"plan", make_plan, METH_VARARGS, "plan(kernels, addresses): how to launch them."},
+    {"product", make_product, METH_VARARGS, "product(library, type, turned, turned, m, n, k, leading, leading, leading): how to multiply."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -20,6 +20,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -71,7 +72,7 @@ class _Kernels(ABC):
                 )
             return _Call(self, args, replay=False), tensors
         key, tensors = found
-        call = self._calls.get(key)
+        call = self._calls.find(key)
         if call is None:
             call = _Call(self, args, replay=True)
             self._calls.keep(key, call, self._calls.emptied)
@@ -335,6 +336,10 @@ class _Call:
     def again(self) -> Callable[[Sequence[Tensor]], Tensors]:
         return self._recorded if self.keep else self.replay_forward or self.forward
 
+    @property
+    def products(self) -> bool:
+        return self._recording is not None and self._recording.products
+
     def launches(self) -> Recording | None:
         return self._recording if self._recording is not None and self._recording.launches_only and not self.keep else None
 
@@ -379,7 +384,7 @@ class _Call:
         if found is None:
             return self._backward_host(stored, grads)
         key, tensors = found
-        known = self._backwards.get(key)
+        known = self._backwards.find(key)
         if known is not None:
             if known is False:
                 return self._backward_host(stored, grads)
@@ -401,7 +406,7 @@ class _Call:
 
 def _known(recording: Recording) -> Known:
     known = recording.known()
-    return known if known.body is not None else Known(_without_autocast(known.run))
+    return known if known.body is not None else replace(known, run=_without_autocast(known.run))
 
 
 class _Function(torch.autograd.Function):

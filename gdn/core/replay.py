@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from gdn.core.foresight import without_modes
 from gdn.core.portable_plan import Kernel, plan
+from gdn.core.portable_product import Multiply, multiplied
 from gdn.core.replay_known import MISS, Known, Table, distinct, signature
 from gdn.core.replay_source import Body, Source, replaying
 
@@ -43,6 +44,7 @@ Tensors = Sequence[Tensor]
 
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
 _TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
+_MATRIX_PRODUCT = torch.ops.aten.mm.default
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """The last thing that `matmul` does: a view that torch calls none, so that it may be written to."""
 _SMALL, _SPARE, _ALIGNMENT = 1 << 20, 1 << 25, 256
@@ -116,7 +118,21 @@ class _Fresh(NamedTuple):
     bytes: int
 
 
-Groups = Sequence[Sequence[_Launch | _Operator]]
+@dataclass(frozen=True)
+class _Product:
+    multiply: Multiply
+    arguments: list[Address]
+    """Both factors and the product."""
+
+    def tensors(self) -> list[int]:
+        return [i for i, _ in self.arguments]
+
+    def write(self, source: Source) -> None:
+        source.product(self.multiply, [source.address(*a) for a in self.arguments])
+
+
+Step = _Launch | _Product | _Operator
+Groups = Sequence[Sequence[Step]]
 
 
 @dataclass(frozen=True)
@@ -127,12 +143,17 @@ class Recording:
     given: int
     count: int
     fresh: dict[int, _Fresh]
-    steps: Sequence[_Launch | _Operator]
+    steps: Sequence[Step]
     results: int | Sequence[int | None]
 
     @property
     def launches_only(self) -> bool:
-        return all(isinstance(step, _Launch) for step in self.steps)
+        """Products too: nothing that torch has to do."""
+        return not any(isinstance(step, _Operator) for step in self.steps)
+
+    @property
+    def products(self) -> bool:
+        return any(isinstance(step, _Product) for step in self.steps)
 
     def body(self) -> Body:
         """It, done again."""
@@ -160,7 +181,7 @@ class Recording:
 
     def _layout(self) -> _Layout:
         """Launches that follow each other done at once, unless that takes much more memory."""
-        together: list[list[_Launch | _Operator]] = []
+        together: list[list[Step]] = []
         for step in self.steps:
             if together and all(isinstance(s, _Launch) and s.kernel is not None for s in (step, together[-1][-1])):
                 together[-1].append(step)
@@ -214,7 +235,7 @@ class Recording:
 
     def known(self) -> Known:
         body = self.body()
-        return Known(replaying(body, self.given), body if self.launches_only else None)
+        return Known(replaying(body, self.given), body if self.launches_only else None, self.products)
 
 
 def _aligned(size: int) -> int:
@@ -257,7 +278,7 @@ def _lives(groups: Groups) -> tuple[dict[int, int], dict[int, int]]:
     return dict(reversed(uses)), dict(uses)
 
 
-def _write(group: Sequence[_Launch | _Operator], source: Source) -> None:
+def _write(group: Sequence[Step], source: Source) -> None:
     """Launches of kernels that the driver can be told of in one call, or else each step by itself."""
     names: dict[str, int] = {}
     launches = [
@@ -294,19 +315,24 @@ class Recorder(_Mode):
         self.refused = False
         self._device = tensors[0].device
         self._held: list[Tensor] = []
+        self._alive: list[Tensor] = []
+        """Others, so that none that comes has the `id` of one of them."""
         self._names: dict[int, int] = {}
         self._memory: dict[int, int | None] = {}
         self._fresh: list[int] = []
         self._made: set[int] = set()
         self._parts: set[int | None] = set()
         """Views of what was given."""
-        self._steps: list[_Launch | _Operator] = []
+        self._steps: list[Step] = []
         for x in tensors:
             self._hold(x)
         self._given = len(tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
+        product = multiplied(*args) if func is _MATRIX_PRODUCT else None
+        if product is not None:
+            return self._product(args[0], args[1], *product)
         out = func(*args, **named)
         if func.is_view and (not isinstance(out, Tensor) or out.untyped_storage()._cdata in self._memory):
             return out  # `_base` finds it by its memory if it is used
@@ -314,6 +340,8 @@ class Recorder(_Mode):
             self.refused = True
         elif func.overloadpacket in _ALLOCATIONS:
             self._fresh.append(self._hold(out))
+        elif func is _UNSAFE_VIEW and self._reshaped(args[0], out):
+            pass
         elif func is _UNSAFE_VIEW:
             self._steps.append(_Operator(func, [None, *args[1:]], named, [(0, self._place(args[0]))], self._make(out)))
         else:
@@ -351,6 +379,23 @@ class Recorder(_Mode):
             makes = self._hold(out)
             self._made.add(makes)
         self._steps.append(_Operator(func, [None if isinstance(a, Tensor) else a for a in args], named, tensors, makes))
+
+    def _product(self, left: Tensor, right: Tensor, out: Tensor, multiply: Multiply) -> Tensor:
+        factors = [self._address(x) for x in (left, right)]
+        self._fresh.append(i := self._hold(out))
+        self._steps.append(_Product(multiply, [*factors, (i, 0)]))
+        return out
+
+    def _reshaped(self, x: Tensor, out: Tensor) -> bool:
+        """Whether x can be allocated in another shape: to kernels and products it is an address."""
+        i = self._names.get(id(x), -1)
+        if i not in self._fresh or any(i in step.tensors() for step in self._steps if isinstance(step, _Operator)):
+            return False
+        self._alive.append(x)
+        self._held[i] = out
+        self._names[id(out)] = i
+        del self._names[id(x)]
+        return True
 
     def _base(self, x: Tensor) -> int:
         """The only tensor that has the memory of x."""
@@ -416,6 +461,11 @@ Results = tuple[Tensor, ...]
 class Call(Protocol):
     """One of an operator that can be done again."""
 
+    @property
+    def products(self) -> bool:
+        """Whether it is done in another way where torch's settings are not `ordinary`."""
+        ...
+
     def first(self, tensors: Tensors) -> Results: ...
 
     def again(self) -> Callable[[Tensors], Results]:
@@ -431,6 +481,7 @@ class _Reshaped(NamedTuple):
     """What stands between calls: a tensor without gaps in another shape."""
 
     shape: tuple[int, ...]
+    products: bool = False
 
     def again(self) -> Callable[[Tensors], Results]:
         return lambda tensors: (tensors[0].view(self.shape),)
@@ -446,8 +497,9 @@ def _outline(calls: Calls, given: int, results: int | list[int]) -> Known:
     if recording is not None:
         return recording.known()
     steps = [(call.again(), places) for call, places in calls]
+    products = any(call.products for call, _ in calls)
     if len(steps) == 1 and steps[0][1] == list(range(given)) and isinstance(results, int) and results >= given:
-        return Known(_one_result(steps[0][0], results - given))
+        return Known(_one_result(steps[0][0], results - given), products=products)
 
     def run(tensors: Tensors) -> Any:
         held = list(tensors)
@@ -455,7 +507,7 @@ def _outline(calls: Calls, given: int, results: int | list[int]) -> Known:
             held += again([held[i] for i in places])
         return held[results] if isinstance(results, int) else tuple([held[i] for i in results])
 
-    return Known(run)
+    return Known(run, products=products)
 
 
 def _one_result(again: Callable[[Tensors], Results], result: int) -> Callable[[Tensors], Tensor]:
@@ -467,7 +519,7 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
     """All calls as one, if they launch and do nothing else."""
     held = list(range(given))
     fresh: dict[int, _Fresh] = {}
-    steps: list[_Launch] = []
+    steps: list[Step] = []
     recordings: list[Recording] = []
     reshaped: set[int] = set()
     for call, places in calls:
@@ -484,8 +536,8 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
             number[i] = given + len(fresh)
             fresh[given + len(fresh)] = x
         for step in recording.steps:
-            assert isinstance(step, _Launch)
-            arguments = [(number[a[0]], a[1]) if isinstance(a, tuple) else a for a in step.arguments]
+            assert not isinstance(step, _Operator)
+            arguments: list[Any] = [(number[a[0]], a[1]) if isinstance(a, tuple) else a for a in step.arguments]
             steps.append(replace(step, arguments=arguments))
         assert not isinstance(recording.results, int)
         held += [number[i] for i in recording.results if i is not None]  # a forward returns tensors alone
@@ -579,7 +631,7 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
             return written(*args, **named)
         key, tensors = found
         emptied = outlines.emptied
-        outline = outlines.get(key)
+        outline = outlines.find(key)
         if outline is not None:
             if outline is False:
                 return written(*args, **named)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from gdn.core.portable_product import ordinary
 from gdn.core.replay_source import Body, Run, function
 
 FIRST_DEVICE = 0
@@ -51,6 +52,8 @@ class Known:
     """With other tensors of the same signature."""
     body: Body | None = None
     """What `run` does, if that is launches alone."""
+    products: bool = False
+    """Whether it is so only while torch's settings are `ordinary` (portable_product.py)."""
     looks: list[Quick | None] = field(default_factory=list)
     """What recognises such calls. Torch tells apart what is one signature: Tensor and Parameter, no_grad and inference mode, autocast."""
 
@@ -70,6 +73,11 @@ class Table(dict[tuple[Any, ...], Any]):
         """By the size of the first argument: most calls that are not alike differ in it, and a look that fails takes half a microsecond."""
         if lasting:
             _TABLES.append(self)
+
+    def find(self, key: tuple[Any, ...]) -> Any:
+        """What was kept, if it holds under torch's settings now."""
+        known = self.get(key)
+        return None if known and known.products and not ordinary() else known
 
     def keep(self, key: tuple[Any, ...], value: Any, emptied: int = 0) -> None:
         """Unless the table has been emptied since it had been so often: what another thread found out before does not hold any more."""
@@ -221,6 +229,9 @@ def quick_look(known: Known, args: Sequence[Any], named: dict[str, Any] | None) 
         return None
     grad = f"grad() is not {look.constant(_grad())}"
     tensors = [f"x{i}" for i in range(len(look.tensors))]
+    if known.products:
+        look.values["ordinary"] = ordinary
+        grad += " or not ordinary()"
     look.miss(grad, f"not same({', '.join(tensors)})")
     look.lines += [f"a{i} = x{i}.data_ptr()" for i in range(len(tensors))]
     over = [x.data_ptr() & 15 for x in look.tensors]

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gdn.core import portable_product
+
 Run = Callable[[Sequence[Tensor]], Any]
 INDENT = "\n    "
 
@@ -44,6 +46,7 @@ class Source:
             "on": torch.cuda.device,
             "device": -1 if device.index is None else device.index,
             "empty": _allocator(device),
+            "handle": portable_product.handle,
         }
         self._lines: list[str] = []
         self._given = given
@@ -89,6 +92,10 @@ class Source:
         """`start(stream, *addresses)`, which launches several kernels."""
         self._stream()
         self._lines.append(f"{self.constant(start)}({', '.join(['stream', *addresses])})")
+
+    def product(self, multiply: Callable[..., None], addresses: Sequence[str]) -> None:
+        """`multiply(handle, *addresses)` of both factors and the product (portable_product.py)."""
+        self._lines.append(f"{self.constant(multiply)}({', '.join(['handle()', *addresses])})")
 
     def _stream(self) -> None:
         if not self._streams:

@@ -1,4 +1,4 @@
-/* A CUDA driver that writes down what it is asked for.
+/* A CUDA driver, and of cuBLAS what launches.c asks for, that write down what they are asked for.
 
    A function is a number whose hexadecimal digits are the sizes of its parameters, from the last to the first: 0x48 has 8 bytes, then 4. */
 
@@ -212,4 +212,19 @@ CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream)
     }
     say("\n");
     return now("cuGraphLaunch");
+}
+
+int cublasSetMathMode(void *handle, int mode)
+{
+    say("%lu: math %d\n", (unsigned long)(uintptr_t)handle, mode);
+    return 0;
+}
+
+int cublasGemmEx(void *handle, int turned_a, int turned_b, int m, int n, int k, const void *alpha, const void *a, int type_a, int leading_a,
+                 const void *b, int type_b, int leading_b, const void *beta, void *c, int type_c, int leading_c, int compute, int algorithm)
+{
+    say("%lu: %dx%dx%d %g*%lu(%d,%d,%d)*%lu(%d,%d,%d)+%g*%lu(%d,%d) by %d with %d\n", (unsigned long)(uintptr_t)handle, m, n, k,
+        *(const float *)alpha, (unsigned long)(uintptr_t)a, turned_a, type_a, leading_a, (unsigned long)(uintptr_t)b, turned_b, type_b,
+        leading_b, *(const float *)beta, (unsigned long)(uintptr_t)c, type_c, leading_c, compute, algorithm);
+    return now("cublasGemmEx");
 }

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import ASTSource
 
-from gdn.core import portable_plan
+from gdn.core import portable_plan, portable_product
 from gdn.core.portable_plan import Kernel, of_compiled, plan
 
 FIRST = Kernel("first", 0x8848, 128, 512, ("*", "i", None))
@@ -248,6 +248,28 @@ def test_wrong_calls_are_errors(driver: Driver) -> None:
     with pytest.raises(OverflowError):
         start(5, 1, -1)
     assert driver.log() == []
+
+
+def test_a_product_is_handed_to_cublas_in_one_call(driver: Driver) -> None:
+    """Whose first factor is our second: it goes by columns."""
+    numbers = (14, 1, 0, 5, 6, 7, 8, 9, 10)  # dtype, turned or not, sizes, from column to column
+    multiply = portable_plan.module().product("libcuda.so.1", *numbers)  # the fake driver has what of cuBLAS is asked for
+    for handle, a, b, c in ((3, 1000, 2000, 2**63), (4, 10, 20, 30)):
+        multiply(handle, a, b, c)
+        made = f"{handle}: 5x6x7 1*{b}(1,14,8)*{a}(0,14,9)+0*{c}(14,10) by 68 with 99"
+        assert driver.log() == [f"{handle}: math 0", made]
+    driver.fail("cublasGemmEx", 13)
+    with pytest.raises(RuntimeError, match=r"cuBLAS could not multiply \[6, 7\] by \[7, 5\]: status 13"):
+        multiply(3, 1, 2, 3)
+    with pytest.raises(TypeError, match="expected a handle and 3 addresses, got 3 arguments"):
+        multiply(3, 1, 2)
+    with pytest.raises(TypeError):
+        multiply(3, 1, 2, "address")
+    with pytest.raises(ImportError, match=r"libcublas\.so\.0 is not loaded"):
+        portable_plan.module().product("libcublas.so.0", *numbers)
+    with pytest.raises(ImportError, match=r"libc\.so\.6 has no cublasGemmEx or no cublasSetMathMode"):
+        portable_plan.module().product("libc.so.6", *numbers)
+    assert portable_product._multiply(*numbers) is None  # libcublas.so.13 is not loaded either
 
 
 OTHERS = {"fewer": {"function": 0x848}, "more": {"function": 0x88848}, "wider": {"kinds": ("*", "q", None)}}

@@ -8,6 +8,7 @@ import math
 import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from gdn.core import dispatch, opaque, portable_launch, portable_plan, replay, replay_known, replay_source  # noqa: E402
+from gdn.core import dispatch, opaque, portable_launch, portable_plan, portable_product, replay, replay_known, replay_source  # noqa: E402
 from gdn.core.dispatch import Impl, Op, use  # noqa: E402
 from gdn.core.errors import ArgumentError  # noqa: E402
 from gdn.core.opaque import Arguments, InPlace, Opaque  # noqa: E402
@@ -520,6 +521,161 @@ def test_parts_of_an_argument_go_into_an_operator() -> None:
         given = made(seed)
         for actual, right in zip(recording.known().run(given), host(*given), strict=True):
             assert actual.stride() == right.stride() and torch.equal(actual, right)
+
+
+LAYOUTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "rows": lambda x, rows, columns: x[:rows, :columns].clone(),
+    "columns": lambda x, rows, columns: x[:columns, :rows].clone().T,
+    "rows of more": lambda x, rows, columns: x[1 : 1 + rows, 1 : 1 + columns],
+    "columns of more": lambda x, rows, columns: x[1 : 1 + columns, 1 : 1 + rows].T,
+}
+GAPS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "an expanded row": lambda x, rows, columns: x[0, :columns].expand(rows, columns),
+    "an expanded column": lambda x, rows, columns: x[:rows, :1].expand(rows, columns),
+    "every second": lambda x, rows, columns: x[:rows, : 2 * columns : 2],
+}
+
+
+def factors(left: Any, right: Any, n: int, k: int, m: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    return left(numbers(0, 140).view(10, 14).to(dtype), n, k), right(numbers(1, 140).view(10, 14).to(dtype), k, m)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(3, 4, 5), (1, 4, 5), (3, 1, 5), (3, 4, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("left", LAYOUTS)
+def test_cublas_is_asked_for_a_product_as_its_factors_lie_in_memory(
+    left: str, right: str, sizes: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    a, b = factors(LAYOUTS[left], LAYOUTS[right], *sizes, dtype)
+    made = portable_product.multiplied(a, b)
+    assert made is not None and made[0].dtype == dtype and made[0].is_contiguous()
+    torch.testing.assert_close(made[0], (a.double() @ b.double()).to(dtype))
+
+
+@pytest.mark.parametrize("gaps", GAPS)
+def test_other_products_are_left_to_torch(gaps: str) -> None:
+    rows = LAYOUTS["rows"]
+    assert portable_product.multiplied(*factors(GAPS[gaps], rows, 3, 4, 5)) is None
+    assert portable_product.multiplied(*factors(rows, GAPS[gaps], 3, 4, 5)) is None
+    for none in ((0, 4, 5), (3, 0, 5), (3, 4, 0)):
+        assert portable_product.multiplied(*factors(rows, rows, *none)) is None
+    a, b = factors(rows, rows, 3, 4, 5)
+    for dtype, other in ((torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.int16, torch.int16)):
+        assert portable_product.multiplied(a.to(dtype), b.to(other)) is None
+
+
+def test_products_of_sizes_beyond_32_bits_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(portable_plan, "module", lambda: SimpleNamespace(product=lambda *given: asked.append(given) or "multiply"))
+    numbers = (14, True, False, 5, 6, 7, 8, 9, 10)
+    assert portable_product._multiply(*numbers) == "multiply" and asked == [("libcublas.so.13", *numbers)]
+    assert portable_product._multiply(*numbers[:-1], 2**31 - 1) == "multiply"
+    assert portable_product._multiply(*numbers[:-1], 2**31) is None
+    monkeypatch.setattr(portable_plan, "module", lambda: None)
+    assert portable_product._multiply(*numbers) is None
+
+
+@pytest.mark.parametrize("end", ["as matmul does", "an operator before", "an operator after", "in two dimensions", "of an operator"])
+def test_products_are_replayed_without_torch(end: str) -> None:
+    """Between kernels and in other shapes, which only torch must be told of."""
+
+    def host(x: Tensor, w: Tensor) -> list[Tensor]:
+        y = torch.empty_like(x)
+        launch(scale_kernel, (1,), x, None, y, 2.0, 12, 1, 16)
+        if end == "as matmul does":
+            h = torch.matmul(y.view(2, 3, 2), w.T)
+            z = torch.empty_like(h)
+            launch(scale_kernel, (1,), h, None, z, 0.5, 12, 1, 16)
+            return [z, h]
+        flat = torch.mm((x + 1 if end == "of an operator" else y).view(6, 2), w.T)
+        if end in ("in two dimensions", "of an operator"):
+            return [flat.T @ flat]
+        before = flat + 1 if end == "an operator before" else None
+        h = torch.ops.aten._unsafe_view(flat, [2, 3, 2])
+        return [h, flat * 2 if before is None else before]
+
+    def given(seed: int) -> list[Tensor]:
+        return [numbers(seed, 12, torch.float16), numbers(seed + 9, 4, torch.float16).view(2, 2)]
+
+    first = given(0)
+    results, recording = replay.record(lambda: host(*first), first)
+    assert recording is not None and recording.products
+    assert recording.launches_only == (end in ("as matmul does", "in two dimensions"))
+    assert [x.shape for x in results] == [x.shape for x in host(*first)]
+    for seed in (1, 2):
+        for actual, right in zip(recording.known().run(given(seed)), host(*given(seed)), strict=True):
+            assert actual.stride() == right.stride() and torch.equal(actual, right) and not actual._is_view()
+
+
+def of_products(name: str) -> Callable[[bool], None]:
+    return lambda way: setattr(torch.backends.cuda.matmul, name, way)
+
+
+SETTINGS: dict[str, tuple[Callable[[bool], None], bool]] = {
+    "sums of bfloat16 in less": (of_products("allow_bf16_reduced_precision_reduction"), False),
+    "sums of float16 in less": (of_products("allow_fp16_reduced_precision_reduction"), False),
+    "sums in float16": (of_products("allow_fp16_accumulation"), True),
+    "deterministic": (torch.use_deterministic_algorithms, True),
+}
+"""How each is set, and to what it is not by default."""
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, "another library", "tuned"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_settings_of_torch_that_concern_products_are_followed(setting: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, by an operator and by itself, from the next call on."""
+    asked: list[str] = []
+    multiplying = portable_product._multiply
+
+    def noted(*sizes: int) -> Any:
+        multiply = multiplying(*sizes)
+        return lambda *given: (asked.append("cuBLAS"), multiply(*given))
+
+    monkeypatch.setattr(portable_product, "_multiply", noted)
+
+    def forward(x: Tensor, keep: bool) -> tuple[Tensor]:
+        HOSTS.append("forward")
+        return (x @ x,)
+
+    def backward(args: Arguments, saved: Any, grads: Any) -> list[Tensor]:
+        HOSTS.append("backward")
+        return [grads[0] @ args[0]]
+
+    name = f"gdn::toy_{''.join(c for c in setting if c.isalnum())}_{whole}".lower()
+    host = Opaque(name, forward, backward, fake=lambda x, keep: (x.clone(),), results=1, differentiable=("x",), replay=True)
+    operate = replayed(lambda x: host(x)[0]) if whole else lambda x: host(x)[0]
+
+    def call(seed: int) -> tuple[list[str], list[str]]:
+        asked.clear()
+        x, dy = numbers(seed, 16, torch.bfloat16).view(4, 4), numbers(seed + 7, 16, torch.bfloat16).view(4, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(operate(x), x @ x)
+        y = operate(leaf := x.clone().requires_grad_())
+        torch.testing.assert_close(torch.autograd.grad(y, leaf, dy)[0], dy @ x)
+        return hosts(), asked.copy()
+
+    ran = ["forward", "forward", "backward"]
+    assert call(0) == (ran, ["cuBLAS"] * 3)
+    for seed in (1, 2):
+        assert call(seed) == ([], ["cuBLAS"] * 3)
+    if setting in SETTINGS:
+        change, value = SETTINGS[setting]
+        change(value)
+    elif setting == "tuned":
+        monkeypatch.setattr(portable_product, "_tuned", lambda: True)  # only a torch for CUDA can be told
+    else:
+        monkeypatch.setattr(portable_product, "_backend", lambda: torch._C._BlasBackend.Cublaslt)
+    try:
+        assert call(3) == (ran, [])
+        assert call(4) == ([], [])
+    finally:
+        if setting in SETTINGS:
+            change(not value)
+    monkeypatch.setattr(portable_product, "_tuned", bool)
+    assert call(5) == ([], []), "as it was written down last"
 
 
 @pytest.mark.parametrize("inside", [False, True])

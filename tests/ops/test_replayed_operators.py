@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 pytest.importorskip("triton")
 
 from gdn import ops
-from gdn.core import checks, foresight, opaque, portable_launch, replay_known
+from gdn.core import checks, foresight, opaque, portable_launch, portable_product, replay_known
 from gdn.core.dispatch import use
 from gdn.core.packing import Packing
 from gdn.ops.attention import problems as attentions
@@ -433,6 +433,54 @@ def test_a_new_thread_replays(replayed_here: list[str]) -> None:
         thread.start()
         thread.join()
     assert replayed_here and torch.equal(found[0], expected)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "sizes", [(1, 2048, 2048), (4, 512, 72), (300, 200, 520), (3, 333, 77), (4096, 2048, 5632), (77, 1, 64), (5, 64, 1)], ids=str
+)
+def test_products_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Of matrices as they are, turned and with gaps between rows, in one stream, in another and from another thread."""
+    n, k, m = sizes
+    for left in (lambda r, c: torch.randn(r, c), lambda r, c: torch.randn(c, r).T, lambda r, c: torch.randn(r, c + 8)[:, :c]):
+        for right in (lambda r, c: torch.randn(r, c), lambda r, c: torch.randn(c, r).T):
+            a, b = left(n, k).to(DEVICE, dtype), right(k, m).to(DEVICE, dtype)
+            made = portable_product.multiplied(a, b)
+            assert made is not None, "cuBLAS is not asked"
+            out, multiply = made
+            expected = torch.mm(a, b)
+            assert out.stride() == expected.stride() and torch.equal(out, expected)
+
+            def again(a: Tensor = a, b: Tensor = b, out: Tensor = out, multiply: Any = multiply) -> None:
+                out.zero_()
+                multiply(portable_product.handle(), a.data_ptr(), b.data_ptr(), out.data_ptr())
+
+            with torch.cuda.stream(torch.cuda.Stream()):
+                again()
+            torch.cuda.synchronize()
+            assert torch.equal(out, expected)
+            thread = threading.Thread(target=again)
+            thread.start()
+            thread.join()
+            torch.cuda.synchronize()
+            assert torch.equal(out, expected)
+
+
+@gpu
+def test_products_wait_for_the_current_stream(replayed_here: list[str]) -> None:
+    stream = torch.cuda.Stream()
+    x, weight = torch.randn(64, 256, device=DEVICE, dtype=torch.bfloat16), torch.randn(48, 128, device=DEVICE, dtype=torch.bfloat16)
+    ops.swiglu_linear(x, weight)
+    torch.cuda.synchronize()
+    replayed_here.clear()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        x.copy_(2 * x)
+        y = ops.swiglu_linear(x, weight)
+    assert replayed_here
+    stream.synchronize()
+    assert torch.equal(y, ops.swiglu_linear(x.clone(), weight))
 
 
 @gpu

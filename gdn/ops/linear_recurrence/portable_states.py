@@ -93,11 +93,12 @@ def states_kernel(
     CHANNEL: tl.constexpr,
     BACKWARD: tl.constexpr,
     SUMMARY: tl.constexpr,
+    TURNED: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The memory that each chunk meets, states [chunks, HV, K, V], and the one at the end of each document, out [documents, HV, K, V].
-    Grid [runs * HV * column blocks].
+    """The memory that each chunk meets, states [chunks, HV, K, V], and the one at the end of each document, out [documents, HV, K, V], or with
+    TURNED [documents, HV, V, K]. Grid [runs * HV * column blocks].
 
     It starts from edge [documents, HV, K, V] (or 0) where a document begins, from entering [segments, HV, K, V] where a segment does.
     Backwards, begins and ends change places.
@@ -176,7 +177,12 @@ def states_kernel(
         else:
             if out is not None:
                 if ends | (c0 == c1):
-                    store_block(out + slot, state, first, K, V, BK, BV)
+                    if TURNED:
+                        i = tl.arange(0, BK)[:, None]
+                        c = (first + tl.arange(0, BV))[None, :]
+                        tl.store(out + slot + (c * K + i), state, mask=(i < K) & (c < V))
+                    else:
+                        store_block(out + slot, state, first, K, V, BK, BV)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def _forward(call: Call, o: Tensor, final: Tensor, kept: tuple[Tensor, Tensor]) 
     _, written, last, _ = channels(call, None, v, sums)
     if p.S:
         enter_segments(call, written, k, None, last, call.initial, entering, backward=False)
-    states = walk_states(call, written, k, None, last, call.initial, entering, final, backward=False)
+    states = walk_states(call, written, k, None, last, call.initial, entering, final, backward=False, turned=True)
     use = p.launches["channel read"]
     use(
         channel_read_kernel, call.key, -(-p.K // use.block) * p.H * p.chunks, v, call.g, sums, q, k, states, o, *call.bounds[:2], p.length, p.per_row,

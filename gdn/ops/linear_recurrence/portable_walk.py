@@ -35,11 +35,12 @@ def walk_states(
     out: Tensor | None,
     *,
     backward: bool,
+    turned: bool = False,
 ) -> Tensor:
-    """What each chunk meets, `[chunks, HV, K, V]` in the dtype of y; fills `out` with what is left at the ends of documents."""
+    """What each chunk meets, `[chunks, HV, K, V]` in the dtype of y; fills `out`, perhaps turned, with what is left at the ends of documents."""
     p = call.p
     states = torch.empty((p.chunks, p.HV, p.K, p.V), dtype=y.dtype, device=y.device)
-    _states(call, x, y, gates, last, states, edge, entering, out, None, None, backward)
+    _states(call, x, y, gates, last, states, edge, entering, out, None, None, backward, turned)
     return states
 
 
@@ -79,12 +80,13 @@ def _states(
     added: Tensor | None,
     carried: Tensor | None,
     backward: bool,
+    turned: bool = False,
 ) -> None:
     p = call.p
     use, summary = p.launches["states"], added is not None
-    absent = (last is None, edge is None, out is None, backward, summary)
+    kind = (last is None, edge is None, out is None, backward, summary, turned)
     use(
-        states_kernel, (call.key, absent), p.columns("states") * p.HV * (p.segments - 1 if summary else p.runs), x, y, gates, last, states, edge, entering,
+        states_kernel, (call.key, kind), p.columns("states") * p.HV * (p.segments - 1 if summary else p.runs), x, y, gates, last, states, edge, entering,
         out, added, carried, *call.bounds, p.length, p.per_row, p.chunks, p.documents, p.S, call.scale, x.stride(1), y.stride(1), p.HV, p.group, p.K,
-        p.V, p.BK, use.block, p.S > 0, p.packed, last is not None, backward, summary, p.wide, use.stages,
+        p.V, p.BK, use.block, p.S > 0, p.packed, last is not None, backward, summary, turned, p.wide, use.stages,
     )  # fmt: skip

@@ -44,7 +44,7 @@ class Recurrence:
     Args:
         name: of the registered operator, "<name>_portable".
         decays: what has a decay of its own: a head, or a channel of the keys or the values. With "value", kernels have states turned,
-            `[N, HV, V, K]`.
+            `[N, HV, V, K]`, all but the final one.
         plan: `(q, k, v, cu_seqlens, chunk_table)` to the plan of a call.
         kept: the two buffers that forward fills for backward, from the plan and v.
         forward: fills o, the final state and what is kept.
@@ -123,8 +123,8 @@ class Recurrence:
         elif call.initial is None:
             final.zero_()
         else:
-            final.copy_(call.initial)
-        return o, self._turned(final).contiguous(), first, second
+            final.copy_(self._turned(call.initial))
+        return o, final, first, second
 
     def _backward(self, args: Arguments, saved: Tensors, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         q, k, v, g, beta, initial_state, *bounds, scale = args
@@ -157,7 +157,8 @@ class Recurrence:
 
     def _buffers(self, p: Any, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         o = fresh(like)
-        final = torch.empty((p.documents, p.HV, p.K, p.V), dtype=torch.float32, device=like.device)
+        sizes = (p.V, p.K) if self.decays == "value" else (p.K, p.V)
+        final = torch.empty((p.documents, p.HV, *sizes), dtype=torch.float32, device=like.device)
         return o, final, *self.kept(p, like)
 
     def _fake(
@@ -177,13 +178,13 @@ class Recurrence:
         tensors = (q, k, v, *(x for x in (cu_seqlens, chunk_table) if x is not None))
         if all(isinstance(size, int) for x in tensors for size in x.shape):
             o, final, *kept = self._buffers(self.plan(q, k, v, cu_seqlens, chunk_table), v)
-            return o, self._turned(final).contiguous(), *kept
+            return o, final, *kept
         q, k, like = (x.new_empty((1, 1, *x.shape[2:])) for x in (q, k, v))
         _, final, *kept = self._buffers(self.plan(q, k, like, None, None), like)
         documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return (
             v.new_empty(v.shape),
-            _longer(self._turned(final).contiguous(), documents),
+            _longer(final, documents),
             *(_longer(x, torch.library.get_ctx().new_dynamic_size()) for x in kept),
         )
 

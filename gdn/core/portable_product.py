@@ -1,0 +1,82 @@
+"""Products of two matrices by cuBLAS, asked without torch: what a replay does in place of `torch.mm`, which takes the host half as long.
+
+    made = multiplied(a, b)                                                   # None where torch has to do it
+    out, multiply = made
+    multiply(handle(), a.data_ptr(), b.data_ptr(), out.data_ptr())            # again, with others like these
+
+It is the call that torch makes of cuBLAS, with torch's handle, which has its stream and workspace, for matrices of 16 bits under the `ordinary`
+settings of torch. launches.c makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn.core import portable_plan
+
+Multiply = Callable[..., None]
+"""Of a handle of cuBLAS and the addresses of both factors and the product."""
+
+_C: Any = torch._C
+_TYPES = {torch.float16: 2, torch.bfloat16: 14}
+"""By cuBLAS's numbers (cudaDataType)."""
+_LARGEST = 2**31 - 1
+_backend, _deterministic = _C._get_blas_preferred_backend, _C._get_deterministic_algorithms
+_reduced16, _reduced_bf16 = _C._get_cublas_allow_fp16_reduced_precision_reduction, _C._get_cublas_allow_bf16_reduced_precision_reduction
+_accumulates16, _tuned = _C._get_cublas_allow_fp16_accumulation, getattr(_C, "_cuda_tunableop_is_enabled", bool)
+_CUBLAS, _BOTH = _C._BlasBackend.Cublas, (True, True)
+
+handle: Callable[[], int] = getattr(_C, "_cuda_getCurrentBlasHandle", int)
+"""Torch's, of this thread, for the current device and stream."""
+
+
+def ordinary() -> bool:
+    """Whether torch's settings leave a product of 16 bits to cuBLAS and to its choice of kernels: they are as they are by default."""
+    return (
+        _backend() == _CUBLAS
+        and _reduced_bf16() == _BOTH
+        and _reduced16() == _BOTH
+        and not (_accumulates16() or _tuned() or _deterministic())
+    )
+
+
+def multiplied(a: Tensor, b: Tensor) -> tuple[Tensor, Multiply] | None:
+    """`a b` of `[n, k]` and `[k, m]`, and how to multiply others of their dtypes, shapes and strides; None where torch has to do it."""
+    if a.dtype not in _TYPES or b.dtype != a.dtype or not ordinary():
+        return None
+    first, second = _columns(b), _columns(a)  # cuBLAS goes by columns: the product in rows is that of b^T and a^T in columns
+    n, k, m = *a.shape, b.shape[1]
+    if first is None or second is None or min(n, k, m) < 1:
+        return None
+    multiply = _multiply(_TYPES[a.dtype], first[0], second[0], m, n, k, first[1], second[1], m)
+    if multiply is None:
+        return None
+    out = a.new_empty((n, m))
+    with torch.cuda.device_of(a):
+        multiply(handle(), a.data_ptr(), b.data_ptr(), out.data_ptr())
+    return out, multiply
+
+
+def _columns(x: Tensor) -> tuple[bool, int] | None:
+    """Whether a matrix lies in memory by columns, and numbers from one row (or column) to the next; None if neither is without gaps."""
+    (rows, columns), (down, right) = x.shape, x.stride()
+    for by_columns, inner, length, outer, count in ((False, right, columns, down, rows), (True, down, rows, right, columns)):
+        if (inner == 1 or length == 1) and (outer >= length or count == 1):
+            return by_columns, max(outer, length)
+    return None
+
+
+def _multiply(*numbers: int) -> Multiply | None:
+    """launches.c says what they are."""
+    library = portable_plan.module()
+    if library is None or max(numbers) > _LARGEST:
+        return None
+    assert torch.version.cuda is not None
+    try:
+        return library.product(f"libcublas.so.{torch.version.cuda.split('.')[0]}", *numbers)
+    except ImportError:  # another cuBLAS, or inside of torch
+        return None
