@@ -117,16 +117,24 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def pointer(address: int, dtype: torch.dtype) -> Any:
         return SimpleNamespace(data_ptr=lambda: address, dtype=dtype)
 
+    handles: list[int] = []
+
+    def next_handle() -> int:
+        """As if each call came from another thread."""
+        handles.append(len(handles))
+        return handles[-1]
+
     def multiplying(kind: int, turned_a: bool, turned_b: bool, m: int, n: int, k: int, after_a: int, after_b: int, after_c: int) -> Any:
         def matrix(address: int, rows: int, columns: int, after: int, turned: bool = False) -> torch.Tensor:
             rows, columns = (columns, rows) if turned else (rows, columns)
+            assert after >= rows  # cuBLAS refuses others
             memory = (ctypes.c_int16 * (after * (columns - 1) + rows)).from_address(address)
             numbers = torch.frombuffer(memory, dtype={2: torch.float16, 14: torch.bfloat16}[kind])
             by_columns = numbers.as_strided((rows, columns), (1, after))
             return by_columns.T if turned else by_columns
 
         def multiply(handle: int, second: int, first: int, out: int) -> None:
-            assert handle == 77
+            assert handle == handles[-1]
             product = matrix(first, m, k, after_a, turned_a).float() @ matrix(second, k, n, after_b, turned_b).float()
             matrix(out, m, n, after_c).copy_(product)
 
@@ -136,7 +144,8 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(replay, "plan", noted)
     else:
         monkeypatch.setattr(portable_product, "_multiply", multiplying)
-        monkeypatch.setattr(portable_product, "handle", lambda: 77)
+        monkeypatch.setattr(portable_product, "handle", next_handle)
+        monkeypatch.setattr(portable_product, "_DEVICE", "cpu")
         monkeypatch.setattr(replay, "plan", interpreted)
         monkeypatch.setattr(portable_plan, "of_compiled", lambda compiled: compiled.known)
         monkeypatch.setattr(portable_launch, "JITFunction", object)

@@ -343,9 +343,10 @@ static PyObject *multiply(PyObject *self, PyObject *const *args, Py_ssize_t coun
     if (PyErr_Occurred())
         return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    p->set_math_mode(given[0], DEFAULT_MATH);
-    status = p->gemm(given[0], p->turned[0], p->turned[1], p->m, p->n, p->k, &one, given[2], p->type, p->leading[0], given[1], p->type,
-                     p->leading[1], &zero, given[3], p->type, p->leading[2], COMPUTE_32F, DEFAULT_TENSOR_OP);
+    status = p->set_math_mode(given[0], DEFAULT_MATH);
+    if (!status)
+        status = p->gemm(given[0], p->turned[0], p->turned[1], p->m, p->n, p->k, &one, given[2], p->type, p->leading[0], given[1], p->type,
+                         p->leading[1], &zero, given[3], p->type, p->leading[2], COMPUTE_32F, DEFAULT_TENSOR_OP);
     Py_END_ALLOW_THREADS;
     if (status)
         return PyErr_Format(PyExc_RuntimeError, "cuBLAS could not multiply [%d, %d] by [%d, %d]: status %d", p->n, p->k, p->k, p->m, status);

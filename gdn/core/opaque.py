@@ -338,7 +338,8 @@ class _Call:
 
     @property
     def products(self) -> bool:
-        return self._recording is not None and self._recording.products
+        """As far as is known before it is written down, which another call may do."""
+        return self.replay and (self._recording is None or self._recording.products)
 
     def launches(self) -> Recording | None:
         return self._recording if self._recording is not None and self._recording.launches_only and not self.keep else None

@@ -21,32 +21,44 @@ from gdn.core import portable_plan
 Multiply = Callable[..., None]
 """Of a handle of cuBLAS and the addresses of both factors and the product."""
 
-_C: Any = torch._C
 _TYPES = {torch.float16: 2, torch.bfloat16: 14}
 """By cuBLAS's numbers (cudaDataType)."""
-_LARGEST = 2**31 - 1
-_backend, _deterministic = _C._get_blas_preferred_backend, _C._get_deterministic_algorithms
-_reduced16, _reduced_bf16 = _C._get_cublas_allow_fp16_reduced_precision_reduction, _C._get_cublas_allow_bf16_reduced_precision_reduction
-_accumulates16, _tuned = _C._get_cublas_allow_fp16_accumulation, getattr(_C, "_cuda_tunableop_is_enabled", bool)
-_CUBLAS, _BOTH = _C._BlasBackend.Cublas, (True, True)
+_DEVICE, _LARGEST = "cuda", 2**31 - 1
+_OVERRIDES: set[str] = getattr(torch.library, "_impls", {"aten/mm/CUDA"})
+"""Of torch's operators, by their users: kernels whose results do not depend on the batch, say."""
 
-handle: Callable[[], int] = getattr(_C, "_cuda_getCurrentBlasHandle", int)
+
+def _of_torch(name: str, otherwise: Any = bool) -> Any:
+    """What torch keeps to itself."""
+    return getattr(torch._C, name, otherwise)
+
+
+_backend, _cublas = _of_torch("_get_blas_preferred_backend"), getattr(_of_torch("_BlasBackend"), "Cublas", None)
+_reduced_bf16 = _of_torch("_get_cublas_allow_bf16_reduced_precision_reduction")
+_reduced16 = _of_torch("_get_cublas_allow_fp16_reduced_precision_reduction")
+_accumulates16, _tuned = _of_torch("_get_cublas_allow_fp16_accumulation"), _of_torch("_cuda_tunableop_is_enabled")
+_deterministic = _of_torch("_get_deterministic_algorithms")
+_BOTH = (True, True)
+
+handle: Callable[[], int] = _of_torch("_cuda_getCurrentBlasHandle", int)
 """Torch's, of this thread, for the current device and stream."""
 
 
 def ordinary() -> bool:
-    """Whether torch's settings leave a product of 16 bits to cuBLAS and to its choice of kernels: they are as they are by default."""
+    """Whether torch would leave a product of 16 bits to cuBLAS and to its choice of kernels: its settings are as they are by default."""
     return (
-        _backend() == _CUBLAS
+        _backend() == _cublas
         and _reduced_bf16() == _BOTH
         and _reduced16() == _BOTH
-        and not (_accumulates16() or _tuned() or _deterministic())
+        and not (_accumulates16() or _tuned() or _deterministic() or "aten/mm/CUDA" in _OVERRIDES)
     )
 
 
 def multiplied(a: Tensor, b: Tensor) -> tuple[Tensor, Multiply] | None:
-    """`a b` of `[n, k]` and `[k, m]`, and how to multiply others of their dtypes, shapes and strides; None where torch has to do it."""
-    if a.dtype not in _TYPES or b.dtype != a.dtype or not ordinary():
+    """`a b` of `[n, k]` and `[k, m]`, and how to multiply others of their dtypes, shapes and strides; None where torch has to do it, or to
+    say what is wrong."""
+    alike = a.dtype == b.dtype and a.device == b.device and a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+    if not alike or a.dtype not in _TYPES or a.device.type != _DEVICE or not ordinary():
         return None
     first, second = _columns(b), _columns(a)  # cuBLAS goes by columns: the product in rows is that of b^T and a^T in columns
     n, k, m = *a.shape, b.shape[1]
@@ -66,7 +78,7 @@ def _columns(x: Tensor) -> tuple[bool, int] | None:
     (rows, columns), (down, right) = x.shape, x.stride()
     for by_columns, inner, length, outer, count in ((False, right, columns, down, rows), (True, down, rows, right, columns)):
         if (inner == 1 or length == 1) and (outer >= length or count == 1):
-            return by_columns, max(outer, length)
+            return by_columns, length if count == 1 else outer
     return None
 
 

@@ -315,8 +315,6 @@ class Recorder(_Mode):
         self.refused = False
         self._device = tensors[0].device
         self._held: list[Tensor] = []
-        self._alive: list[Tensor] = []
-        """Others, so that none that comes has the `id` of one of them."""
         self._names: dict[int, int] = {}
         self._memory: dict[int, int | None] = {}
         self._fresh: list[int] = []
@@ -381,6 +379,7 @@ class Recorder(_Mode):
         self._steps.append(_Operator(func, [None if isinstance(a, Tensor) else a for a in args], named, tensors, makes))
 
     def _product(self, left: Tensor, right: Tensor, out: Tensor, multiply: Multiply) -> Tensor:
+        self.refused |= out.device != self._device
         factors = [self._address(x) for x in (left, right)]
         self._fresh.append(i := self._hold(out))
         self._steps.append(_Product(multiply, [*factors, (i, 0)]))
@@ -391,7 +390,6 @@ class Recorder(_Mode):
         i = self._names.get(id(x), -1)
         if i not in self._fresh or any(i in step.tensors() for step in self._steps if isinstance(step, _Operator)):
             return False
-        self._alive.append(x)
         self._held[i] = out
         self._names[id(out)] = i
         del self._names[id(x)]
@@ -463,7 +461,7 @@ class Call(Protocol):
 
     @property
     def products(self) -> bool:
-        """Whether it is done in another way where torch's settings are not `ordinary`."""
+        """Whether it may be done in another way where torch's settings are not `ordinary`."""
         ...
 
     def first(self, tensors: Tensors) -> Results: ...

@@ -217,7 +217,7 @@ CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream)
 int cublasSetMathMode(void *handle, int mode)
 {
     say("%lu: math %d\n", (unsigned long)(uintptr_t)handle, mode);
-    return 0;
+    return now("cublasSetMathMode");
 }
 
 int cublasGemmEx(void *handle, int turned_a, int turned_b, int m, int n, int k, const void *alpha, const void *a, int type_a, int leading_a,

@@ -261,6 +261,11 @@ def test_a_product_is_handed_to_cublas_in_one_call(driver: Driver) -> None:
     driver.fail("cublasGemmEx", 13)
     with pytest.raises(RuntimeError, match=r"cuBLAS could not multiply \[6, 7\] by \[7, 5\]: status 13"):
         multiply(3, 1, 2, 3)
+    assert len(driver.log()) == 2
+    driver.fail("cublasSetMathMode", 1)
+    with pytest.raises(RuntimeError, match=r"status 1$"):
+        multiply(3, 1, 2, 3)
+    assert driver.log() == ["3: math 0"]
     with pytest.raises(TypeError, match="expected a handle and 3 addresses, got 3 arguments"):
         multiply(3, 1, 2)
     with pytest.raises(TypeError):

@@ -8,6 +8,7 @@ import math
 import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -561,6 +562,11 @@ def test_other_products_are_left_to_torch(gaps: str) -> None:
     for none in ((0, 4, 5), (3, 0, 5), (3, 4, 0)):
         assert portable_product.multiplied(*factors(rows, rows, *none)) is None
     a, b = factors(rows, rows, 3, 4, 5)
+    for one, other in ((a, b[:2]), (a, b[:, 0]), (a[None], b)):
+        assert portable_product.multiplied(one, other) is None
+        with pytest.raises(RuntimeError):
+            replay.record(lambda one=one, other=other: [torch.mm(one, other)], [a])
+    assert portable_product.multiplied(a, b.to("meta")) is None
     for dtype, other in ((torch.float32, torch.float32), (torch.float16, torch.bfloat16), (torch.int16, torch.int16)):
         assert portable_product.multiplied(a.to(dtype), b.to(other)) is None
 
@@ -578,7 +584,10 @@ def test_products_of_sizes_beyond_32_bits_are_left_to_torch(monkeypatch: pytest.
     assert portable_product._multiply(*numbers) is None
 
 
-@pytest.mark.parametrize("end", ["as matmul does", "an operator before", "an operator after", "in two dimensions", "of an operator"])
+ENDS = ["as matmul does", "an operator before", "an operator after", "in two dimensions", "of an operator", "of a part"]
+
+
+@pytest.mark.parametrize("end", ENDS)
 def test_products_are_replayed_without_torch(end: str) -> None:
     """Between kernels and in other shapes, which only torch must be told of."""
 
@@ -593,6 +602,8 @@ def test_products_are_replayed_without_torch(end: str) -> None:
         flat = torch.mm((x + 1 if end == "of an operator" else y).view(6, 2), w.T)
         if end in ("in two dimensions", "of an operator"):
             return [flat.T @ flat]
+        if end == "of a part":
+            return [flat[2:] @ w, x.view(6, 2)[1:4] @ w[:, 1:]]
         before = flat + 1 if end == "an operator before" else None
         h = torch.ops.aten._unsafe_view(flat, [2, 3, 2])
         return [h, flat * 2 if before is None else before]
@@ -603,7 +614,7 @@ def test_products_are_replayed_without_torch(end: str) -> None:
     first = given(0)
     results, recording = replay.record(lambda: host(*first), first)
     assert recording is not None and recording.products
-    assert recording.launches_only == (end in ("as matmul does", "in two dimensions"))
+    assert recording.launches_only == (end in ("as matmul does", "in two dimensions", "of a part"))
     assert [x.shape for x in results] == [x.shape for x in host(*first)]
     for seed in (1, 2):
         for actual, right in zip(recording.known().run(given(seed)), host(*given(seed)), strict=True):
@@ -623,34 +634,68 @@ SETTINGS: dict[str, tuple[Callable[[bool], None], bool]] = {
 """How each is set, and to what it is not by default."""
 
 
-@pytest.mark.parametrize("setting", [*SETTINGS, "another library", "tuned"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_settings_of_torch_that_concern_products_are_followed(setting: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, by an operator and by itself, from the next call on."""
-    asked: list[str] = []
+@contextmanager
+def other(setting: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A setting of torch in here as it is not by default."""
+    with monkeypatch.context() as patch, ExitStack() as after:
+        if setting in SETTINGS:
+            change, value = SETTINGS[setting]
+            after.callback(change, not value)
+            change(value)
+        elif setting == "tuned":
+            patch.setattr(portable_product, "_tuned", lambda: True)  # only a torch for CUDA can be told
+        elif setting == "another library":
+            patch.setattr(portable_product, "_backend", lambda: torch._C._BlasBackend.Cublaslt)
+        else:
+            kernels = torch.library.Library("aten", "IMPL")
+            after.callback(kernels._destroy)
+            kernels.impl("mm", lambda a, b: a, "CUDA")
+        yield
+
+
+@pytest.fixture
+def asked(op: Op, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A word for each product that cuBLAS was asked for."""
+    found: list[str] = []
     multiplying = portable_product._multiply
 
     def noted(*sizes: int) -> Any:
         multiply = multiplying(*sizes)
-        return lambda *given: (asked.append("cuBLAS"), multiply(*given))
+        return lambda *given: (found.append("cuBLAS"), multiply(*given))
 
     monkeypatch.setattr(portable_product, "_multiply", noted)
+    return found
+
+
+def square(seed: int) -> Tensor:
+    return numbers(seed, 16, torch.bfloat16).view(4, 4)
+
+
+def toy(name: str, forward: Callable[..., tuple[Tensor]], backward: Callable[..., list[Tensor | None]]) -> Opaque:
+    return Opaque(f"gdn::toy_{name}", forward, backward, fake=lambda x, *rest: (x.clone(),), results=1, differentiable=("x",), replay=True)
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, "another library", "tuned", "an operator of the user's"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_settings_of_torch_that_concern_products_are_followed(
+    setting: str, whole: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an operator and by itself, from the next call on."""
 
     def forward(x: Tensor, keep: bool) -> tuple[Tensor]:
         HOSTS.append("forward")
         return (x @ x,)
 
-    def backward(args: Arguments, saved: Any, grads: Any) -> list[Tensor]:
+    def backward(args: Arguments, saved: Any, grads: Any) -> list[Tensor | None]:
         HOSTS.append("backward")
         return [grads[0] @ args[0]]
 
-    name = f"gdn::toy_{''.join(c for c in setting if c.isalnum())}_{whole}".lower()
-    host = Opaque(name, forward, backward, fake=lambda x, keep: (x.clone(),), results=1, differentiable=("x",), replay=True)
+    host = toy(f"setting_{''.join(filter(str.isalnum, setting))}_{whole}".lower(), forward, backward)
     operate = replayed(lambda x: host(x)[0]) if whole else lambda x: host(x)[0]
 
     def call(seed: int) -> tuple[list[str], list[str]]:
         asked.clear()
-        x, dy = numbers(seed, 16, torch.bfloat16).view(4, 4), numbers(seed + 7, 16, torch.bfloat16).view(4, 4)
+        x, dy = square(seed), square(seed + 7)
         with torch.no_grad():
             torch.testing.assert_close(operate(x), x @ x)
         y = operate(leaf := x.clone().requires_grad_())
@@ -661,21 +706,67 @@ def test_settings_of_torch_that_concern_products_are_followed(setting: str, whol
     assert call(0) == (ran, ["cuBLAS"] * 3)
     for seed in (1, 2):
         assert call(seed) == ([], ["cuBLAS"] * 3)
-    if setting in SETTINGS:
-        change, value = SETTINGS[setting]
-        change(value)
-    elif setting == "tuned":
-        monkeypatch.setattr(portable_product, "_tuned", lambda: True)  # only a torch for CUDA can be told
-    else:
-        monkeypatch.setattr(portable_product, "_backend", lambda: torch._C._BlasBackend.Cublaslt)
-    try:
+    with other(setting, monkeypatch):
         assert call(3) == (ran, [])
         assert call(4) == ([], [])
-    finally:
-        if setting in SETTINGS:
-            change(not value)
-    monkeypatch.setattr(portable_product, "_tuned", bool)
+    assert portable_product.ordinary()
     assert call(5) == ([], []), "as it was written down last"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_settings_are_followed_where_only_the_backward_multiplies(alone: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def backward(args: Arguments, saved: Any, grads: Any) -> list[Tensor | None]:
+        HOSTS.append("backward")
+        return [(grads[0] if alone else grads[0] + 1) @ args[0]]
+
+    def forward(x: Tensor, keep: bool) -> tuple[Tensor]:
+        return (x + 1,)
+
+    host = toy(f"backward_{alone}".lower(), forward, backward)
+
+    def call(seed: int) -> tuple[list[str], list[str]]:
+        asked.clear()
+        x, dy = square(seed).requires_grad_(), square(seed + 7)
+        torch.testing.assert_close(torch.autograd.grad(host(x)[0], x, dy)[0], (dy if alone else dy + 1) @ x)
+        return hosts(), asked.copy()
+
+    assert call(0) == (["backward"], ["cuBLAS"])
+    for seed in (1, 2):
+        assert call(seed) == ([], ["cuBLAS"])
+    with other("deterministic", monkeypatch):
+        assert call(3) == (["backward"], [])
+        assert call(4) == ([], [])
+
+
+def test_settings_are_followed_by_operators_of_several_calls(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which torch does one; or of a call that is written down after the operator, for it had one tensor twice."""
+
+    def product(x: Tensor, w: Tensor, keep: bool) -> tuple[Tensor]:
+        return (x @ w,)
+
+    def sum_of_both(x: Tensor, w: Tensor, keep: bool) -> tuple[Tensor]:
+        return (x + w,)
+
+    def none(args: Arguments, saved: Any, grads: Any) -> list[Tensor | None]:
+        return [None]
+
+    multiply, add = toy("multiply", product, none), toy("add", sum_of_both, none)
+    several = replayed(lambda x, w: add(multiply(x, w)[0], w)[0])
+    twice = replayed(lambda x: multiply(x, x)[0])
+    x, w = square(0), square(1)
+    for _ in range(3):
+        torch.testing.assert_close(twice(x), x @ x)
+    assert asked == []
+    for _ in range(3):
+        torch.testing.assert_close(several(x, w), x @ w + w)
+        torch.testing.assert_close(twice(x), x @ x)
+    assert asked
+    asked.clear()
+    with other("deterministic", monkeypatch):
+        for _ in range(3):
+            torch.testing.assert_close(twice(x), x @ x)
+            torch.testing.assert_close(several(x, w), x @ w + w)
+    assert asked == []
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -115,6 +115,16 @@ def test_triton_agrees_with_the_recurrence(
 
 @pytest.mark.usefixtures("poisoned_memory")
 @of_each_kind
+def test_triton_fills_memories_of_more_keys_than_values(gates: Gates) -> None:
+    """Of several blocks of either, or turned."""
+    problem = Problem(name="", T=66, H=2, HV=2, K=72, V=24, decay=0.01, initial=True)
+    actual = compare.run(OPS[gates], "portable", problem.build(gates, dtype=torch.float32, device=DEVICE))
+    rounding, truth = (compare.run(OPS[gates], "reference", problem.build(gates, dtype=dtype)) for dtype in (torch.float32, torch.float64))
+    assert compare.complaints(actual, rounding, truth, torch.float32) == []
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@of_each_kind
 def test_triton_hands_nothing_on_past_a_boundary_inside_a_segment(gates: Gates, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second segment of four holds a boundary; the third lies inside a document and hands on what enters it."""
     plans = pytest.importorskip("gdn.ops.linear_recurrence.portable_plan")

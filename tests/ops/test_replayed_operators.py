@@ -443,9 +443,9 @@ def test_a_new_thread_replays(replayed_here: list[str]) -> None:
 def test_products_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Of matrices as they are, turned and with gaps between rows, in one stream, in another and from another thread."""
     n, k, m = sizes
-    for left in (lambda r, c: torch.randn(r, c), lambda r, c: torch.randn(c, r).T, lambda r, c: torch.randn(r, c + 8)[:, :c]):
-        for right in (lambda r, c: torch.randn(r, c), lambda r, c: torch.randn(c, r).T):
-            a, b = left(n, k).to(DEVICE, dtype), right(k, m).to(DEVICE, dtype)
+    normal = functools.partial(torch.randn, device=DEVICE, dtype=dtype)
+    for a in (normal(n, k), normal(k, n).T, normal(n, k + 8)[:, :k], normal(n, k + 3)[:, :k]):
+        for b in (normal(k, m), normal(m, k).T):
             made = portable_product.multiplied(a, b)
             assert made is not None, "cuBLAS is not asked"
             out, multiply = made
