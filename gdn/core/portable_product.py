@@ -5,7 +5,8 @@
     multiply(handle(), a.data_ptr(), b.data_ptr(), out.data_ptr())            # again, with others like these
 
 It is the call that torch makes of cuBLAS, with torch's handle, which has its stream and workspace, for matrices of 16 bits under the `ordinary`
-settings of torch. launches.c makes it.
+settings of torch. launches.c makes it. Where torch's `linear` takes the host 15 to 17 microseconds, it takes 9 to 11; through cublasLt, with the
+choice of a kernel made beforehand, 8 to 9, for which a workspace would have to be kept.
 """
 
 from __future__ import annotations
