@@ -338,10 +338,9 @@ class Recorder(_Mode):
             self.refused = True
         elif func.overloadpacket in _ALLOCATIONS:
             self._fresh.append(self._hold(out))
-        elif func is _UNSAFE_VIEW and self._reshaped(args[0], out):
-            pass
         elif func is _UNSAFE_VIEW:
-            self._steps.append(_Operator(func, [None, *args[1:]], named, [(0, self._place(args[0]))], self._make(out)))
+            if not self._reshaped(args[0], out):
+                self._steps.append(_Operator(func, [None, *args[1:]], named, [(0, self._place(args[0]))], self._make(out)))
         else:
             self._operator(func, args, named, out)
         return out

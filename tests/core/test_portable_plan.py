@@ -1,7 +1,5 @@
-"""Launches handed to the driver in one call, on a driver that writes down what it is asked for.
-
-On a GPU tests/ops/test_replayed_operators.py is the test.
-"""
+"""Launches handed to the driver in one call, on a driver that writes down what it is asked for. The real one is asked by
+tests/ops/test_replayed_operators.py."""
 
 from __future__ import annotations
 
@@ -29,6 +27,7 @@ from triton.compiler import ASTSource
 from gdn.core import portable_plan, portable_product
 from gdn.core.portable_plan import Kernel, of_compiled, plan
 
+REAL, FAKE = "libcuda.so.1", "libgdn_fake_cuda.so.1"
 FIRST = Kernel("first", 0x8848, 128, 512, ("*", "i", None))
 SECOND = Kernel("second", 0x88488, 64, 0, ("*", "*", "f"))
 HALF = struct.unpack("I", struct.pack("f", 0.5))[0]
@@ -67,23 +66,22 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Loaded before launches.c is, under the name that it asks for."""
-    if torch.cuda.is_available():
-        pytest.skip(
-            "the real driver has the name already; tests/ops/test_replayed_operators.py is its test, and asserts that there is a plan"
-        )
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # as Triton finds the one for launches.c
-    if compiler is None:
-        pytest.skip("no C compiler (CC, gcc, clang): replays go through Triton here, and both ways are tested in test_replay.py")
-    path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    """Loaded before launches.c is, which finds it by its name."""
+    path = tmp_path_factory.mktemp("driver") / FAKE
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "cc"  # as Triton finds the one for launches.c
     source, include = Path(__file__).with_name("fake_driver.c"), nvidia.include_dirs[0]
-    command = [compiler, "-shared", "-fPIC", "-Wall", "-Werror", f"-I{include}", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(path)]
+    command = [compiler, "-shared", "-fPIC", "-Wall", "-Werror", f"-I{include}", f"-Wl,-soname,{FAKE}", str(source), "-o", str(path)]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(path))
 
 
 @pytest.fixture
-def driver(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    """launches.c with it in place of the real one, which may be there too."""
+    code = portable_plan._SOURCE.read_text()
+    assert code.count(REAL) == 1
+    (tmp_path / "launches.c").write_text(code.replace(REAL, FAKE))
+    monkeypatch.setattr(portable_plan, "_SOURCE", tmp_path / "launches.c")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(portable_plan, "_found", [])
     found = Driver(library)
@@ -253,7 +251,7 @@ def test_wrong_calls_are_errors(driver: Driver) -> None:
 def test_a_product_is_handed_to_cublas_in_one_call(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose first factor is our second: it goes by columns."""
     numbers = (14, 1, 0, 5, 6, 7, 8, 9, 10)  # dtype, turned or not, sizes, from column to column
-    multiply = portable_plan.module().product("libcuda.so.1", *numbers)  # the fake driver has what of cuBLAS is asked for
+    multiply = portable_plan.module().product(FAKE, *numbers)  # the fake driver has what of cuBLAS is asked for
     for handle, a, b, c in ((3, 1000, 2000, 2**63), (4, 10, 20, 30)):
         multiply(handle, a, b, c)
         made = f"{handle}: 5x6x7 1*{b}(1,14,8)*{a}(0,14,9)+0*{c}(14,10) by 68 with 99"
