@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from gdn.core.dispatch import use
 from gdn.core.errors import ArgumentError
+from gdn.core.foresight import written
+from gdn.core.opaque import Opaque
 from gdn.ops import gated_rms_norm_linear, parallel_linear, swiglu_linear
 from gdn.ops.projection.problems import PROBLEMS, Problem
 
@@ -50,6 +52,64 @@ def test_triton_matches_the_reference(
 def test_a_gate_through_a_sigmoid_matches_the_reference(impl: str, as_good_as_the_reference: Check) -> None:
     arguments = build(gated_rms_norm_linear, PROBLEMS[0], torch.float32)
     as_good_as_the_reference(gated_rms_norm_linear, impl, {**arguments, "activation": "sigmoid"})
+
+
+WAYS = {
+    (1, True): ["{name}_kernel"],
+    (2, True): ["{name}_kernel"],
+    (3, True): ["{before}", "linear_kernel"],
+    (64, True): ["{before}", "linear_kernel"],
+    (65, True): ["{before}"],
+    (1, False): ["{before}"],
+}
+"""Kernels by tokens, and whether the matrix has no gaps; where the last is not a product, torch multiplies."""
+
+
+@pytest.mark.parametrize(("tokens", "dense"), WAYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_few_tokens_are_one_kernel_or_two(tokens: int, dense: bool, dtype: torch.dtype) -> None:
+    portable = pytest.importorskip("gdn.ops.projection.portable")
+    x, weight = torch.zeros(tokens, 1, 2 * 48, dtype=dtype), torch.zeros(2, 10, 48, dtype=dtype)
+    matrix = weight[0] if dense else weight.transpose(0, 1).reshape(10, 96)[:, :48]
+    vectors = x[..., :48].view(tokens, 4, 12)
+    for operator, before, arguments in (
+        (portable._SWIGLU, "swiglu_kernel", (x, matrix)),
+        (portable._GATED_RMS_NORM, "norm_kernel", (vectors, vectors, torch.zeros(12), matrix, 1e-5, True)),
+    ):
+        expected = [kernel.format(name=operator.name[5:].removesuffix("_portable"), before=before) for kernel in WAYS[tokens, dense]]
+        assert kernels(operator, *arguments, False) == expected
+
+
+def test_few_tokens_that_need_more_take_the_longer_way() -> None:
+    """Gradients of the norm need a number of each head; float32 has no tensor cores; a head may be too wide for a program."""
+    portable = pytest.importorskip("gdn.ops.projection.portable")
+
+    def norm(x: Tensor, keep: bool) -> list[str]:
+        return kernels(portable._GATED_RMS_NORM, x, x, x.new_zeros(x.shape[-1]), x.new_zeros(5, x[0].numel()), 1e-5, True, keep)
+
+    narrow = torch.zeros(1, 2, 512, dtype=torch.bfloat16)
+    assert norm(narrow, True) == ["norm_kernel", "linear_kernel"]
+    assert norm(narrow, False) == norm(narrow.float(), False) == ["gated_rms_norm_linear_kernel"]
+    assert norm(torch.zeros(1, 2, 513, dtype=torch.bfloat16), False) == ["norm_kernel", "linear_kernel"]
+    assert norm(torch.zeros(3, 2, 512), False) == ["norm_kernel"]
+
+
+def kernels(operator: Opaque, *arguments: Any) -> list[str]:
+    """What the forward launches."""
+    return [launch.kernel.fn.__name__ for launch in written(operator._hosts[0], *arguments)[1]]
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_few_heads_among_other_numbers(tokens: int, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    """What is normed and its gates as parts of wider tensors, as a layer's first matrix gives them."""
+    arguments = Problem(name="", shape=(1, tokens, 5, 24), M=20).build_norm(dtype=dtype, device=DEVICE)
+    for name in ("x", "gate"):
+        wide = torch.full((1, tokens, 300), 3.0, dtype=dtype, device=DEVICE)
+        wide[..., 8:128] = arguments[name].flatten(-2)
+        arguments[name] = wide[..., 8:128].unflatten(-1, (5, 24))
+    as_good_as_the_reference(gated_rms_norm_linear, "portable", arguments)
 
 
 def test_matches_torch() -> None:

@@ -119,8 +119,8 @@ CASES: dict[str, list[tuple[str, Build]]] = {
         linear("packed", "value", T=60, lengths=(7, 0, 53)),
     ],
     "convolved_qkv": short(qkvs)[:4],
-    "swiglu_linear": short(projections, "some", "several blocks", make="build_swiglu"),
-    "gated_rms_norm_linear": short(projections, "some", "several blocks", make="build_norm"),
+    "swiglu_linear": short(projections, "one row", "several blocks", "more than few rows", make="build_swiglu"),
+    "gated_rms_norm_linear": short(projections, "one row", "several blocks", "more than few rows", make="build_norm"),
     "windowed_sigmoid_attention": [sigmoid("plain"), sigmoid("packed", lengths=(60, 6))],
 }
 
@@ -470,7 +470,7 @@ def test_products_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: to
 @gpu
 def test_products_wait_for_the_current_stream(replayed_here: list[str]) -> None:
     stream = torch.cuda.Stream()
-    x, weight = torch.randn(64, 256, device=DEVICE, dtype=torch.bfloat16), torch.randn(48, 128, device=DEVICE, dtype=torch.bfloat16)
+    x, weight = torch.randn(128, 256, device=DEVICE, dtype=torch.bfloat16), torch.randn(48, 128, device=DEVICE, dtype=torch.bfloat16)
     ops.swiglu_linear(x, weight)
     torch.cuda.synchronize()
     replayed_here.clear()

@@ -34,6 +34,7 @@ from gdn.ops.linear_recurrence.problems import Problem as Linear
 from gdn.ops.linear_step.problems import Problem as LinearStep
 from gdn.ops.loss.problems import Problem as Loss
 from gdn.ops.norm.problems import Problem as Norm
+from gdn.ops.projection import portable_few
 from gdn.ops.projection.problems import PROBLEMS as PROJECTIONS
 from gdn.ops.qkv.problems import PROBLEMS as QKV
 from gdn.ops.rotary.problems import PROBLEMS as ROTARY
@@ -91,6 +92,7 @@ def main() -> None:
         module = importlib.import_module(f"{package.__name__}.portable")
         module.launch = translate
         rows[package] = module
+    portable_few.launch = translate
     dtype = torch.bfloat16
     for tokens in (1, 3):
         sizes = {"name": "", "B": 2, "T": tokens, "H": 1, "HV": 2, "K": 24, "V": 40, "slots": (1, 0), "pool": 2}
@@ -120,10 +122,13 @@ def main() -> None:
     train(rows[norm].add_rms_norm(**y, eps=1e-6), y)
     for silu in (True, False):
         train(rows[norm].gated_rms_norm(**x, eps=1e-6, silu=silu), x)
-    x = arguments_of(PROJECTIONS[0].build_swiglu(dtype=dtype))
-    train(rows[projection].swiglu_linear(**x), x)
-    x = arguments_of(PROJECTIONS[0].build_norm(dtype=dtype))
-    train(rows[projection].gated_rms_norm_linear(**x, eps=1e-5, silu=True), x)
+    for matrix in PROJECTIONS[:2]:
+        x = arguments_of(matrix.build_swiglu(dtype=dtype))
+        train(rows[projection].swiglu_linear(**x), x)
+        x = arguments_of(matrix.build_norm(dtype=dtype))
+        train(rows[projection].gated_rms_norm_linear(**x, eps=1e-5, silu=True), x)
+        with torch.no_grad():
+            rows[projection].gated_rms_norm_linear(**x, eps=1e-5, silu=True)
     for problem in QKV[:4]:
         x = arguments_of(problem.build(dtype=dtype))
         train(rows[qkv].convolved_qkv(**x), x)

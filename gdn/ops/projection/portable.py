@@ -1,4 +1,4 @@
-"""In Triton, any GPU from sm_80 on; the matrix products by torch. One pass of the backward makes gradients and, over the gradient of the
+"""In Triton, any GPU from sm_80 on; the matrix products by torch, but for those of a few tokens (portable_few.py). One pass of the backward makes gradients and, over the gradient of the
 product, the product itself."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from gdn.core.portable_launch import launch
 from gdn.core.portable_math import int64, sigmoid
 from gdn.core.portable_rows import fresh
 from gdn.ops.norm import portable as norm
-from gdn.ops.projection import recompute
+from gdn.ops.projection import portable_few, recompute
 
 COLUMNS = 1024
 """Of a row, a program's: a vector of 16 bytes for each thread and tensor in 16 bits."""
@@ -90,5 +90,19 @@ def _norm_backward(
     return norm.run_backward(x, gate, norm_weight, inverse, slope, x.shape[-1], silu, y), y
 
 
-_SWIGLU = recompute.swiglu_linear("gdn::swiglu_linear_portable", _product, _product_backward, replay=True)
-_GATED_RMS_NORM = recompute.gated_rms_norm_linear("gdn::gated_rms_norm_linear_portable", _norm, _norm_backward, replay=True)
+_SWIGLU = recompute.swiglu_linear(
+    "gdn::swiglu_linear_portable",
+    _product,
+    _product_backward,
+    whole=portable_few.swiglu_linear,
+    linear=portable_few.linear,
+    replay=True,
+)
+_GATED_RMS_NORM = recompute.gated_rms_norm_linear(
+    "gdn::gated_rms_norm_linear_portable",
+    _norm,
+    _norm_backward,
+    whole=portable_few.gated_rms_norm_linear,
+    linear=portable_few.linear,
+    replay=True,
+)

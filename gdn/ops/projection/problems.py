@@ -35,6 +35,9 @@ class Problem:
 PROBLEMS = (
     Problem(name="some", shape=(2, 9, 3, 8), M=10),
     Problem(name="one row", shape=(2, 12), M=5),
+    Problem(name="two rows", shape=(2, 9, 130), M=20),
     Problem(name="several blocks", shape=(7, 4, 130), M=6),
+    Problem(name="most of few rows", shape=(64, 2, 8), M=20),
+    Problem(name="more than few rows", shape=(65, 3, 8), M=10),
     Problem(name="no row", shape=(2, 0, 2, 8), M=4),
 )

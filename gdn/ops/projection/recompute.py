@@ -15,15 +15,30 @@ SwiGLUBackward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From x `[..., 2 N]` and the gradient of the product `[..., N]`, which it may overwrite: the gradient of x, and the product."""
 NormForward = Callable[[Tensor, Tensor, Tensor, float, bool, bool], tuple[Tensor, Tensor]]
 """From `(x, gate, norm_weight, eps, silu, keep)`: the gated norm, and one number a vector."""
+Linear = Callable[[Tensor, Tensor], Tensor | None]
+"""From h `[..., N]`, dense, and weight `[M, N]`: `h weight^T`, or None where torch is to multiply."""
 NormBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Sequence[Tensor | None], Tensor]]
 """From `(x, gate, norm_weight, inverse, slope, eps, silu)`: gradients of the first three, and the gated norm."""
 
 
-def swiglu_linear(name: str, product: Callable[[Tensor], Tensor], backward: SwiGLUBackward, *, replay: bool = False) -> Opaque:
-    """`swiglu_linear` out of the product of gates and inputs. `replay` as for `Opaque`."""
+def _nothing(*_: Any) -> None:
+    """In place of a way that there is not."""
+
+
+def swiglu_linear(
+    name: str,
+    product: Callable[[Tensor], Tensor],
+    backward: SwiGLUBackward,
+    *,
+    whole: Callable[[Tensor, Tensor], Tensor | None] = _nothing,
+    linear: Linear = _nothing,
+    replay: bool = False,
+) -> Opaque:
+    """`swiglu_linear` out of the product of gates and inputs, or from `whole` where that gives it. `replay` as for `Opaque`."""
 
     def run(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor]:
-        return (_linear(product(x), weight),)
+        y = whole(x, weight)
+        return (_multiplied(product(x), weight, linear) if y is None else y,)
 
     def fake(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor]:
         return (x.new_empty((*x.shape[:-1], weight.shape[0])),)
@@ -38,12 +53,23 @@ def swiglu_linear(name: str, product: Callable[[Tensor], Tensor], backward: SwiG
     return Opaque(name, run, gradients, fake=fake, results=1, differentiable=("x", "weight"), replay=replay)
 
 
-def gated_rms_norm_linear(name: str, forward: NormForward, backward: NormBackward, *, replay: bool = False) -> Opaque:
-    """`gated_rms_norm_linear` out of the gated norm. `replay` as for `Opaque`."""
+def gated_rms_norm_linear(
+    name: str,
+    forward: NormForward,
+    backward: NormBackward,
+    *,
+    whole: Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], Tensor | None] = _nothing,
+    linear: Linear = _nothing,
+    replay: bool = False,
+) -> Opaque:
+    """`gated_rms_norm_linear` out of the gated norm, or without gradients from `whole` where that gives it. `replay` as for `Opaque`."""
 
     def run(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
+        y = None if keep else whole(x, gate, norm_weight, weight, eps, silu)
+        if y is not None:
+            return y, x.new_empty(0, dtype=accumulate_dtype(x.dtype))
         h, inverse = forward(x, gate, norm_weight, eps, silu, keep)
-        return _linear(h.flatten(-2), weight), inverse if keep else inverse.new_empty(0)
+        return _multiplied(h.flatten(-2), weight, linear), inverse if keep else inverse.new_empty(0)
 
     def fake(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
         inverse = x.new_empty((*x.shape[:-1], 1) if keep else (0,), dtype=accumulate_dtype(x.dtype))
@@ -57,6 +83,11 @@ def gated_rms_norm_linear(name: str, forward: NormForward, backward: NormBackwar
         return [*of_norm, _weight_gradient(dy, h.flatten(-2))]
 
     return Opaque(name, run, gradients, fake=fake, results=1, differentiable=("x", "gate", "norm_weight", "weight"), replay=replay)
+
+
+def _multiplied(h: Tensor, weight: Tensor, linear: Linear) -> Tensor:
+    y = linear(h, weight)
+    return _linear(h, weight) if y is None else y
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
