@@ -191,9 +191,12 @@ def losses() -> list[Row]:
         targets[::7] = -100
         return {"x": normal(tokens, D), "weight": normal(vocab, D) / D**0.5, "targets": targets}
 
-    x = make()
-    name, flops = "loss 16384 x 2048 x 32000 fwd+bwd", 6 * 16384 * 2048 * 32000
-    return [Row(name, "linear_cross_entropy", ops.linear_cross_entropy, x, 0, True, lambda: make(90, 64, 300), flops)]
+    found = []
+    for backward in (False, True):
+        x, flops = make(), (6 if backward else 2) * 16384 * 2048 * 32000
+        name = f"loss 16384 x 2048 x 32000{' fwd+bwd' if backward else ''}"
+        found.append(Row(name, "linear_cross_entropy", ops.linear_cross_entropy, x, 0, backward, lambda: make(90, 64, 300), flops))
+    return found
 
 
 def fused() -> list[Row]:
@@ -241,6 +244,24 @@ def fused() -> list[Row]:
             small = lambda make=make, few=few: make(*few)  # noqa: E731
             full = f"{name} 8x4096{' fwd+bwd' if backward else ''}"
             found.append(Row(full, op.__name__, op, x, moved, backward, small, tokens * flops * (1 + 2 * backward)))
+    return found
+
+
+def few_tokens() -> list[Row]:
+    """Matrices as decoding multiplies them, with what stands before: reading them is what takes the time."""
+    found = []
+    for B in (1, 8, 64):
+
+        def swiglu(B: int = B, N: int = 5632, M: int = 2048) -> dict[str, Any]:
+            return {"x": normal(B, 1, 2 * N), "weight": normal(M, N) / N**0.5}
+
+        def gated(B: int = B, H: int = 16, D: int = 128, M: int = 2048) -> dict[str, Any]:
+            x, gate = normal(B, 1, H, D), normal(B, 1, H, D)
+            return {"x": x, "gate": gate, "norm_weight": normal(D, dtype=f32), "weight": normal(M, H * D) / (H * D) ** 0.5}
+
+        for name, op, make in (("swiglu linear", ops.swiglu_linear, swiglu), ("gated norm linear", ops.gated_rms_norm_linear, gated)):
+            x = make()
+            found.append(Row(f"{name} {B} tokens" if B > 1 else f"{name} 1 token", op.__name__, op, x, size(*x.values()), small=make))
     return found
 
 
@@ -489,11 +510,12 @@ def bare(call: Call) -> dict[str, float]:
 def of_torch(flush: Tensor, repeats: int, wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
     """Calls of torch that launch one kernel forward, and one or two backward: those with a wanted name."""
     x, y, w = normal(8, 4096, 2048).requires_grad_(), normal(8, 4096, 2048), normal(2048).requires_grad_()
-    wide, narrowing, square = normal(8, 4096, 5632), normal(2048, 5632), normal(2048, 2048)
+    wide, eight, narrowing, square = normal(8, 4096, 5632), normal(8, 5632), normal(2048, 5632), normal(2048, 2048)
     calls: dict[str, Call] = {
         "torch.add 8x4096x2048": lambda: torch.add(y, y),
         "torch linear 8x4096, 5632 to 2048": lambda: F.linear(wide, narrowing),
         "torch linear 8x4096, 2048 to 2048": lambda: F.linear(y, square),
+        "torch linear 8 tokens, 5632 to 2048": lambda: F.linear(eight, narrowing),
         "torch silu 8x4096x2048": lambda: F.silu(y),
         "torch silu 8x4096x2048 fwd+bwd": lambda: torch.autograd.grad(F.silu(x), x, y),
         "torch rms_norm 8x4096x2048": lambda: F.rms_norm(y, (2048,), w.detach()),
@@ -608,7 +630,7 @@ def main() -> None:
             flush=True,
         )
     peers = of_fla() if args.peers else {}
-    for make in (steps, other_steps, convolutions, norms, gates, fused, losses, rules, cores, recurrences):
+    for make in (steps, other_steps, convolutions, norms, gates, fused, few_tokens, losses, rules, cores, recurrences):
         for row in make():
             if not wanted(row.name):
                 continue

@@ -117,26 +117,21 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def pointer(address: int, dtype: torch.dtype) -> Any:
         return SimpleNamespace(data_ptr=lambda: address, dtype=dtype)
 
-    handles: list[int] = []
-
-    def next_handle() -> int:
-        """As if each call came from another thread."""
-        handles.append(len(handles))
-        return handles[-1]
-
-    def multiplying(kind: int, turned_a: bool, turned_b: bool, m: int, n: int, k: int, after_a: int, after_b: int, after_c: int) -> Any:
-        def matrix(address: int, rows: int, columns: int, after: int, turned: bool = False) -> torch.Tensor:
+    def multiplying(
+        beta: int, kind: int, result: int, turned_a: bool, turned_b: bool, m: int, n: int, k: int, after_a: int, after_b: int, after_c: int
+    ) -> Any:
+        def matrix(address: int, rows: int, columns: int, after: int, kind: int, turned: bool = False) -> torch.Tensor:
             rows, columns = (columns, rows) if turned else (rows, columns)
             assert after >= rows  # cuBLAS refuses others
-            memory = (ctypes.c_int16 * (after * (columns - 1) + rows)).from_address(address)
-            numbers = torch.frombuffer(memory, dtype={2: torch.float16, 14: torch.bfloat16}[kind])
-            by_columns = numbers.as_strided((rows, columns), (1, after))
+            dtype = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16}[kind]
+            memory = (ctypes.c_int8 * (dtype.itemsize * (after * (columns - 1) + rows))).from_address(address)
+            by_columns = torch.frombuffer(memory, dtype=dtype).as_strided((rows, columns), (1, after))
             return by_columns.T if turned else by_columns
 
-        def multiply(handle: int, second: int, first: int, out: int) -> None:
-            assert handle == handles[-1]
-            product = matrix(first, m, k, after_a, turned_a).float() @ matrix(second, k, n, after_b, turned_b).float()
-            matrix(out, m, n, after_c).copy_(product)
+        def multiply(second: int, first: int, out: int) -> None:
+            product = matrix(first, m, k, after_a, kind, turned_a).float() @ matrix(second, k, n, after_b, kind, turned_b).float()
+            there = matrix(out, m, n, after_c, result)
+            there.copy_(product + there if beta else product)
 
         return multiply
 
@@ -144,7 +139,6 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(replay, "plan", noted)
     else:
         monkeypatch.setattr(portable_product, "_multiply", multiplying)
-        monkeypatch.setattr(portable_product, "handle", next_handle)
         monkeypatch.setattr(portable_product, "_DEVICE", "cpu")
         monkeypatch.setattr(replay, "plan", interpreted)
         monkeypatch.setattr(portable_plan, "of_compiled", lambda compiled: compiled.known)

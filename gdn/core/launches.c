@@ -10,10 +10,11 @@
    one stream, since a graph never runs twice at the same time, and goes over to another that is used three times in a row. In others, and while
    a stream is captured, the kernels are launched one after another.
 
-   product(library, type, turned, turned, m, n, k, leading, leading, leading) -> multiply; multiply(handle, a, b, c)
+   product(library, handle, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading) -> multiply; multiply(a, b, c)
 
-   c = b' a' of cuBLAS, which goes by columns: c [m, n], b' [m, k] and a' [k, n], each perhaps turned, of that type (cudaDataType), and columns
-   that are so far apart; sums in float32. The library is one that the process has loaded, by name. */
+   c = b' a' + beta c of cuBLAS, which goes by columns: c [m, n], b' [m, k] and a' [k, n], each perhaps turned, of these types (cudaDataType), and
+   columns that are so far apart; sums in float32. The library is one that the process has loaded, by name. A call of `handle` gives cuBLAS's, for
+   this thread and the current stream. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -173,6 +174,18 @@ static int has_graph(Plan *plan, CUstream stream)
     return 1;
 }
 
+/* The context for what is done again: that of this thread, as callers have made the device of the kernels current if it was not, or that of earlier
+   calls in a thread that has not used the device yet. */
+static void enter(CUcontext *known)
+{
+    CUcontext context = NULL;
+    get_context(&context);
+    if (context)
+        __atomic_store_n(known, context, __ATOMIC_RELAXED);
+    else
+        set_context(__atomic_load_n(known, __ATOMIC_RELAXED));
+}
+
 static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     Plan *plan = PyCapsule_GetPointer(self, PLAN);
@@ -186,15 +199,10 @@ static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count)
         addresses[i] = PyLong_AsUnsignedLongLong(args[i + 1]);
     if (PyErr_Occurred())
         return NULL;
-    CUcontext context = NULL;
     CUresult result;
     Py_BEGIN_ALLOW_THREADS;
     pthread_mutex_lock(&plan->lock);
-    get_context(&context);
-    if (context)
-        plan->context = context; /* callers have made the device of the kernels current, if it was not */
-    else
-        set_context(plan->context); /* a thread that has not used the device yet */
+    enter(&plan->context);
     for (Py_ssize_t i = 0; i < plan->patches; i++)
         plan->slots[plan->patch[i].slot] = addresses[plan->patch[i].address] + plan->patch[i].offset;
     result = has_graph(plan, stream) ? graph_launch(plan->exec, stream) : CUDA_ERROR_NOT_FOUND;
@@ -320,47 +328,60 @@ typedef struct {
     /* cublasGemmEx(handle, turned, turned, m, n, k, alpha, b', type, leading, a', type, leading, beta, c, type, leading, compute type, algorithm) */
     int (*gemm)(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int, const void *, void *, int, int,
                 int, int);
-    int type, turned[2], m, n, k, leading[3];
+    PyObject *handle;
+    CUcontext context;
+    float beta;
+    int type, result, turned[2], m, n, k, leading[3];
 } Product;
 
 static void product_free(PyObject *capsule)
 {
-    free(PyCapsule_GetPointer(capsule, PRODUCT));
+    Product *product = PyCapsule_GetPointer(capsule, PRODUCT);
+    Py_XDECREF(product->handle);
+    free(product);
 }
 
 static PyObject *multiply(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    const Product *p = PyCapsule_GetPointer(self, PRODUCT);
-    void *given[4];
-    const float one = 1, zero = 0;
+    Product *p = PyCapsule_GetPointer(self, PRODUCT);
+    void *given[3];
+    const float one = 1;
     int status;
     if (!p)
         return NULL;
-    if (count != 4)
-        return PyErr_Format(PyExc_TypeError, "expected a handle and 3 addresses, got %zd arguments", count);
-    for (int i = 0; i < 4; i++)
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "expected 3 addresses, got %zd arguments", count);
+    for (int i = 0; i < 3; i++)
         given[i] = PyLong_AsVoidPtr(args[i]);
     if (PyErr_Occurred())
         return NULL;
+    enter(&p->context); /* without one torch warns of it when it is asked for the handle */
+    PyObject *number = PyObject_CallNoArgs(p->handle);
+    if (!number)
+        return NULL;
+    void *handle = PyLong_AsVoidPtr(number);
+    Py_DECREF(number);
+    if (PyErr_Occurred())
+        return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    status = p->set_math_mode(given[0], DEFAULT_MATH);
+    status = p->set_math_mode(handle, DEFAULT_MATH);
     if (!status)
-        status = p->gemm(given[0], p->turned[0], p->turned[1], p->m, p->n, p->k, &one, given[2], p->type, p->leading[0], given[1], p->type,
-                         p->leading[1], &zero, given[3], p->type, p->leading[2], COMPUTE_32F, DEFAULT_TENSOR_OP);
+        status = p->gemm(handle, p->turned[0], p->turned[1], p->m, p->n, p->k, &one, given[1], p->type, p->leading[0], given[0], p->type,
+                         p->leading[1], &p->beta, given[2], p->result, p->leading[2], COMPUTE_32F, DEFAULT_TENSOR_OP);
     Py_END_ALLOW_THREADS;
     if (status)
         return PyErr_Format(PyExc_RuntimeError, "cuBLAS could not multiply [%d, %d] by [%d, %d]: status %d", p->n, p->k, p->k, p->m, status);
     Py_RETURN_NONE;
 }
 
-static PyMethodDef MULTIPLY = {"multiply", (PyCFunction)(void (*)(void))multiply, METH_FASTCALL, "multiply(handle, a, b, c): c = a b."};
+static PyMethodDef MULTIPLY = {"multiply", (PyCFunction)(void (*)(void))multiply, METH_FASTCALL, "multiply(a, b, c): c = a b, or added to it."};
 
 static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
 {
     const char *name;
-    Product p;
-    if (!PyArg_ParseTuple(args, "siiiiiiiii", &name, &p.type, &p.turned[0], &p.turned[1], &p.m, &p.n, &p.k, &p.leading[0], &p.leading[1],
-                          &p.leading[2]))
+    Product p = {0};
+    if (!PyArg_ParseTuple(args, "sOfiiiiiiiiii", &name, &p.handle, &p.beta, &p.type, &p.result, &p.turned[0], &p.turned[1], &p.m, &p.n, &p.k,
+                          &p.leading[0], &p.leading[1], &p.leading[2]))
         return NULL;
     void *library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
     if (!library)
@@ -378,6 +399,7 @@ static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
         free(kept);
         return NULL;
     }
+    Py_INCREF(kept->handle);
     PyObject *function = PyCFunction_New(&MULTIPLY, capsule);
     Py_DECREF(capsule);
     return function;
@@ -385,7 +407,7 @@ static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
 
 static PyMethodDef METHODS[] = {
     {"plan", make_plan, METH_VARARGS, "plan(kernels, addresses): how to launch them."},
-    {"product", make_product, METH_VARARGS, "product(library, type, turned, turned, m, n, k, leading, leading, leading): how to multiply."},
+    {"product", make_product, METH_VARARGS, "product(library, handle, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading): how to multiply."},
     {NULL, NULL, 0, NULL},
 };
 

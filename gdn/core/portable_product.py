@@ -2,7 +2,7 @@
 
     made = multiplied(a, b)                                                   # None where torch has to do it
     out, multiply = made
-    multiply(handle(), a.data_ptr(), b.data_ptr(), out.data_ptr())            # again, with others like these
+    multiply(a.data_ptr(), b.data_ptr(), out.data_ptr())                      # again, with others like these
 
 It is the call that torch makes of cuBLAS, with torch's handle, which has its stream and workspace, for matrices of 16 bits under the `ordinary`
 settings of torch. launches.c makes it. Where torch's `linear` takes the host 15 to 17 microseconds, it takes 9 to 11; through cublasLt, with the
@@ -20,12 +20,14 @@ from torch import Tensor
 from gdn.core import portable_plan
 
 Multiply = Callable[..., None]
-"""Of a handle of cuBLAS and the addresses of both factors and the product."""
+"""Of the addresses of both factors and the product."""
 
 _TYPES = {torch.float16: 2, torch.bfloat16: 14}
 """By cuBLAS's numbers (cudaDataType)."""
+_FLOAT32 = 0
 _DEVICE, _LARGEST = "cuda", 2**31 - 1
-_OVERRIDES: set[str] = getattr(torch.library, "_impls", {"aten/mm/CUDA"})
+_OPERATORS = {"aten/mm/CUDA", "aten/mm.dtype_out/CUDA", "aten/addmm.dtype_out/CUDA"}
+_OVERRIDES: set[str] = getattr(torch.library, "_impls", _OPERATORS)
 """Of torch's operators, by their users: kernels whose results do not depend on the batch, say."""
 
 
@@ -41,7 +43,7 @@ _accumulates16, _tuned = _of_torch("_get_cublas_allow_fp16_accumulation"), _of_t
 _deterministic = _of_torch("_get_deterministic_algorithms")
 _BOTH = (True, True)
 
-handle: Callable[[], int] = _of_torch("_cuda_getCurrentBlasHandle", int)
+_handle: Callable[[], int] = _of_torch("_cuda_getCurrentBlasHandle", int)
 """Torch's, of this thread, for the current device and stream."""
 
 
@@ -51,13 +53,19 @@ def ordinary() -> bool:
         _backend() == _cublas
         and _reduced_bf16() == _BOTH
         and _reduced16() == _BOTH
-        and not (_accumulates16() or _tuned() or _deterministic() or "aten/mm/CUDA" in _OVERRIDES)
+        and not (_accumulates16() or _tuned() or _deterministic())
+        and _OVERRIDES.isdisjoint(_OPERATORS)
     )
 
 
-def multiplied(a: Tensor, b: Tensor) -> tuple[Tensor, Multiply] | None:
+def multiplied(a: Tensor, b: Tensor, out: Tensor | None = None, *, added: bool = False) -> tuple[Tensor, Multiply] | None:
     """`a b` of `[n, k]` and `[k, m]`, and how to multiply others of their dtypes, shapes and strides; None where torch has to do it, or to
-    say what is wrong."""
+    say what is wrong.
+
+    Args:
+        out: where the product is written, in float32; by default a new tensor of the factors' dtype.
+        added: to what is there.
+    """
     alike = a.dtype == b.dtype and a.device == b.device and a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
     if not alike or a.dtype not in _TYPES or a.device.type != _DEVICE or not ordinary():
         return None
@@ -65,12 +73,20 @@ def multiplied(a: Tensor, b: Tensor) -> tuple[Tensor, Multiply] | None:
     n, k, m = *a.shape, b.shape[1]
     if first is None or second is None or min(n, k, m) < 1:
         return None
-    multiply = _multiply(_TYPES[a.dtype], first[0], second[0], m, n, k, first[1], second[1], m)
+    leading, result = m, _TYPES[a.dtype]
+    if out is not None:
+        fits = out.dtype == torch.float32 and out.device == a.device and out.shape == (n, m)
+        third = _columns(out) if fits else None
+        if third is None or third[0]:
+            return None
+        leading, result = third[1], _FLOAT32
+    multiply = _multiply(int(added), _TYPES[a.dtype], result, first[0], second[0], m, n, k, first[1], second[1], leading)
     if multiply is None:
         return None
-    out = a.new_empty((n, m))
+    if out is None:
+        out = a.new_empty((n, m))
     with torch.cuda.device_of(a):
-        multiply(handle(), a.data_ptr(), b.data_ptr(), out.data_ptr())
+        multiply(a.data_ptr(), b.data_ptr(), out.data_ptr())
     return out, multiply
 
 
@@ -90,6 +106,6 @@ def _multiply(*numbers: int) -> Multiply | None:
         return None
     assert torch.version.cuda is not None
     try:
-        return library.product(f"libcublas.so.{torch.version.cuda.split('.')[0]}", *numbers)
+        return library.product(f"libcublas.so.{torch.version.cuda.split('.')[0]}", _handle, *numbers)
     except ImportError:  # another cuBLAS, or inside of torch
         return None

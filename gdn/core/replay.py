@@ -45,6 +45,7 @@ Tensors = Sequence[Tensor]
 _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
 _TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
 _MATRIX_PRODUCT = torch.ops.aten.mm.default
+_PRODUCT_INTO, _PRODUCT_ADDED = torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """The last thing that `matmul` does: a view that torch calls none, so that it may be written to."""
 _SMALL, _SPARE, _ALIGNMENT = 1 << 20, 1 << 25, 256
@@ -95,8 +96,8 @@ class _Operator:
     function: Callable[..., Any]
     arguments: list[Any]
     named: dict[str, Any]
-    places: list[tuple[int, int]]
-    """Which argument is which tensor."""
+    places: list[tuple[int | str, int]]
+    """Which argument, by its place or its name, is which tensor."""
     makes: int | None
     """A new tensor; or it writes into an argument."""
 
@@ -105,8 +106,9 @@ class _Operator:
 
     def write(self, source: Source) -> None:
         places = dict(self.places)
-        arguments = [f"x{places[n]}" if n in places else source.constant(a) for n, a in enumerate(self.arguments)]
-        source.operator(self.makes, getattr(self.function, "_op", self.function), arguments, self.named)  # an overload calls this
+        given = [(n, f"x{places[n]}" if n in places else source.constant(a)) for n, a in (*enumerate(self.arguments), *self.named.items())]
+        arguments, named = [a for n, a in given if isinstance(n, int)], {n: a for n, a in given if isinstance(n, str)}
+        source.operator(self.makes, getattr(self.function, "_op", self.function), arguments, named)  # an overload calls this
 
 
 class _Fresh(NamedTuple):
@@ -328,9 +330,9 @@ class Recorder(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
-        product = multiplied(*args) if func is _MATRIX_PRODUCT else None
+        product = _product(func, args, named)
         if product is not None:
-            return self._product(args[0], args[1], *product)
+            return self._product(*product)
         out = func(*args, **named)
         if func.is_view and (not isinstance(out, Tensor) or out.untyped_storage()._cdata in self._memory):
             return out  # `_base` finds it by its memory if it is used
@@ -368,20 +370,23 @@ class Recorder(_Mode):
         return i
 
     def _operator(self, func: Any, args: Sequence[Any], named: dict[str, Any], out: Tensor) -> None:
-        tensors = [(n, self._place(a)) for n, a in enumerate(args) if isinstance(a, Tensor)]
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *named.items()]
+        tensors = [(n, self._place(a)) for n, a in given if isinstance(a, Tensor)]
         if len(tensors) != sum(isinstance(leaf, Tensor) for leaf in tree_leaves((args, named))):
-            self.refused = True  # tensors in lists or by name
+            self.refused = True  # tensors in lists
         makes = None
-        if id(out) not in self._names:
+        if id(out) not in self._names and not any(out is a for _, a in given):
             makes = self._hold(out)
             self._made.add(makes)
-        self._steps.append(_Operator(func, [None if isinstance(a, Tensor) else a for a in args], named, tensors, makes))
+        without = {n: None if isinstance(a, Tensor) else a for n, a in named.items()}
+        self._steps.append(_Operator(func, [None if isinstance(a, Tensor) else a for a in args], without, tensors, makes))
 
-    def _product(self, left: Tensor, right: Tensor, out: Tensor, multiply: Multiply) -> Tensor:
+    def _product(self, left: Tensor, right: Tensor, into: Tensor | None, out: Tensor, multiply: Multiply) -> Tensor:
         self.refused |= out.device != self._device
         factors = [self._address(x) for x in (left, right)]
-        self._fresh.append(i := self._hold(out))
-        self._steps.append(_Product(multiply, [*factors, (i, 0)]))
+        if into is None:
+            self._fresh.append(self._hold(out))
+        self._steps.append(_Product(multiply, [*factors, self._address(out)]))
         return out
 
     def _reshaped(self, x: Tensor, out: Tensor) -> bool:
@@ -436,6 +441,18 @@ class Recorder(_Mode):
         self._names[id(x)] = i
         self._made.add(i)
         return i
+
+
+def _product(func: Any, args: Sequence[Any], named: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Multiply] | None:
+    """Of an operator that multiplies matrices: both factors, into what, the product and its repetition. None where that is for torch."""
+    into, added = named.get("out"), func is _PRODUCT_ADDED
+    if added and (args[0] is not into or len(named) > 1):  # to something else, or with factors
+        return None
+    if func is not _MATRIX_PRODUCT and (func not in (_PRODUCT_INTO, _PRODUCT_ADDED) or into is None or into.dtype != args[-1]):
+        return None
+    left, right = args[1:3] if added else args[:2]
+    made = multiplied(left, right, into, added=added)
+    return None if made is None else (left, right, into, *made)
 
 
 def _part(x: Tensor, size: Sequence[int], strides: Sequence[int], after: int) -> Tensor:

@@ -12,14 +12,12 @@ Numbers of the calls are not in the text but in the globals of the function, so 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from gdn.core import portable_product
 
 Run = Callable[[Sequence[Tensor]], Any]
 INDENT = "\n    "
@@ -46,7 +44,6 @@ class Source:
             "on": torch.cuda.device,
             "device": -1 if device.index is None else device.index,
             "empty": _allocator(device),
-            "handle": portable_product.handle,
         }
         self._lines: list[str] = []
         self._given = given
@@ -94,17 +91,17 @@ class Source:
         self._lines.append(f"{self.constant(start)}({', '.join(['stream', *addresses])})")
 
     def product(self, multiply: Callable[..., None], addresses: Sequence[str]) -> None:
-        """`multiply(handle, *addresses)` of both factors and the product (portable_product.py)."""
-        self._lines.append(f"{self.constant(multiply)}({', '.join(['handle()', *addresses])})")
+        """`multiply(*addresses)` of both factors and the product (portable_product.py)."""
+        self._lines.append(f"{self.constant(multiply)}({', '.join(addresses)})")
 
     def _stream(self) -> None:
         if not self._streams:
             self._streams = True
             self._lines.append("stream = C._cuda_getCurrentRawStream(device)")
 
-    def operator(self, makes: int | None, function: Callable[..., Any], arguments: Sequence[Any], named: dict[str, Any]) -> None:
-        """A call of torch. Arguments that are text are tensors by name (`tensor`); it makes a tensor or none."""
-        given = [*arguments, *[f"{name}={self.constant(value)}" for name, value in named.items()]]
+    def operator(self, makes: int | None, function: Callable[..., Any], arguments: Sequence[str], named: Mapping[str, str]) -> None:
+        """A call of torch, which makes a tensor or none. Arguments are names: of tensors by their numbers, and of constants."""
+        given = [*arguments, *[f"{name}={value}" for name, value in named.items()]]
         self._lines.append(f"{'' if makes is None else f'x{makes} = '}{self.constant(function)}({', '.join(given)})")
 
     def free(self, tensors: Sequence[int]) -> None:

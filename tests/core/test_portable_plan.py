@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,15 +127,22 @@ def test_kernels_are_a_graph_from_the_third_call_on(driver: Driver) -> None:
     assert driver.log() == ["mode 2", "exec destroyed", "graph destroyed", "mode 0"]
 
 
-def test_a_thread_that_has_no_context_gets_the_last_one(driver: Driver) -> None:
+@pytest.mark.parametrize("what", ["a plan", "a product"])
+def test_a_thread_that_has_no_context_gets_the_last_one(what: str, driver: Driver) -> None:
+    """Before cuBLAS's handle is asked for, which torch warns of otherwise."""
     driver.context(7)
-    start, seen = made(), list[int]()
+    asked, seen = list[int](), list[int]()
+
+    def handle() -> int:
+        asked.append(driver.current())
+        return 3
+
+    start = made() if what == "a plan" else portable_plan.module().product(FAKE, handle, 0, 14, 14, 1, 0, 5, 6, 7, 8, 9, 10)
+    if what == "a product":
+        start(1, 2, 3)
 
     def first() -> None:
-        driver.context(0)
-        start(5, 1, 2)
-        seen.append(driver.current())
-        for context in (3, 0):
+        for context in (0, 3, 0):
             driver.context(context)
             start(5, 1, 2)
             seen.append(driver.current())
@@ -143,6 +151,7 @@ def test_a_thread_that_has_no_context_gets_the_last_one(driver: Driver) -> None:
     thread.start()
     thread.join()
     assert seen == [7, 3, 3] and driver.current() == 7
+    assert asked == ([] if what == "a plan" else [7, *seen])
 
 
 def test_a_graph_without_memory_is_given_up(driver: Driver) -> None:
@@ -250,30 +259,51 @@ def test_wrong_calls_are_errors(driver: Driver) -> None:
 
 def test_a_product_is_handed_to_cublas_in_one_call(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose first factor is our second: it goes by columns."""
-    numbers = (14, 1, 0, 5, 6, 7, 8, 9, 10)  # dtype, turned or not, sizes, from column to column
-    multiply = portable_plan.module().product(FAKE, *numbers)  # the fake driver has what of cuBLAS is asked for
-    for handle, a, b, c in ((3, 1000, 2000, 2**63), (4, 10, 20, 30)):
-        multiply(handle, a, b, c)
-        made = f"{handle}: 5x6x7 1*{b}(1,14,8)*{a}(0,14,9)+0*{c}(14,10) by 68 with 99"
-        assert driver.log() == [f"{handle}: math 0", made]
+    numbers = (14, 0, 1, 0, 5, 6, 7, 8, 9, 10)  # dtypes, turned or not, sizes, from column to column
+    product, handles = portable_plan.module().product, [2**63, 4]  # the fake driver has what of cuBLAS is asked for
+    for beta, (a, b, c) in enumerate([(1000, 2000, 2**63), (10, 20, 30)]):
+        product(FAKE, lambda beta=beta: handles[beta], beta, *numbers)(a, b, c)
+        made = f"{handles[beta]}: 5x6x7 1*{b}(1,14,8)*{a}(0,14,9)+{beta}*{c}(0,10) by 68 with 99"
+        assert driver.log() == [f"{handles[beta]}: math 0", made]
+    multiply = product(FAKE, handles.pop, 0, *numbers)
     driver.fail("cublasGemmEx", 13)
     with pytest.raises(RuntimeError, match=r"cuBLAS could not multiply \[6, 7\] by \[7, 5\]: status 13"):
-        multiply(3, 1, 2, 3)
+        multiply(1, 2, 3)
     assert len(driver.log()) == 2
     driver.fail("cublasSetMathMode", 1)
     with pytest.raises(RuntimeError, match=r"status 1$"):
-        multiply(3, 1, 2, 3)
-    assert driver.log() == ["3: math 0"]
-    with pytest.raises(TypeError, match="expected a handle and 3 addresses, got 3 arguments"):
-        multiply(3, 1, 2)
+        multiply(1, 2, 3)
+    assert driver.log() == [f"{2**63}: math 0"]
+    with pytest.raises(IndexError, match="pop from empty list"):
+        multiply(1, 2, 3)
+    with pytest.raises(TypeError, match="expected 3 addresses, got 2 arguments"):
+        multiply(1, 2)
+    for wrong in ((1, 2, "address"), (1, 2, -(2**64))):
+        with pytest.raises((TypeError, OverflowError)):
+            multiply(*wrong)
     with pytest.raises(TypeError):
-        multiply(3, 1, 2, "address")
+        product(FAKE, lambda: "handle", 0, *numbers)(1, 2, 3)
+    assert driver.log() == []
     with pytest.raises(ImportError, match=r"libcublas\.so\.0 is not loaded"):
-        portable_plan.module().product("libcublas.so.0", *numbers)
+        product("libcublas.so.0", int, 0, *numbers)
     with pytest.raises(ImportError, match=r"libc\.so\.6 has no cublasGemmEx or no cublasSetMathMode"):
-        portable_plan.module().product("libc.so.6", *numbers)
+        product("libc.so.6", int, 0, *numbers)
     monkeypatch.setattr(torch.version, "cuda", "0.5")
-    assert portable_product._multiply(*numbers) is None
+    assert portable_product._multiply(0, *numbers) is None
+
+
+def test_what_a_product_calls_lives_as_long_as_it(driver: Driver) -> None:
+    class Handle:
+        def __call__(self) -> int:
+            return 3
+
+    seen = weakref.ref(handle := Handle())
+    multiply = portable_plan.module().product(FAKE, handle, 0, 14, 0, 1, 0, 5, 6, 7, 8, 9, 10)
+    del handle
+    multiply(1, 2, 3)
+    assert driver.log()[0] == "3: math 0" and seen() is not None
+    del multiply
+    assert seen() is None
 
 
 OTHERS = {"fewer": {"function": 0x848}, "more": {"function": 0x88848}, "wider": {"kinds": ("*", "q", None)}}

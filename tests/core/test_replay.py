@@ -554,6 +554,27 @@ def test_cublas_is_asked_for_a_product_as_its_factors_lie_in_memory(
     torch.testing.assert_close(made[0], (a.double() @ b.double()).to(dtype))
 
 
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cublas_is_asked_for_products_in_float32(dtype: torch.dtype, added: bool) -> None:
+    """Into memory that there is, also into some columns of it."""
+    a, b = factors(LAYOUTS["rows of more"], LAYOUTS["columns"], 3, 4, 5, dtype)
+    for out in (numbers(2, 15).view(3, 5), numbers(2, 40).view(5, 8)[1:4, 2:7], numbers(2, 30).view(2, 3, 5)[1]):
+        right = a.double() @ b.double() + (out.double() if added else 0)
+        made = portable_product.multiplied(a, b, out, added=added)
+        assert made is not None and made[0] is out
+        torch.testing.assert_close(out, right.float())
+    for wrong in (
+        numbers(2, 15).view(5, 3).T,
+        numbers(2, 30).view(3, 10)[:, ::2],
+        numbers(2, 15).view(3, 5).to(dtype),
+        numbers(2, 12).view(3, 4),
+        numbers(2, 15),
+        numbers(2, 15).view(3, 5).to("meta"),
+    ):
+        assert portable_product.multiplied(a, b, wrong, added=added) is None
+
+
 @pytest.mark.parametrize("gaps", GAPS)
 def test_other_products_are_left_to_torch(gaps: str) -> None:
     rows = LAYOUTS["rows"]
@@ -576,8 +597,9 @@ def test_products_of_sizes_beyond_32_bits_are_left_to_torch(monkeypatch: pytest.
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(portable_plan, "module", lambda: SimpleNamespace(product=lambda *given: asked.append(given) or "multiply"))
-    numbers = (14, True, False, 5, 6, 7, 8, 9, 10)
-    assert portable_product._multiply(*numbers) == "multiply" and asked == [("libcublas.so.13", *numbers)]
+    numbers = (0, 14, 14, True, False, 5, 6, 7, 8, 9, 10)
+    assert portable_product._multiply(*numbers) == "multiply"
+    assert asked == [("libcublas.so.13", portable_product._handle, *numbers)]
     assert portable_product._multiply(*numbers[:-1], 2**31 - 1) == "multiply"
     assert portable_product._multiply(*numbers[:-1], 2**31) is None
     monkeypatch.setattr(portable_plan, "module", lambda: None)
@@ -619,6 +641,80 @@ def test_products_are_replayed_without_torch(end: str) -> None:
     for seed in (1, 2):
         for actual, right in zip(recording.known().run(given(seed)), host(*given(seed)), strict=True):
             assert actual.stride() == right.stride() and torch.equal(actual, right) and not actual._is_view()
+
+
+def test_products_into_memory_are_replayed_without_torch() -> None:
+    """A tensor's, a part's, and of an argument."""
+
+    def host(x: Tensor, w: Tensor, y: Tensor) -> list[Tensor]:
+        first, space = (x.new_empty(shape, dtype=torch.float32) for shape in ((6, 2), (8, 4)))
+        torch.mm(x, w, out_dtype=torch.float32, out=first)
+        torch.addmm(first, x, w.T, out_dtype=torch.float32, out=first)
+        torch.mm(x[1:4], w, out_dtype=torch.float32, out=space[2:5, 1:3])
+        part = y[1:]
+        torch.addmm(part, x[3:], w, out_dtype=torch.float32, out=part)
+        again = x.new_empty((3, 2))
+        launch(scale_kernel, (1,), space[2:5, 1:], None, again, 1.0, 2, 1, 16)
+        return [first, again]
+
+    def right(x: Tensor, w: Tensor, y: Tensor) -> list[Tensor]:
+        x, w = x.float(), w.float()
+        return [x @ w + x @ w.T, y + torch.cat([torch.zeros(1, 2), x[3:] @ w]), (x[1] @ w)]
+
+    def given(seed: int) -> list[Tensor]:
+        return [numbers(seed, 12, torch.float16).view(6, 2), numbers(seed + 9, 4, torch.float16).view(2, 2), numbers(seed, 8).view(4, 2)]
+
+    arguments = given(0)
+    expected = right(*arguments)
+    (whole, rows), recording = replay.record(lambda: host(*arguments), arguments)
+    assert recording is not None and recording.products and recording.launches_only
+    for seed in (0, 1, 2):
+        if seed:
+            arguments = given(seed)
+            expected = right(*arguments)
+            whole, rows = recording.known().run(arguments)
+        torch.testing.assert_close([whole, arguments[2], rows.flatten()[:2].float()], expected, check_dtype=False, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, out, other: torch.addmm(other, a, a, out_dtype=torch.float32, out=out),
+        lambda a, out, other: torch.addmm(out, a, a, out_dtype=torch.float32, out=out, beta=2),
+        lambda a, out, other: torch.addmm(out, a, a, out_dtype=torch.float32, out=out, alpha=2),
+        lambda a, out, other: torch.mm(a, a, out_dtype=torch.float16, out=out),
+        lambda a, out, other: torch.mm(a, a, out_dtype=torch.float32, out=out.half()),
+    ],
+)
+def test_other_products_into_memory_are_left_to_torch(call: Callable[..., Tensor], asked: list[str]) -> None:
+    """Which has none of them on a CPU."""
+    a, out, other = numbers(0, 4, torch.float16).view(2, 2), torch.zeros(2, 2), torch.zeros(2, 2)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        replay.record(lambda: [call(a, out, other)], [a, out, other])
+    assert not asked
+
+
+def test_operators_may_be_told_by_name_where_to_write() -> None:
+    """A whole tensor, or a part of one."""
+
+    def host(x: Tensor) -> list[Tensor]:
+        y, z = torch.empty_like(x), x.new_empty(12)
+        torch.mul(x, 3, out=y)
+        torch.add(x, y, alpha=2, out=z[4:9])
+        z[4:9].addcmul_(x, y, value=0.5)
+        torch.sub(y.view(5), x, out=y[:])
+        z[:4].zero_()
+        z[9:].fill_(1)
+        return [y, z]
+
+    first = numbers(0, 5)
+    results, recording = replay.record(lambda: host(first), [first])
+    assert recording is not None
+    for seed in (0, 1, 2):
+        if seed:
+            results = recording.known().run([numbers(seed, 5)])
+        for actual, right in zip(results, host(numbers(seed, 5)), strict=True):
+            assert torch.equal(actual, right)
 
 
 def of_products(name: str) -> Callable[[bool], None]:

@@ -33,6 +33,7 @@ from gdn.ops.delta_step import problems as steps
 from gdn.ops.gates import problems as gates
 from gdn.ops.linear_recurrence import problems as linears
 from gdn.ops.linear_step import problems as linear_steps
+from gdn.ops.loss import portable as loss_row
 from gdn.ops.loss import problems as losses
 from gdn.ops.norm import problems as norms
 from gdn.ops.projection import problems as projections
@@ -119,8 +120,8 @@ CASES: dict[str, list[tuple[str, Build]]] = {
         linear("packed", "value", T=60, lengths=(7, 0, 53)),
     ],
     "convolved_qkv": short(qkvs)[:4],
-    "swiglu_linear": short(projections, "one row", "several blocks", "more than few rows", make="build_swiglu"),
-    "gated_rms_norm_linear": short(projections, "one row", "several blocks", "more than few rows", make="build_norm"),
+    "swiglu_linear": short(projections, "two rows", "several blocks", "more than few rows", make="build_swiglu"),
+    "gated_rms_norm_linear": short(projections, "two rows", "several blocks", "more than few rows", make="build_norm"),
     "windowed_sigmoid_attention": [sigmoid("plain"), sigmoid("packed", lengths=(60, 6))],
 }
 
@@ -128,8 +129,15 @@ CASES: dict[str, list[tuple[str, Build]]] = {
 PARTLY = {
     "gated_delta_product": [product("packed", 3, T=30, lengths=(1, 24, 0, 5), initial=True)],
     "linear_attention": [linear("padded width", "head", T=5, K=12, V=9)],
+    "linear_cross_entropy": short(losses)[:4],
 }
 """Calls whose kernels are replayed, and what stands before them is not."""
+
+
+@pytest.fixture(autouse=True)
+def narrow_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands for cuBLAS takes them on a CPU too."""
+    monkeypatch.setattr(loss_row, "_takes_narrow", lambda device: True)
 
 
 def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -232,13 +240,42 @@ def test_segments_and_slabs_are_replayed(
     assert len(replayed_here) >= 2 * 6
 
 
-FORESEEN = CASES | {"linear_cross_entropy": short(losses)[:3]}
-"""The loss is not replayed: its products write into what they are told to by name."""
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_loss_in_chunks_is_replayed(reduction: str, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which all but the first add to the gradient of the matrix."""
+    monkeypatch.setattr(loss_row, "CHUNK_LOGITS", 8 * 40)
+    monkeypatch.setattr(loss_row, "ROOMY", 2**62)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> dict[str, Tensor]:
+        x, weight = (torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16) for shape in ((20, 16), (40, 16)))
+        return {"x": x, "weight": weight, "targets": torch.randint(40, (20,), generator=generator).to(DEVICE)}
+
+    def train(arguments: dict[str, Tensor]) -> list[Tensor]:
+        leaves = [arguments[name].requires_grad_() for name in ("x", "weight")]
+        loss = ops.linear_cross_entropy(**arguments, reduction=reduction)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, 0.5))]
+
+    several = [drawn() for _ in range(3)]
+    with use(linear_cross_entropy="portable"):
+        expected = []
+        for arguments in several:
+            replay_known.forget()
+            expected.append(train(arguments))
+        assert not replayed_here
+        monkeypatch.setattr(opaque._Call, "_host", _not_again)
+        monkeypatch.setattr(opaque._Call, "_backward_host", _not_again)
+        for arguments, right in zip(several, expected, strict=True):
+            replayed_here.clear()
+            assert all(torch.equal(a, b) for a, b in zip(train(arguments), right, strict=True))
+            passes = 6 if reduction == "none" else 3
+            rest = [] if reduction == "none" else ["total_kernel", "scale_kernel", "scale_kernel"]
+            assert replayed_here == [*["softmax_kernel"] * passes, *rest]
 
 
 @pytest.mark.parametrize(
     ("name", "build"),
-    [pytest.param(n, b, id=f"{n}-{p}") for cases_of in (FORESEEN, PARTLY) for n, cases in cases_of.items() for p, b in cases],
+    [pytest.param(n, b, id=f"{n}-{p}") for cases_of in (CASES, PARTLY) for n, cases in cases_of.items() for p, b in cases],
 )
 def test_kernels_are_foreseen(name: str, build: Build, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first launch of each forward knows all compiled code that it and its backward will want, if what is usual has a gradient: the
@@ -454,7 +491,7 @@ def test_products_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: to
 
             def again(a: Tensor = a, b: Tensor = b, out: Tensor = out, multiply: Any = multiply) -> None:
                 out.zero_()
-                multiply(portable_product.handle(), a.data_ptr(), b.data_ptr(), out.data_ptr())
+                multiply(a.data_ptr(), b.data_ptr(), out.data_ptr())
 
             with torch.cuda.stream(torch.cuda.Stream()):
                 again()

@@ -4,6 +4,7 @@ As in chunked.py, a chunk's logits are made once and "mean" and "sum" take their
 float32 logits of a token into its loss and into the gradient of the logits, softmax minus one at the target, written over them: in bfloat16
 (the first half of each row) where both inputs are bfloat16 or autocast says so, so that all three products run on bfloat16 numbers with
 float32 sums. Factors that all tokens share come last, on dx and dW, so that the gradient of a logit never leaves the range of its type.
+What stands around the products is two kernels forward and two backward, so that a replay (gdn/core/replay.py) needs torch for nothing.
 """
 
 from __future__ import annotations
@@ -67,11 +68,25 @@ def softmax_kernel(
 
 
 @triton.jit
-def scale_kernel(x, factor, out, count, BLOCK: tl.constexpr):
-    """out = factor x, rounded once; the factor is on the device."""
+def total_kernel(losses, targets, total, share, count, ignored, BLOCK: tl.constexpr, MEAN: tl.constexpr):
+    """The sum of the losses, or with MEAN their mean over the tokens that count, and the share of one of them. Grid [1]: one order of sums."""
+    i = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    counts = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, count, BLOCK):
+        sums += tl.load(losses + start + i, mask=start + i < count, other=0.0)
+        counts += ((tl.load(targets + start + i, mask=start + i < count, other=ignored) != ignored) & (start + i < count)).to(tl.int32)
+    part = 1.0 / tl.maximum(tl.sum(counts, 0), 1).to(tl.float32) if MEAN else 1.0
+    tl.store(total, tl.sum(sums, 0) * part)
+    tl.store(share, part)
+
+
+@triton.jit
+def scale_kernel(x, slope, share, out, count, BLOCK: tl.constexpr):
+    """out = slope share x, rounded once; both factors are on the device. Grid [blocks]."""
     i = int64(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
-    tl.store(out + i, (value * tl.load(factor)).to(out.dtype.element_ty), mask=i < count)
+    tl.store(out + i, (value * (tl.load(slope) * tl.load(share))).to(out.dtype.element_ty), mask=i < count)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -86,15 +101,13 @@ def _forward(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str, narrow: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss; saved: dx, dW and the factor that both still lack."""
+    targets = targets.contiguous()
     losses, dx, dweight = _go_over(x, weight, targets, ignore_index, narrow, None, keep and reduction != "none")
-    if x.is_meta:  # launches are being foreseen: some of torch's operators without data import its compiler, which takes a second
-        return _fake(x, weight, targets, ignore_index, reduction, narrow, keep)
     if reduction == "none":
         return losses, dx, dweight, losses.new_empty(0)
-    if reduction == "sum":
-        return losses.sum(), dx, dweight, losses.new_ones(())
-    share = 1 / (targets != ignore_index).sum().clamp(min=1).float()
-    return losses.sum() * share, dx, dweight, share
+    total, share = losses.new_empty(()), losses.new_empty(())
+    launch(total_kernel, (1,), losses, targets, total, share, losses.numel(), ignore_index, BLOCK, reduction == "mean", warps=8)
+    return total, dx, dweight, share
 
 
 def _fake(
@@ -115,10 +128,9 @@ def _backward(args: tuple[Any, ...], saved: tuple[Tensor, ...], grads: Sequence[
     (dloss,) = grads
     assert dloss is not None
     if reduction == "none":
-        _, dx, dweight = _go_over(x, weight, targets, ignore_index, narrow, dloss.contiguous(), True)
+        _, dx, dweight = _go_over(x, weight, targets.contiguous(), ignore_index, narrow, dloss.contiguous(), True)
         return [dx.to(x.dtype), dweight.to(weight.dtype)]
-    factor = share if dloss.is_meta else dloss * share
-    return [_scaled(dx, factor, x.dtype), _scaled(dweight, factor, weight.dtype)]
+    return [_scaled(dx, dloss, share, x.dtype), _scaled(dweight, dloss, share, weight.dtype)]
 
 
 def _go_over(
@@ -127,10 +139,10 @@ def _go_over(
     """The loss of each token and, if asked for, the gradients of `sum of factors losses` (factors None: ones), all float32."""
     dtype = torch.bfloat16 if narrow else torch.float32
     tokens, vocab = x.shape[0], weight.shape[0]
-    x, weight, targets = x.to(dtype).contiguous(), weight.to(dtype).contiguous(), targets.contiguous()
+    x, weight = x.to(dtype).contiguous(), weight.to(dtype).contiguous()
     losses = torch.empty(tokens, dtype=torch.float32, device=x.device)
     dx = torch.empty(x.shape if backward else (0,), dtype=torch.float32, device=x.device)
-    dweight = torch.zeros(weight.shape if backward else (0,), dtype=torch.float32, device=x.device)
+    dweight = (torch.empty if tokens else torch.zeros)(weight.shape if backward else (0,), dtype=torch.float32, device=x.device)
     number = max(1, -(-tokens * vocab // chunk_logits(x.device)))
     size = -(-tokens // number)
     width = -(-vocab // 8) * 8
@@ -146,7 +158,7 @@ def _go_over(
         )  # fmt: skip
         if backward:
             multiply(gradients, weight, dx[start : start + size])
-            add_product(dweight, gradients.T, part)
+            multiply(gradients.T, part, dweight, added=start > 0)
     return losses, dx, dweight
 
 
@@ -156,36 +168,32 @@ def chunk_logits(device: torch.device) -> int:
     return 2 * CHUNK_LOGITS if roomy else CHUNK_LOGITS
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, summed and stored in float32 whatever a and b are."""
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, added: bool = False) -> None:
+    """out = a b, or added to it, summed and stored in float32 whatever a and b are."""
     if out.is_meta:
         return
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:  # where the interpreter runs
+    if a.dtype != torch.float32 and _takes_narrow(a.device):
+        if added:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif added:
+        out.addmm_(a.float(), b.float())
+    else:
         torch.mm(a.float(), b.float(), out=out)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b in float32."""
-    if total.is_meta:
-        return
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
+def _takes_narrow(device: torch.device) -> bool:
+    """Whether torch has products of 16 bits in float32 there. It has none on a CPU, where the interpreter runs."""
+    return device.type == "cuda"
 
 
-def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(x: Tensor, slope: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    launch(scale_kernel, (-(-x.numel() // 4096),), x, factor, out, x.numel(), 4096)
+    launch(scale_kernel, (-(-x.numel() // 4096),), x, slope, share, out, x.numel(), 4096)
     return out
 
 
 _LOSS = Opaque(
-    "gdn::linear_cross_entropy_portable", _forward, _backward, fake=_fake, results=1, differentiable=("x", "weight"), foreseen=True
+    "gdn::linear_cross_entropy_portable", _forward, _backward, fake=_fake, results=1, differentiable=("x", "weight"), replay=True
 )
