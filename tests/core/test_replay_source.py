@@ -25,7 +25,7 @@ def source_of(handed: list[Any], factor: float, shape: tuple[int, ...], *, packe
     source.allocate(3, (2, 3), (1, 2), torch.float32)
     arguments = [source.address(0), source.constant(factor), source.address(2), source.address(2, 8)]
     source.launch(lambda *given: handed.append(given), (7, 1, 1), ("function", None), arguments, packed)
-    source.operator(4, torch.add, ["x0", source.constant(2)], {"alpha": 3})
+    source.operator(4, torch.add, ["x0", source.constant(2)], {"alpha": source.constant(3)})
     source.operator(None, torch.Tensor.zero_, ["x1"], {})
     source.launch(lambda *given: handed.append(given), (1, 2, 3), (), [source.address(4)], packed)
     return replaying(source.finish([4, None, 2, 3]), given=2)
