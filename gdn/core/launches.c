@@ -337,7 +337,7 @@ typedef struct {
 static void product_free(PyObject *capsule)
 {
     Product *product = PyCapsule_GetPointer(capsule, PRODUCT);
-    Py_XDECREF(product->handle);
+    Py_DECREF(product->handle);
     free(product);
 }
 
@@ -407,7 +407,8 @@ static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
 
 static PyMethodDef METHODS[] = {
     {"plan", make_plan, METH_VARARGS, "plan(kernels, addresses): how to launch them."},
-    {"product", make_product, METH_VARARGS, "product(library, handle, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading): how to multiply."},
+    {"product", make_product, METH_VARARGS,
+     "product(library, handle, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading): how to multiply."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -10,8 +10,8 @@
 In eager mode a call costs one `torch.autograd.Function`; without gradients it costs nothing. Under the compiler the same functions are
 `gdn::scaled` and `gdn::scaled_backward`, so that the graph never breaks. `InPlace` is the counterpart for kernels that write into their
 arguments. Both run with autocast off: a hand-written kernel chooses its own precision, and a matrix product that says float32 means it.
-With `replay=True` an eager call or its backward that is like one before is replayed (replay.py). With `foreseen=True` the Triton kernels of
-both are compiled at the same time (foresight.py), from the first launch on, or under the compiler while it still traces.
+With `replay=True` an eager call or its backward that is like one before is replayed (replay.py), and the Triton kernels of both are
+compiled at the same time (foresight.py), from the first launch on, or under the compiler while it still traces.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class Opaque(_Kernels):
         without: the arguments that backward gets as None, so that nothing keeps them alive, each with the place among the saved tensors of
             one of its shape and dtype.
         saved_results: how many of the results, the last ones, are saved too, before what else is.
-        replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay_known.signature`.
-        foreseen: a promise: which Triton kernels both launch follows from what meta tensors have too. By default like `replay`.
+        replay: a promise: both launch kernels by `portable_launch.launch` alone, and decide by their arguments' `replay_known.signature`;
+            which kernels follows from what meta tensors have too.
         expected: how many of the results usually have a gradient: the kernels of the backward are compiled ahead for these.
     """
 
@@ -113,7 +113,6 @@ class Opaque(_Kernels):
         without: Mapping[str, int] | None = None,
         saved_results: int = 0,
         replay: bool = False,
-        foreseen: bool | None = None,
         expected: int | None = None,
     ) -> None:
         super().__init__(replay)
@@ -124,8 +123,7 @@ class Opaque(_Kernels):
         self._hosts = forward, backward
         self.forward = _without_autocast(forward)
         self.backward = _without_autocast(backward)
-        self._foreseen = replay if foreseen is None else foreseen
-        if self._foreseen:
+        if replay:
             self.forward = _foreseeing(self.forward, self._launches)
             self.backward = _foreseeing(self.backward, self._backward_launches)
         self.fake = fake
@@ -181,7 +179,7 @@ class Opaque(_Kernels):
 
     def _traced(self, *args: Any) -> Tensors:
         """`fake`, and what will run begins to be compiled."""
-        if self._foreseen and torch.cuda.is_initialized():
+        if self._replay and torch.cuda.is_initialized():
             self._compile_ahead(args)
         return self.fake(*args)
 

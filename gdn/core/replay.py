@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from gdn.core.foresight import without_modes
 from gdn.core.portable_plan import Kernel, plan
-from gdn.core.portable_product import Multiply, multiplied
+from gdn.core.portable_product import Multiply, multiplied, ordinary
 from gdn.core.replay_known import MISS, Known, Table, distinct, signature
 from gdn.core.replay_source import Body, Source, replaying
 
@@ -64,6 +64,17 @@ def recorder() -> Recorder | None:
     """The one that sees what happens now."""
     mode = _get_current_dispatch_mode()
     return mode if isinstance(mode, Recorder) else None
+
+
+def may_multiply() -> bool:
+    """Whether a host may multiply matrices by a kernel of its own: torch's products are as they are by default. What is being written down
+    holds as long as they are."""
+    seen = recorder()
+    if not ordinary():
+        return False
+    if seen is not None:
+        seen.products = True
+    return True
 
 
 Address = tuple[int, int]
@@ -147,15 +158,13 @@ class Recording:
     fresh: dict[int, _Fresh]
     steps: Sequence[Step]
     results: int | Sequence[int | None]
+    products: bool = False
+    """Whether it is so only while torch's settings are `ordinary` (portable_product.py)."""
 
     @property
     def launches_only(self) -> bool:
         """Products too: nothing that torch has to do."""
         return not any(isinstance(step, _Operator) for step in self.steps)
-
-    @property
-    def products(self) -> bool:
-        return any(isinstance(step, _Product) for step in self.steps)
 
     def body(self) -> Body:
         """It, done again."""
@@ -314,13 +323,12 @@ class Recorder(_Mode):
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
-        self.refused = False
+        self.refused = self.products = False
         self._device = tensors[0].device
         self._held: list[Tensor] = []
         self._names: dict[int, int] = {}
         self._memory: dict[int, int | None] = {}
         self._fresh: list[int] = []
-        self._made: set[int] = set()
         self._parts: set[int | None] = set()
         """Views of what was given."""
         self._steps: list[Step] = []
@@ -330,7 +338,7 @@ class Recorder(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
-        product = _product(func, args, named)
+        product = _asked(func, args, named)
         if product is not None:
             return self._product(*product)
         out = func(*args, **named)
@@ -358,7 +366,7 @@ class Recorder(_Mode):
         if self.refused or not self._parts.isdisjoint(places):
             return None
         fresh = {i: _fresh(self._held[i]) for i in self._fresh}
-        return Recording(self._device, self._given, len(self._held), fresh, self._steps, places)
+        return Recording(self._device, self._given, len(self._held), fresh, self._steps, places, self.products)
 
     def _hold(self, x: Tensor) -> int:
         """One more tensor, and it is known by itself and by its memory, if that is its alone."""
@@ -377,12 +385,12 @@ class Recorder(_Mode):
         makes = None
         if id(out) not in self._names and not any(out is a for _, a in given):
             makes = self._hold(out)
-            self._made.add(makes)
         without = {n: None if isinstance(a, Tensor) else a for n, a in named.items()}
         self._steps.append(_Operator(func, [None if isinstance(a, Tensor) else a for a in args], without, tensors, makes))
 
     def _product(self, left: Tensor, right: Tensor, into: Tensor | None, out: Tensor, multiply: Multiply) -> Tensor:
         self.refused |= out.device != self._device
+        self.products = True
         factors = [self._address(x) for x in (left, right)]
         if into is None:
             self._fresh.append(self._hold(out))
@@ -411,10 +419,7 @@ class Recorder(_Mode):
         if known is not None:
             return known, 0
         base = self._base(x)
-        offset = _bytes_before(x) - _bytes_before(self._held[base])
-        if offset and base in self._made:
-            self.refused = True  # unknown until the step that makes it
-        return base, offset
+        return base, _bytes_before(x) - _bytes_before(self._held[base])
 
     def _place(self, x: Tensor) -> int:
         """Which tensor x is. A view is one more."""
@@ -439,16 +444,17 @@ class Recorder(_Mode):
         i = len(self._held)
         self._held.append(x)
         self._names[id(x)] = i
-        self._made.add(i)
         return i
 
 
-def _product(func: Any, args: Sequence[Any], named: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Multiply] | None:
+def _asked(func: Any, args: Sequence[Any], named: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Multiply] | None:
     """Of an operator that multiplies matrices: both factors, into what, the product and its repetition. None where that is for torch."""
-    into, added = named.get("out"), func is _PRODUCT_ADDED
-    if added and (args[0] is not into or len(named) > 1):  # to something else, or with factors
+    if func not in (_MATRIX_PRODUCT, _PRODUCT_INTO, _PRODUCT_ADDED):
         return None
-    if func is not _MATRIX_PRODUCT and (func not in (_PRODUCT_INTO, _PRODUCT_ADDED) or into is None or into.dtype != args[-1]):
+    into, added = named.get("out"), func is _PRODUCT_ADDED
+    if into is not None and into.dtype != args[-1]:
+        return None
+    if added and (args[0] is not into or len(named) > 1):  # to something else, or with factors
         return None
     left, right = args[1:3] if added else args[:2]
     made = multiplied(left, right, into, added=added)
@@ -558,7 +564,7 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
     if not reshaped.isdisjoint([results] if isinstance(results, int) else results):
         return None
     ends = held[results] if isinstance(results, int) else [held[i] for i in results]
-    return Recording(recordings[0].device, given, given + len(fresh), fresh, steps, ends)
+    return Recording(recordings[0].device, given, given + len(fresh), fresh, steps, ends, any(r.products for r in recordings))
 
 
 class Witness(_Mode):

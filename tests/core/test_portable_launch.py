@@ -36,9 +36,11 @@ def kinds(argument: Any, constant: bool = False) -> Any:
 
 def test_kinds_of_integers_have_different_keys() -> None:
     """One is compiled in as a constant, so its code must serve no multiple of 16; as a key, `True` would be 1."""
-    assert len({integer_kind(n) for n in (1, 16, 17, 2**31 + 1, 2**31)}) == 5
-    assert integer_kind(16) == integer_kind(0) == integer_kind(64)
-    assert len({kinds(n) for n in (1, 16, 17, 2**32 + 1, 2**32)}) == 5
+    for large in (2**31, -(2**31) - 16):
+        assert len({integer_kind(n) for n in (1, 16, 17, large + 1, large)}) == 5
+        assert len({kinds(n) for n in (1, 16, 17, large + 1, large)}) == 5
+    assert integer_kind(16) == integer_kind(0) == integer_kind(64) == integer_kind(-32)
+    assert integer_kind(-100) == integer_kind(-1) == integer_kind(17)
     assert kinds(17, constant=True) != kinds(18, constant=True)
 
 

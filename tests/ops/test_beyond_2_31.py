@@ -389,7 +389,7 @@ def product_step() -> Case:
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """How the loss scales its gradients."""
-    return loss._scaled(x, factor, torch.bfloat16)
+    return loss._scaled(x, factor, factor.new_ones(()), torch.bfloat16)
 
 
 def angles(T: int) -> Shapes:

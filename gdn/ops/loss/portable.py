@@ -4,7 +4,8 @@ As in chunked.py, a chunk's logits are made once and "mean" and "sum" take their
 float32 logits of a token into its loss and into the gradient of the logits, softmax minus one at the target, written over them: in bfloat16
 (the first half of each row) where both inputs are bfloat16 or autocast says so, so that all three products run on bfloat16 numbers with
 float32 sums. Factors that all tokens share come last, on dx and dW, so that the gradient of a logit never leaves the range of its type.
-What stands around the products is two kernels forward and two backward, so that a replay (gdn/core/replay.py) needs torch for nothing.
+With "mean" and "sum" of dense bfloat16 what stands around the products is two kernels forward and two backward, and a replay
+(gdn/core/replay.py) needs torch for nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def total_kernel(losses, targets, total, share, count, ignored, BLOCK: tl.conste
     counts = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, count, BLOCK):
         sums += tl.load(losses + start + i, mask=start + i < count, other=0.0)
-        counts += ((tl.load(targets + start + i, mask=start + i < count, other=ignored) != ignored) & (start + i < count)).to(tl.int32)
+        counts += (tl.load(targets + start + i, mask=start + i < count, other=ignored) != ignored).to(tl.int32)
     part = 1.0 / tl.maximum(tl.sum(counts, 0), 1).to(tl.float32) if MEAN else 1.0
     tl.store(total, tl.sum(sums, 0) * part)
     tl.store(share, part)

@@ -1,5 +1,5 @@
-"""In Triton, any GPU from sm_80 on; the matrix products by torch, but for those of a few tokens (portable_few.py). One pass of the backward makes gradients and, over the gradient of the
-product, the product itself."""
+"""In Triton, any GPU from sm_80 on; the matrix products by torch, but for those of a few tokens (portable_few.py). One pass of the backward
+makes gradients and, over the gradient of the product, the product itself."""
 
 from __future__ import annotations
 

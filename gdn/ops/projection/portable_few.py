@@ -2,8 +2,8 @@
 
 For one or two, what stands before the matrix and the product are one kernel: a program has some rows of the matrix and goes along them, and
 makes again what stands before, which is cheap, saves a kernel and the way through memory, and takes the GPU two thirds to four fifths of both.
-For up to `MOST_TOKENS`, by when tensor cores pay, the product is a kernel that takes the GPU as long as cuBLAS does, and the host less: a
-replay hands it to the driver together with the kernel before.
+For up to `MOST_TOKENS` of 16 bits the product is a kernel that takes the GPU as long as cuBLAS does, and the host less: a replay hands it to
+the driver together with the kernel before. Torch multiplies where its products are not to be as by default (`may_multiply`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ from gdn.core import device
 from gdn.core.portable_launch import launch
 from gdn.core.portable_math import int64, sigmoid
 from gdn.core.portable_rows import power_of_two, rows
+from gdn.core.replay import may_multiply
 
 FUSED_TOKENS, MOST_TOKENS = 2, 64
 ROWS, COLUMNS, STAGES = 8, 512, 3
 """Of the matrix, a program's at a time where all is one kernel, and how many times ahead it reads. For 2048 rows of 5632 columns and one
 token 13.7 us on an H200, with 16.2 us for reading no further ahead."""
-PRODUCT_ROWS, PRODUCT_STAGES, LEAST_DOT = 16, 4, 16
+PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_STAGES = 16, 256, 4
+"""Of the kernel that multiplies alone; half of the columns where shared memory is small. For 2048 rows of 5632 columns and 8, 32, 64 and 128
+tokens 16.5, 16.4, 17.4 and 27.6 us on an H200, cuBLAS 16.6, 16.2, 16.4 and 17.5; of 2048 columns 9.8, 9.7, 9.9 and 13.6, cuBLAS 9.8, 9.7, 10.0
+and 10.0."""
+LEAST_DOT = 16
+"""Tokens of a product on tensor cores."""
 
 
 @triton.jit
 def write(y, total, count, M, BT: tl.constexpr, BM: tl.constexpr):
     """y [count, M] out of numbers [BT, BM, columns] that are to be added up."""
-    t = tl.arange(0, BT)
+    t = int64(tl.arange(0, BT))
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     tl.store(y + t[:, None] * M + m[None, :], tl.sum(total, 2).to(y.dtype.element_ty), mask=(t < count)[:, None] & (m < M)[None, :])
 
@@ -36,7 +42,7 @@ def write(y, total, count, M, BT: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def swiglu_linear_kernel(x, weight, y, count, N, M, BT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):
     """x [count, 2 N], weight [M, N], y [count, M]. Grid [blocks of M]."""
-    t = tl.arange(0, BT)
+    t = int64(tl.arange(0, BT))
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     total = tl.zeros((BT, BM, BN), tl.float32)
     for start in tl.range(0, N, BN, num_stages=STAGES):
@@ -74,6 +80,7 @@ def gated_rms_norm_linear_kernel(
         z = z.to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps)
         h = value * scale[:, None] * factor * (z * sigmoid(z) if SILU else sigmoid(z))
+        h = tl.where(valid, h, 0.0)  # the scale of a head that is none may be infinite
         h = tl.reshape(h.to(x.dtype.element_ty), (BT, BH * BD)).to(tl.float32)
         total += h[:, None, :] * w.to(tl.float32)[None, :, :]
     write(y, total, count, M, BT, BM)
@@ -82,15 +89,15 @@ def gated_rms_norm_linear_kernel(
 @triton.jit
 def linear_kernel(h, weight, y, count, N, M, BT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """h [count, N], weight [M, N], y [count, M]. Grid [blocks of M]."""
-    t = tl.arange(0, BT)
+    t = int64(tl.arange(0, BT))
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     total = tl.zeros((BT, BM), tl.float32)
     for start in range(0, N, BN):
         c = start + tl.arange(0, BN)
         w = tl.load(weight + int64(m)[:, None] * N + c[None, :], mask=(m < M)[:, None] & (c < N)[None, :], other=0.0)
-        of_tokens = tl.load(h + int64(t)[:, None] * N + c[None, :], mask=(t < count)[:, None] & (c < N)[None, :], other=0.0)
+        of_tokens = tl.load(h + t[:, None] * N + c[None, :], mask=(t < count)[:, None] & (c < N)[None, :], other=0.0)
         total = tl.dot(of_tokens, tl.trans(w), total)
-    tl.store(y + int64(t)[:, None] * M + m[None, :], total.to(y.dtype.element_ty), mask=(t < count)[:, None] & (m < M)[None, :])
+    tl.store(y + t[:, None] * M + m[None, :], total.to(y.dtype.element_ty), mask=(t < count)[:, None] & (m < M)[None, :])
 
 
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor | None:
@@ -124,14 +131,14 @@ def gated_rms_norm_linear(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: 
     return y
 
 
-def linear(h: Tensor, weight: Tensor) -> Tensor | None:
-    """`h weight^T` of a dense h `[..., N]`; None where torch is to multiply."""
+def linear(h: Tensor, weight: Tensor) -> Tensor:
+    """`h weight^T` of a dense h `[..., N]`."""
     M, N = weight.shape
     count = h.shape[:-1].numel()
     if h.dtype not in (torch.float16, torch.bfloat16) or not _few(count, MOST_TOKENS, weight):
-        return None
+        return torch.matmul(h, weight.T)
     y = torch.empty((*h.shape[:-1], M), dtype=h.dtype, device=h.device)
-    columns = 256 if device.room(h.device.index or 0) > device.SMALL else 128
+    columns = PRODUCT_COLUMNS if device.room(h.device.index or 0) > device.SMALL else PRODUCT_COLUMNS // 2
     launch(
         linear_kernel, (-(-M // PRODUCT_ROWS),), h, weight, y, count, N, M, max(LEAST_DOT, power_of_two(count)), PRODUCT_ROWS, columns,
         warps=4, stages=PRODUCT_STAGES,
@@ -140,5 +147,5 @@ def linear(h: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def _few(count: int, most: int, weight: Tensor) -> bool:
-    """Whether there is anything to do, and a matrix that need not be copied."""
-    return 0 < count <= most and weight.numel() > 0 and weight.is_contiguous()
+    """Whether there are no more tokens, and a matrix that need not be copied."""
+    return count <= most and weight.is_contiguous() and may_multiply()

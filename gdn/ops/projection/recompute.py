@@ -15,14 +15,11 @@ SwiGLUBackward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From x `[..., 2 N]` and the gradient of the product `[..., N]`, which it may overwrite: the gradient of x, and the product."""
 NormForward = Callable[[Tensor, Tensor, Tensor, float, bool, bool], tuple[Tensor, Tensor]]
 """From `(x, gate, norm_weight, eps, silu, keep)`: the gated norm, and one number a vector."""
-Linear = Callable[[Tensor, Tensor], Tensor | None]
-"""From h `[..., N]`, dense, and weight `[M, N]`: `h weight^T`, or None where torch is to multiply."""
 NormBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, bool], tuple[Sequence[Tensor | None], Tensor]]
 """From `(x, gate, norm_weight, inverse, slope, eps, silu)`: gradients of the first three, and the gated norm."""
 
-
-def _nothing(*_: Any) -> None:
-    """In place of a way that there is not."""
+Linear = Callable[[Tensor, Tensor], Tensor]
+"""From h `[..., N]`, dense, and weight `[M, N]`: `h weight^T`."""
 
 
 def swiglu_linear(
@@ -30,15 +27,17 @@ def swiglu_linear(
     product: Callable[[Tensor], Tensor],
     backward: SwiGLUBackward,
     *,
-    whole: Callable[[Tensor, Tensor], Tensor | None] = _nothing,
-    linear: Linear = _nothing,
+    whole: Callable[[Tensor, Tensor], Tensor | None] | None = None,
+    linear: Linear | None = None,
     replay: bool = False,
 ) -> Opaque:
-    """`swiglu_linear` out of the product of gates and inputs, or from `whole` where that gives it. `replay` as for `Opaque`."""
+    """`swiglu_linear` out of the product of gates and inputs and a matrix product, or from `whole` where that gives it. `replay` as for
+    `Opaque`."""
+    linear = linear or _linear
 
     def run(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor]:
-        y = whole(x, weight)
-        return (_multiplied(product(x), weight, linear) if y is None else y,)
+        y = None if whole is None else whole(x, weight)
+        return (linear(product(x), weight) if y is None else y,)
 
     def fake(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor]:
         return (x.new_empty((*x.shape[:-1], weight.shape[0])),)
@@ -58,18 +57,20 @@ def gated_rms_norm_linear(
     forward: NormForward,
     backward: NormBackward,
     *,
-    whole: Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], Tensor | None] = _nothing,
-    linear: Linear = _nothing,
+    whole: Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], Tensor | None] | None = None,
+    linear: Linear | None = None,
     replay: bool = False,
 ) -> Opaque:
-    """`gated_rms_norm_linear` out of the gated norm, or without gradients from `whole` where that gives it. `replay` as for `Opaque`."""
+    """`gated_rms_norm_linear` out of the gated norm and a matrix product, or without gradients from `whole` where that gives it. `replay`
+    as for `Opaque`."""
+    linear = linear or _linear
 
     def run(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
-        y = None if keep else whole(x, gate, norm_weight, weight, eps, silu)
+        y = None if keep or whole is None else whole(x, gate, norm_weight, weight, eps, silu)
         if y is not None:
             return y, x.new_empty(0, dtype=accumulate_dtype(x.dtype))
         h, inverse = forward(x, gate, norm_weight, eps, silu, keep)
-        return _multiplied(h.flatten(-2), weight, linear), inverse if keep else inverse.new_empty(0)
+        return linear(h.flatten(-2), weight), inverse if keep else inverse.new_empty(0)
 
     def fake(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, silu: bool, keep: bool) -> tuple[Tensor, Tensor]:
         inverse = x.new_empty((*x.shape[:-1], 1) if keep else (0,), dtype=accumulate_dtype(x.dtype))
@@ -83,11 +84,6 @@ def gated_rms_norm_linear(
         return [*of_norm, _weight_gradient(dy, h.flatten(-2))]
 
     return Opaque(name, run, gradients, fake=fake, results=1, differentiable=("x", "gate", "norm_weight", "weight"), replay=replay)
-
-
-def _multiplied(h: Tensor, weight: Tensor, linear: Linear) -> Tensor:
-    y = linear(h, weight)
-    return _linear(h, weight) if y is None else y
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
