@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -290,6 +291,15 @@ def test_a_product_is_handed_to_cublas_in_one_call(driver: Driver, monkeypatch: 
         product("libc.so.6", int, 0, *numbers)
     monkeypatch.setattr(torch.version, "cuda", "0.5")
     assert portable_product._multiply(0, *numbers) is None
+
+
+def test_a_product_keeps_no_handle(driver: Driver) -> None:
+    handle = 2**62
+    before = sys.getrefcount(handle)
+    multiply = portable_plan.module().product(FAKE, lambda: handle, 0, 14, 14, 0, 1, 5, 6, 7, 8, 9, 10)
+    for _ in range(5):
+        multiply(1, 2, 3)
+    assert sys.getrefcount(handle) == before and f"{handle}: math 0" in driver.log()
 
 
 def test_what_a_product_calls_lives_as_long_as_it(driver: Driver) -> None:

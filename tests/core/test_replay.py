@@ -811,6 +811,17 @@ def test_settings_of_torch_that_concern_products_are_followed(
     assert call(5) == ([], []), "as it was written down last"
 
 
+@pytest.mark.parametrize("name", ["mm", "mm.dtype_out", "addmm.dtype_out"])
+def test_each_operator_that_is_asked_for_products_may_be_the_user_s(name: str) -> None:
+    kernels = torch.library.Library("aten", "IMPL")
+    try:
+        kernels.impl(name, lambda *given, **named: given[0], "CUDA")
+        assert not portable_product.ordinary()
+    finally:
+        kernels._destroy()
+    assert portable_product.ordinary()
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_settings_are_followed_where_only_the_backward_multiplies(alone: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def backward(args: Arguments, saved: Any, grads: Any) -> list[Tensor | None]:

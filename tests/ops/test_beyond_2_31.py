@@ -37,6 +37,7 @@ from gdn.ops.gates import portable as gates
 from gdn.ops.linear_recurrence import portable_plan as plans
 from gdn.ops.loss import portable as loss
 from gdn.ops.projection import portable as projection
+from gdn.ops.projection import portable_few as few
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAST = 2**31
@@ -396,6 +397,7 @@ def angles(T: int) -> Shapes:
     return dict.fromkeys(("cos", "sin"), (T, WIDTH // 2))
 
 
+FEW, HUGE = {"weight": (16, 1024)}, {"weight": (2**21 + 16, 1024)}
 TURNED = {"more": angles, "wide": "cos sin", "fixed": "cos sin"}
 CASES = {
     "sigmoid attention": attention(),
@@ -448,6 +450,14 @@ CASES = {
         {"x": (2**21 + 2, 2048), "slope": (2**21 + 2, 1024)},
         fixed="*",
     ),
+    "few tokens, swiglu": Case(few.swiglu_linear, {"x": (2, 2048), **FEW}, HUGE, fixed="*"),
+    "few tokens, gated norm": Case(
+        lambda **given: few.gated_rms_norm_linear(**given, eps=1e-5, silu=True),
+        {"x": (2, 8, 128), "gate": (2, 8, 128), "norm_weight": (128,), **FEW},
+        HUGE,
+        fixed="*",
+    ),
+    "few tokens": Case(few.linear, {"h": (3, 1024), **FEW}, HUGE, fixed="*"),
     "scaled gradients of the loss": Case(scaled, {"x": (100,), "factor": ()}, {"x": (2**31 + 100,)}, wide="x factor", fixed="*"),
 }
 
@@ -478,7 +488,7 @@ def test_the_last_numbers_are_those_of_the_same_alone(name: str, only: Callable[
     expected, slopes = outcome(case, alone, None)
     only(case)
     found, _ = outcome(case, huge, slopes)
-    assert max(x.numel() for x in found) > LEAST
+    assert max(x.numel() for x in (*found, *huge.values()) if isinstance(x, Tensor)) > LEAST
     for i, (actual, result) in enumerate(zip(found, expected, strict=True)):
         assert same(last(actual, tuple(result.shape)), result), f"result {i}"
 

@@ -299,6 +299,30 @@ def test_loss_under_autocast_multiplies_bfloat16_and_keeps_float32_gradients() -
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(found[0][1:], found[1][1:]))
 
 
+def test_loss_under_autocast_to_float16_multiplies_as_without() -> None:
+    """Its products would overflow; bfloat16 is what is asked for (the contract says so)."""
+    arguments = build(losses.PROBLEMS[1], torch.float32)
+    with use(linear_cross_entropy="portable"), torch.autocast(DEVICE, torch.float16):
+        narrowed = linear_cross_entropy(**arguments)
+    with use(linear_cross_entropy="portable"):
+        assert torch.equal(narrowed, linear_cross_entropy(**arguments))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loss_of_targets_and_slopes_with_gaps(reduction: str, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
+    """Every second target, and a slope that is one number for all, as the gradient of a sum is."""
+    arguments = build(losses.PROBLEMS[1], dtype)
+    targets = arguments["targets"]
+    arguments["targets"] = torch.stack([targets, targets * 0 + 5], -1)[..., 0]
+
+    def summed(**given: Any) -> Tensor:
+        return linear_cross_entropy(**given, reduction=reduction).sum()
+
+    summed.__name__ = linear_cross_entropy.__name__
+    as_good_as_the_reference(summed, "portable", arguments)
+
+
 def test_loss_of_a_target_out_of_range_is_not_a_number() -> None:
     arguments = build(losses.PROBLEMS[1], torch.float32)
     targets = arguments["targets"].clone()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -99,17 +101,72 @@ def kernels(operator: Opaque, *arguments: Any) -> list[str]:
     return [launch.kernel.fn.__name__ for launch in written(operator._hosts[0], *arguments)[1]]
 
 
+def among(x: Tensor, before: int, after: int, *, rows: bool = False) -> Tensor:
+    """The same numbers among ones that are none, which a kernel must not read: in wider rows, and with `rows` with others after them."""
+    wide = torch.full((x.shape[0] + 3 * rows, before + x.shape[1] + after), math.nan, dtype=x.dtype, device=x.device)
+    wide[: x.shape[0], before : before + x.shape[1]] = x
+    return wide[: x.shape[0], before : before + x.shape[1]]
+
+
+@pytest.mark.parametrize(("heads", "width"), [(5, 24), (3, 12), (3, 8)])
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_few_heads_among_other_numbers(tokens: int, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
-    """What is normed and its gates as parts of wider tensors, as a layer's first matrix gives them."""
-    arguments = Problem(name="", shape=(1, tokens, 5, 24), M=20).build_norm(dtype=dtype, device=DEVICE)
-    for name in ("x", "gate"):
-        wide = torch.full((1, tokens, 300), 3.0, dtype=dtype, device=DEVICE)
-        wide[..., 8:128] = arguments[name].flatten(-2)
-        arguments[name] = wide[..., 8:128].unflatten(-1, (5, 24))
+def test_few_tokens_read_nothing_else(tokens: int, dtype: torch.dtype, heads: int, width: int, as_good_as_the_reference: Check) -> None:
+    """Heads and gates as parts of wider tensors, each of another, as a layer's first matrix gives them; factors with gaps; and beside the
+    matrix other numbers."""
+    arguments = Problem(name="", shape=(tokens, heads, width), M=20).build_norm(dtype=dtype, device=DEVICE)
+    for name, before, after in (("x", 8, 4), ("gate", 16, 40)):
+        arguments[name] = among(arguments[name].flatten(1), before, after).unflatten(1, (heads, width))
+    arguments["norm_weight"] = among(arguments["norm_weight"][:, None], 1, 1)[:, 0]
+    arguments["weight"] = among(arguments["weight"], 0, 0, rows=True)
     as_good_as_the_reference(gated_rms_norm_linear, "portable", arguments)
+    arguments = Problem(name="", shape=(tokens, heads, width), M=20).build_swiglu(dtype=dtype, device=DEVICE)
+    arguments = {"x": among(arguments["x"], 3, 5), "weight": among(arguments["weight"], 0, 0, rows=True)}
+    as_good_as_the_reference(swiglu_linear, "portable", arguments)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_smallest_eps_leaves_numbers(tokens: int) -> None:
+    """In float32 it is 0, and the programs of a few tokens have heads that are none."""
+    x = torch.ones(tokens, 3, 8, dtype=torch.bfloat16, device=DEVICE)
+    with torch.no_grad(), use(gated_rms_norm_linear="portable"):
+        y = gated_rms_norm_linear(x, 100 * x, x.new_ones(8), x.new_ones(5, 24), eps=1e-60)
+    assert torch.equal(y, torch.full_like(y, 2400.0))
+
+
+@pytest.mark.parametrize("call", ["swiglu", "norm"])
+def test_what_goes_into_the_matrix_is_rounded_for_few_tokens_too(call: str) -> None:
+    """Two numbers of it added up, so that it shows."""
+    portable = pytest.importorskip("gdn.ops.projection.portable")
+    problem = Problem(name="", shape=(2, 4, 16), M=32)
+    arguments = (problem.build_swiglu if call == "swiglu" else problem.build_norm)(dtype=torch.float16, device=DEVICE)
+    pairs = torch.eye(32, dtype=torch.float16, device=DEVICE).repeat_interleave(2, dim=1)
+    with torch.no_grad():
+        if call == "swiglu":
+            y, before = portable.swiglu_linear(arguments["x"], pairs), portable._product(arguments["x"])
+        else:
+            rest = [arguments[name] for name in ("x", "gate", "norm_weight")]
+            y = portable.gated_rms_norm_linear(*rest, pairs, 1e-5, True)
+            before = portable._norm(*rest, 1e-5, True, False)[0].flatten(1)
+    assert torch.equal(y, before.float().unflatten(1, (32, 2)).sum(2).half())
+
+
+@pytest.mark.parametrize("way", ["deterministic", "a product of the user's"])
+def test_torch_multiplies_where_its_products_are_not_as_by_default(way: str) -> None:
+    portable = pytest.importorskip("gdn.ops.projection.portable")
+    x, weight = torch.zeros(1, 96, dtype=torch.bfloat16), torch.zeros(10, 48, dtype=torch.bfloat16)
+    with ExitStack() as after:
+        if way == "deterministic":
+            after.callback(torch.use_deterministic_algorithms, False)
+            torch.use_deterministic_algorithms(True)
+        else:
+            products = torch.library.Library("aten", "IMPL")
+            after.callback(products._destroy)
+            products.impl("mm", lambda a, b: a, "CUDA")
+        for tokens in (1, 3):
+            assert kernels(portable._SWIGLU, x.expand(tokens, 96).clone(), weight, False) == ["swiglu_kernel"]
+    assert kernels(portable._SWIGLU, x, weight, False) == ["swiglu_linear_kernel"]
 
 
 def test_matches_torch() -> None:

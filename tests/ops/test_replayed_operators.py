@@ -240,20 +240,43 @@ def test_segments_and_slabs_are_replayed(
     assert len(replayed_here) >= 2 * 6
 
 
+def test_products_of_few_tokens_are_replayed_while_torch_has_its_own(replayed_here: list[str]) -> None:
+    """Not after a setting that concerns products: then torch multiplies."""
+
+    def kernels() -> list[str]:
+        replayed_here.clear()
+        x, weight = (torch.ones(shape, dtype=torch.bfloat16, device=DEVICE) for shape in ((1, 96), (10, 48)))
+        with torch.no_grad():
+            y = ops.swiglu_linear(x, weight)
+        torch.testing.assert_close(y, torch.full_like(y, 35.0), rtol=0.02, atol=0)
+        return replayed_here.copy()
+
+    with use(swiglu_linear="portable"):
+        assert [kernels() for _ in range(3)] == [[], ["swiglu_linear_kernel"], ["swiglu_linear_kernel"]]
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert [kernels() for _ in range(3)] == [[], ["swiglu_kernel"], ["swiglu_kernel"]]
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_loss_in_chunks_is_replayed(reduction: str, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which all but the first add to the gradient of the matrix."""
+def test_the_loss_in_chunks_is_replayed(reduction: str, autocast: bool, replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which all but the first add to the gradient of the matrix; of what torch has narrowed too."""
     monkeypatch.setattr(loss_row, "CHUNK_LOGITS", 8 * 40)
     monkeypatch.setattr(loss_row, "ROOMY", 2**62)
     generator = torch.Generator().manual_seed(0)
 
     def drawn() -> dict[str, Tensor]:
         x, weight = (torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16) for shape in ((20, 16), (40, 16)))
+        x, weight = (x.float(), weight.float()) if autocast else (x, weight)
         return {"x": x, "weight": weight, "targets": torch.randint(40, (20,), generator=generator).to(DEVICE)}
 
     def train(arguments: dict[str, Tensor]) -> list[Tensor]:
         leaves = [arguments[name].requires_grad_() for name in ("x", "weight")]
-        loss = ops.linear_cross_entropy(**arguments, reduction=reduction)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            loss = ops.linear_cross_entropy(**arguments, reduction=reduction)
         return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, 0.5))]
 
     several = [drawn() for _ in range(3)]

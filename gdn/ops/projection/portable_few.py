@@ -78,9 +78,8 @@ def gated_rms_norm_linear_kernel(
         value = tl.load(x + (r // x_group * x_outer + r % x_group * x_inner)[:, None] + d[None, :], mask=valid, other=0.0).to(tl.float32)
         z = tl.load(gate + (r // gate_group * gate_outer + r % gate_group * gate_inner)[:, None] + d[None, :], mask=valid, other=0.0)
         z = z.to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps)
-        h = value * scale[:, None] * factor * (z * sigmoid(z) if SILU else sigmoid(z))
-        h = tl.where(valid, h, 0.0)  # the scale of a head that is none may be infinite
+        square = tl.where(head < heads, tl.sum(value * value, 1) / D + eps, 1.0)  # eps may be 0 in float32
+        h = value * (1.0 / tl.sqrt(square))[:, None] * factor * (z * sigmoid(z) if SILU else sigmoid(z))
         h = tl.reshape(h.to(x.dtype.element_ty), (BT, BH * BD)).to(tl.float32)
         total += h[:, None, :] * w.to(tl.float32)[None, :, :]
     write(y, total, count, M, BT, BM)
