@@ -33,13 +33,16 @@ def quick_interpreter() -> Iterator[None]:
     from triton.runtime import interpreter
 
     compiled_check = TritonSemantic.binary_op_sanitize_overflow_impl
-    prepare, numpy_type, done = interpreter._patch_lang, functools.cache(interpreter._get_np_dtype), set[int]()
+    prepare, numpy_type = interpreter._patch_lang, functools.cache(interpreter._get_np_dtype)
+    done, scopes = set[int](), list[Any]()
 
     class Scope(interpreter._LangPatchScope):
-        """What one launch has changed; calls inside a kernel never restore."""
+        """What one launch has changed, and calls inside of its kernel, which never restore: of `tl.core`, for functions of Triton's own."""
 
         def restore(self) -> None:
-            super().restore()
+            for scope in reversed(scopes):
+                super(Scope, scope).restore()
+            scopes.clear()
             done.clear()
 
     def prepare_once(function: Any) -> Any:
@@ -47,7 +50,8 @@ def quick_interpreter() -> Iterator[None]:
         if seen and seen <= done:
             return None
         done.update(seen)
-        return prepare(function)
+        scopes.append(scope := prepare(function))
+        return scope
 
     def type_of(kind: Any) -> np.dtype[Any]:
         return np.dtype(np.uint64) if isinstance(kind.scalar, tl.pointer_type) else numpy_type(kind.scalar)

@@ -528,6 +528,26 @@ def test_products_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: to
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(1, 2048, 2048), (300, 200, 520), (3, 333, 77), (2048, 4096, 1536), (77, 1, 64)], ids=str)
+def test_products_in_float32_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Written, and added to what is there, also where rows are parts of wider ones."""
+    n, k, m = sizes
+    for a in (torch.randn(n, k, device=DEVICE, dtype=dtype), torch.randn(k, n, device=DEVICE, dtype=dtype).T):
+        b, there = torch.randn(m, k, device=DEVICE, dtype=dtype).T, torch.randn(n, m + 8, device=DEVICE)
+        for columns in (m, m + 8):
+            ours, theirs = (there.flatten()[: n * columns].clone().view(n, columns)[:, :m] for _ in range(2))
+            for added in (True, False):
+                made = portable_product.multiplied(a, b, ours, added=added)
+                assert made is not None and made[0] is ours, "cuBLAS is not asked"
+                if added:
+                    torch.addmm(theirs, a, b, out_dtype=torch.float32, out=theirs)
+                else:
+                    torch.mm(a, b, out_dtype=torch.float32, out=theirs)
+                assert torch.equal(ours, theirs)
+
+
+@gpu
 def test_products_wait_for_the_current_stream(replayed_here: list[str]) -> None:
     stream = torch.cuda.Stream()
     x, weight = torch.randn(128, 256, device=DEVICE, dtype=torch.bfloat16), torch.randn(48, 128, device=DEVICE, dtype=torch.bfloat16)
