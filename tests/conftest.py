@@ -121,9 +121,12 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def pointer(address: int, dtype: torch.dtype) -> Any:
         return SimpleNamespace(data_ptr=lambda: address, dtype=dtype)
 
+    # fmt: off
     def multiplying(
-        beta: int, kind: int, result: int, turned_a: bool, turned_b: bool, m: int, n: int, k: int, after_a: int, after_b: int, after_c: int
+        device: int, beta: int, kind: int, result: int, turned_a: bool, turned_b: bool,
+        m: int, n: int, k: int, after_a: int, after_b: int, after_c: int,
     ) -> Any:
+        # fmt: on
         def matrix(address: int, rows: int, columns: int, after: int, kind: int, turned: bool = False) -> torch.Tensor:
             rows, columns = (columns, rows) if turned else (rows, columns)
             assert after >= rows  # cuBLAS refuses others

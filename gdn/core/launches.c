@@ -10,11 +10,11 @@
    one stream, since a graph never runs twice at the same time, and goes over to another that is used three times in a row. In others, and while
    a stream is captured, the kernels are launched one after another.
 
-   product(library, handle, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading) -> multiply; multiply(a, b, c)
+   product(library, handle, device, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading) -> multiply; multiply(a, b, c)
 
    c = b' a' + beta c of cuBLAS, which goes by columns: c [m, n], b' [m, k] and a' [k, n], each perhaps turned, of these types (cudaDataType), and
    columns that are so far apart; sums in float32. The library is one that the process has loaded, by name. A call of `handle` gives cuBLAS's, for
-   this thread and the current stream. */
+   this thread and the current stream, which belong to that device. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -33,6 +33,7 @@ static CUresult (*launch_kernel)(CUfunction, unsigned, unsigned, unsigned, unsig
 static CUresult (*parameter_info)(CUfunction, size_t, size_t *, size_t *);
 static CUresult (*get_context)(CUcontext *);
 static CUresult (*set_context)(CUcontext);
+static CUresult (*retain_primary)(CUcontext *, CUdevice);
 static CUresult (*error_string)(CUresult, const char **);
 static CUresult (*is_capturing)(CUstream, CUstreamCaptureStatus *);
 static CUresult (*exchange_capture_mode)(CUstreamCaptureMode *);
@@ -52,6 +53,7 @@ static const struct {
     {"cuFuncGetParamInfo", &parameter_info},
     {"cuCtxGetCurrent", &get_context},
     {"cuCtxSetCurrent", &set_context},
+    {"cuDevicePrimaryCtxRetain", &retain_primary},
     {"cuGetErrorString", &error_string},
     {"cuStreamIsCapturing", &is_capturing},
     {"cuThreadExchangeStreamCaptureMode", &exchange_capture_mode},
@@ -379,8 +381,9 @@ static PyMethodDef MULTIPLY = {"multiply", (PyCFunction)(void (*)(void))multiply
 static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
 {
     const char *name;
+    int device;
     Product p = {0};
-    if (!PyArg_ParseTuple(args, "sOfiiiiiiiiii", &name, &p.handle, &p.beta, &p.type, &p.result, &p.turned[0], &p.turned[1], &p.m, &p.n, &p.k,
+    if (!PyArg_ParseTuple(args, "sOifiiiiiiiiii", &name, &p.handle, &device, &p.beta, &p.type, &p.result, &p.turned[0], &p.turned[1], &p.m, &p.n, &p.k,
                           &p.leading[0], &p.leading[1], &p.leading[2]))
         return NULL;
     void *library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
@@ -390,6 +393,9 @@ static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
     *(void **)&p.gemm = dlsym(library, "cublasGemmEx");
     if (!p.set_math_mode || !p.gemm)
         return PyErr_Format(PyExc_ImportError, "%s has no cublasGemmEx or no cublasSetMathMode", name);
+    get_context(&p.context);
+    if (!p.context && retain_primary(&p.context, device) != CUDA_SUCCESS) /* torch's, in a thread that has not used the device yet */
+        p.context = NULL;
     Product *kept = malloc(sizeof(p));
     if (!kept)
         return PyErr_NoMemory();
@@ -408,7 +414,7 @@ static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
 static PyMethodDef METHODS[] = {
     {"plan", make_plan, METH_VARARGS, "plan(kernels, addresses): how to launch them."},
     {"product", make_product, METH_VARARGS,
-     "product(library, handle, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading): how to multiply."},
+     "product(library, handle, device, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading): how to multiply."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -63,7 +63,7 @@ def multiplied(a: Tensor, b: Tensor, out: Tensor | None = None, *, added: bool =
     say what is wrong.
 
     Args:
-        out: where the product is written, in float32; by default a new tensor of the factors' dtype.
+        out: where the product is written, in float32 and more than a row or a column; by default a new tensor of the factors' dtype.
         added: to what is there.
     """
     alike = a.dtype == b.dtype and a.device == b.device and a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
@@ -74,13 +74,13 @@ def multiplied(a: Tensor, b: Tensor, out: Tensor | None = None, *, added: bool =
     if first is None or second is None or min(n, k, m) < 1:
         return None
     leading, result = m, _TYPES[a.dtype]
-    if out is not None:
-        fits = out.dtype == torch.float32 and out.device == a.device and out.shape == (n, m)
+    if out is not None:  # but torch has other ways to a row or a column in float32
+        fits = min(n, m) > 1 and out.dtype == torch.float32 and out.device == a.device and out.shape == (n, m)
         third = _columns(out) if fits else None
         if third is None or third[0]:
             return None
         leading, result = third[1], _FLOAT32
-    multiply = _multiply(int(added), _TYPES[a.dtype], result, first[0], second[0], m, n, k, first[1], second[1], leading)
+    multiply = _multiply(a.get_device(), int(added), _TYPES[a.dtype], result, first[0], second[0], m, n, k, first[1], second[1], leading)
     if multiply is None:
         return None
     if out is None:

@@ -95,6 +95,12 @@ CUresult cuCtxSetCurrent(CUcontext context)
     return CUDA_SUCCESS;
 }
 
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device)
+{
+    *context = (CUcontext)(uintptr_t)(100 + device);
+    return now("cuDevicePrimaryCtxRetain");
+}
+
 CUresult cuGetErrorString(CUresult error, const char **text)
 {
     *text = error == CUDA_ERROR_ILLEGAL_ADDRESS ? "an illegal address" : "no error";

@@ -128,6 +128,19 @@ def test_kernels_are_a_graph_from_the_third_call_on(driver: Driver) -> None:
     assert driver.log() == ["mode 2", "exec destroyed", "graph destroyed", "mode 0"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_product_found_out_in_a_thread_that_has_no_context_gets_the_primary_one(fails: bool, driver: Driver) -> None:
+    driver.context(0)
+    if fails:
+        driver.fail("cuDevicePrimaryCtxRetain", 2)
+    multiply = portable_plan.module().product(FAKE, lambda: driver.current(), 5, 0, 14, 14, 0, 1, 5, 6, 7, 8, 9, 10)
+    multiply(1, 2, 3)
+    assert driver.current() == (0 if fails else 105) and driver.log()[0] == f"{driver.current()}: math 0"
+    driver.context(1)
+    multiply(1, 2, 3)
+    assert driver.current() == 1
+
+
 @pytest.mark.parametrize("what", ["a plan", "a product"])
 def test_a_thread_that_has_no_context_gets_the_last_one(what: str, driver: Driver) -> None:
     """Before cuBLAS's handle is asked for, which torch warns of otherwise."""
@@ -138,7 +151,7 @@ def test_a_thread_that_has_no_context_gets_the_last_one(what: str, driver: Drive
         asked.append(driver.current())
         return 3
 
-    start = made() if what == "a plan" else portable_plan.module().product(FAKE, handle, 0, 14, 14, 1, 0, 5, 6, 7, 8, 9, 10)
+    start = made() if what == "a plan" else portable_plan.module().product(FAKE, handle, 0, 0, 14, 14, 1, 0, 5, 6, 7, 8, 9, 10)
     if what == "a product":
         start(1, 2, 3)
 
@@ -263,10 +276,10 @@ def test_a_product_is_handed_to_cublas_in_one_call(driver: Driver, monkeypatch: 
     numbers = (14, 0, 1, 0, 5, 6, 7, 8, 9, 10)  # dtypes, turned or not, sizes, from column to column
     product, handles = portable_plan.module().product, [2**63, 4]  # the fake driver has what of cuBLAS is asked for
     for beta, (a, b, c) in enumerate([(1000, 2000, 2**63), (10, 20, 30)]):
-        product(FAKE, lambda beta=beta: handles[beta], beta, *numbers)(a, b, c)
+        product(FAKE, lambda beta=beta: handles[beta], 0, beta, *numbers)(a, b, c)
         made = f"{handles[beta]}: 5x6x7 1*{b}(1,14,8)*{a}(0,14,9)+{beta}*{c}(0,10) by 68 with 99"
         assert driver.log() == [f"{handles[beta]}: math 0", made]
-    multiply = product(FAKE, handles.pop, 0, *numbers)
+    multiply = product(FAKE, handles.pop, 0, 0, *numbers)
     driver.fail("cublasGemmEx", 13)
     with pytest.raises(RuntimeError, match=r"cuBLAS could not multiply \[6, 7\] by \[7, 5\]: status 13"):
         multiply(1, 2, 3)
@@ -283,20 +296,20 @@ def test_a_product_is_handed_to_cublas_in_one_call(driver: Driver, monkeypatch: 
         with pytest.raises((TypeError, OverflowError)):
             multiply(*wrong)
     with pytest.raises(TypeError):
-        product(FAKE, lambda: "handle", 0, *numbers)(1, 2, 3)
+        product(FAKE, lambda: "handle", 0, 0, *numbers)(1, 2, 3)
     assert driver.log() == []
     with pytest.raises(ImportError, match=r"libcublas\.so\.0 is not loaded"):
-        product("libcublas.so.0", int, 0, *numbers)
+        product("libcublas.so.0", int, 0, 0, *numbers)
     with pytest.raises(ImportError, match=r"libc\.so\.6 has no cublasGemmEx or no cublasSetMathMode"):
-        product("libc.so.6", int, 0, *numbers)
+        product("libc.so.6", int, 0, 0, *numbers)
     monkeypatch.setattr(torch.version, "cuda", "0.5")
-    assert portable_product._multiply(0, *numbers) is None
+    assert portable_product._multiply(0, 0, *numbers) is None
 
 
 def test_a_product_keeps_no_handle(driver: Driver) -> None:
     handle = 2**62
     before = sys.getrefcount(handle)
-    multiply = portable_plan.module().product(FAKE, lambda: handle, 0, 14, 14, 0, 1, 5, 6, 7, 8, 9, 10)
+    multiply = portable_plan.module().product(FAKE, lambda: handle, 0, 0, 14, 14, 0, 1, 5, 6, 7, 8, 9, 10)
     for _ in range(5):
         multiply(1, 2, 3)
     assert sys.getrefcount(handle) == before and f"{handle}: math 0" in driver.log()
@@ -308,7 +321,7 @@ def test_what_a_product_calls_lives_as_long_as_it(driver: Driver) -> None:
             return 3
 
     seen = weakref.ref(handle := Handle())
-    multiply = portable_plan.module().product(FAKE, handle, 0, 14, 0, 1, 0, 5, 6, 7, 8, 9, 10)
+    multiply = portable_plan.module().product(FAKE, handle, 0, 0, 14, 0, 1, 0, 5, 6, 7, 8, 9, 10)
     del handle
     multiply(1, 2, 3)
     assert driver.log()[0] == "3: math 0" and seen() is not None

@@ -573,6 +573,8 @@ def test_cublas_is_asked_for_products_in_float32(dtype: torch.dtype, added: bool
         numbers(2, 15).view(3, 5).to("meta"),
     ):
         assert portable_product.multiplied(a, b, wrong, added=added) is None
+    assert portable_product.multiplied(a[:1], b, numbers(2, 5).view(1, 5), added=added) is None
+    assert portable_product.multiplied(a, b[:, :1], numbers(2, 3).view(3, 1), added=added) is None
 
 
 @pytest.mark.parametrize("gaps", GAPS)
@@ -597,7 +599,7 @@ def test_products_of_sizes_beyond_32_bits_are_left_to_torch(monkeypatch: pytest.
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(portable_plan, "module", lambda: SimpleNamespace(product=lambda *given: asked.append(given) or "multiply"))
-    numbers = (0, 14, 14, True, False, 5, 6, 7, 8, 9, 10)
+    numbers = (0, 0, 14, 14, True, False, 5, 6, 7, 8, 9, 10)
     assert portable_product._multiply(*numbers) == "multiply"
     assert asked == [("libcublas.so.13", portable_product._handle, *numbers)]
     assert portable_product._multiply(*numbers[:-1], 2**31 - 1) == "multiply"

@@ -529,7 +529,7 @@ def test_products_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: to
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", [(1, 2048, 2048), (300, 200, 520), (3, 333, 77), (2048, 4096, 1536), (77, 1, 64)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2048, 2048), (300, 200, 520), (3, 333, 77), (2048, 4096, 1536), (77, 1, 64), (5, 64, 2)], ids=str)
 def test_products_in_float32_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Written, and added to what is there, also where rows are parts of wider ones."""
     n, k, m = sizes
