@@ -48,7 +48,7 @@ def quick_interpreter() -> Iterator[None]:
     def prepare_once(function: Any) -> Any:
         seen = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
         if seen and seen <= done:
-            return None
+            return Scope()
         done.update(seen)
         scopes.append(scope := prepare(function))
         return scope

@@ -394,7 +394,8 @@ static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
     if (!p.set_math_mode || !p.gemm)
         return PyErr_Format(PyExc_ImportError, "%s has no cublasGemmEx or no cublasSetMathMode", name);
     get_context(&p.context);
-    if (!p.context && retain_primary(&p.context, device) != CUDA_SUCCESS) /* torch's, in a thread that has not used the device yet */
+    /* torch's, in a thread that has not used the device yet; it is never let go, as torch never ends it */
+    if (!p.context && retain_primary(&p.context, device) != CUDA_SUCCESS)
         p.context = NULL;
     Product *kept = malloc(sizeof(p));
     if (!kept)

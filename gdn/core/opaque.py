@@ -29,8 +29,9 @@ from torch.autograd import forward_ad
 
 from gdn.core import replay_known
 from gdn.core.foresight import Launches, begin, foreseeing, written
+from gdn.core.portable_product import ordinary, untouched
 from gdn.core.replay import Recording, record, witness
-from gdn.core.replay_known import MISS, Known, Table, distinct, signature
+from gdn.core.replay_known import MISS, Conditions, Known, Table, distinct, signature
 
 Arguments = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
@@ -335,9 +336,11 @@ class _Call:
         return self._recorded if self.keep else self.replay_forward or self.forward
 
     @property
-    def products(self) -> bool:
-        """As far as is known before it is written down, which another call may do."""
-        return self.replay and (self._recording is None or self._recording.products)
+    def conditions(self) -> Conditions:
+        """Before it is written down, which another call may do, those that it may have."""
+        if self._recording is not None:
+            return self._recording.conditions
+        return frozenset((ask, ask()) for ask in (ordinary, untouched)) if self.replay else frozenset()
 
     def launches(self) -> Recording | None:
         return self._recording if self._recording is not None and self._recording.launches_only and not self.keep else None

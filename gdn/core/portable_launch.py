@@ -54,7 +54,7 @@ _without_tensor_memory = 0
 """Threads that compile without it."""
 _CONSTANT, _PLAIN, _SPECIAL = range(3)
 _PARAMETERS: dict[Any, tuple[int, ...]] = {}
-_LARGEST_INT32 = 2**31 - 1
+_LEAST_INT32, _LARGEST_INT32 = -(2**31), 2**31 - 1
 
 
 def launch(
@@ -194,7 +194,7 @@ def integer_kind(n: int) -> int:
 
     Numbers, since `True == 1`: keys of 1 and of a multiple of 16 must differ.
     """
-    return 1 if n == 1 else (16 if n % 16 == 0 else 0) + (0 if -_LARGEST_INT32 <= n <= _LARGEST_INT32 else 2)
+    return 1 if n == 1 else (16 if n % 16 == 0 else 0) + (0 if _LEAST_INT32 <= n <= _LARGEST_INT32 else 2)
 
 
 def _kinds(kernel: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
@@ -218,7 +218,7 @@ def _kinds(kernel: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
             kinds.append(argument.dtype if address % 16 == 0 else (argument.dtype,))
         elif isinstance(argument, int):
             kind = integer_kind(argument) if parameter == _SPECIAL else 0
-            kinds.append(kind if -_LARGEST_INT32 <= argument <= _LARGEST_INT32 else (kind,))
+            kinds.append(kind if _LEAST_INT32 <= argument <= _LARGEST_INT32 else (kind,))
         else:
             kinds.append(type(argument))
     return kinds, plain

@@ -54,8 +54,13 @@ def ordinary() -> bool:
         and _reduced_bf16() == _BOTH
         and _reduced16() == _BOTH
         and not (_accumulates16() or _tuned() or _deterministic())
-        and _OVERRIDES.isdisjoint(_OPERATORS)
+        and untouched()
     )
+
+
+def untouched() -> bool:
+    """Whether no user has put a kernel of his own in place of torch's products."""
+    return _OVERRIDES.isdisjoint(_OPERATORS)
 
 
 def multiplied(a: Tensor, b: Tensor, out: Tensor | None = None, *, added: bool = False) -> tuple[Tensor, Multiply] | None:

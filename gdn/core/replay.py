@@ -33,8 +33,8 @@ from torch.utils._pytree import tree_leaves
 
 from gdn.core.foresight import without_modes
 from gdn.core.portable_plan import Kernel, plan
-from gdn.core.portable_product import Multiply, multiplied, ordinary
-from gdn.core.replay_known import MISS, Known, Table, distinct, signature
+from gdn.core.portable_product import Multiply, multiplied, ordinary, untouched
+from gdn.core.replay_known import MISS, Conditions, Known, Table, distinct, signature
 from gdn.core.replay_source import Body, Source, replaying
 
 P = ParamSpec("P")
@@ -46,6 +46,7 @@ _ALLOCATIONS = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.
 _TAGS = ("data_dependent_output", "dynamic_output_shape", "inplace_view", "nondeterministic_seeded")
 _MATRIX_PRODUCT = torch.ops.aten.mm.default
 _PRODUCT_INTO, _PRODUCT_ADDED = torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out
+_PRODUCTS = {_MATRIX_PRODUCT, _PRODUCT_INTO, _PRODUCT_ADDED}
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """The last thing that `matmul` does: a view that torch calls none, so that it may be written to."""
 _SMALL, _SPARE, _ALIGNMENT = 1 << 20, 1 << 25, 256
@@ -67,14 +68,11 @@ def recorder() -> Recorder | None:
 
 
 def may_multiply() -> bool:
-    """Whether a host may multiply matrices by a kernel of its own: torch's products are as they are by default. What is being written down
-    holds as long as they are."""
-    seen = recorder()
-    if not ordinary():
-        return False
+    """Whether a host may multiply matrices by a kernel of its own: if no user has one in place of torch's."""
+    seen, may = recorder(), untouched()
     if seen is not None:
-        seen.products = True
-    return True
+        seen.conditions[untouched] = may
+    return may
 
 
 Address = tuple[int, int]
@@ -158,8 +156,7 @@ class Recording:
     fresh: dict[int, _Fresh]
     steps: Sequence[Step]
     results: int | Sequence[int | None]
-    products: bool = False
-    """Whether it is so only while torch's settings are `ordinary` (portable_product.py)."""
+    conditions: Conditions = frozenset()
 
     @property
     def launches_only(self) -> bool:
@@ -246,7 +243,7 @@ class Recording:
 
     def known(self) -> Known:
         body = self.body()
-        return Known(replaying(body, self.given), body if self.launches_only else None, self.products)
+        return Known(replaying(body, self.given), body if self.launches_only else None, self.conditions)
 
 
 def _aligned(size: int) -> int:
@@ -323,7 +320,8 @@ class Recorder(_Mode):
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
-        self.refused = self.products = False
+        self.refused = False
+        self.conditions: dict[Callable[[], bool], bool] = {}
         self._device = tensors[0].device
         self._held: list[Tensor] = []
         self._names: dict[int, int] = {}
@@ -338,9 +336,12 @@ class Recorder(_Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
-        product = _asked(func, args, named)
-        if product is not None:
-            return self._product(*product)
+        if func in _PRODUCTS:
+            product = _asked(func, args, named)
+            if product is not None or not ordinary():
+                self.conditions[ordinary] = product is not None
+            if product is not None:
+                return self._product(*product)
         out = func(*args, **named)
         if func.is_view and (not isinstance(out, Tensor) or out.untyped_storage()._cdata in self._memory):
             return out  # `_base` finds it by its memory if it is used
@@ -366,7 +367,7 @@ class Recorder(_Mode):
         if self.refused or not self._parts.isdisjoint(places):
             return None
         fresh = {i: _fresh(self._held[i]) for i in self._fresh}
-        return Recording(self._device, self._given, len(self._held), fresh, self._steps, places, self.products)
+        return Recording(self._device, self._given, len(self._held), fresh, self._steps, places, frozenset(self.conditions.items()))
 
     def _hold(self, x: Tensor) -> int:
         """One more tensor, and it is known by itself and by its memory, if that is its alone."""
@@ -390,7 +391,6 @@ class Recorder(_Mode):
 
     def _product(self, left: Tensor, right: Tensor, into: Tensor | None, out: Tensor, multiply: Multiply) -> Tensor:
         self.refused |= out.device != self._device
-        self.products = True
         factors = [self._address(x) for x in (left, right)]
         if into is None:
             self._fresh.append(self._hold(out))
@@ -418,7 +418,7 @@ class Recorder(_Mode):
         known = self._names.get(id(x))
         if known is not None:
             return known, 0
-        base = self._base(x)
+        base = self._base(x)  # also of what an operator makes, which lies in memory as its arguments' signature says
         return base, _bytes_before(x) - _bytes_before(self._held[base])
 
     def _place(self, x: Tensor) -> int:
@@ -449,8 +449,6 @@ class Recorder(_Mode):
 
 def _asked(func: Any, args: Sequence[Any], named: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Multiply] | None:
     """Of an operator that multiplies matrices: both factors, into what, the product and its repetition. None where that is for torch."""
-    if func not in (_MATRIX_PRODUCT, _PRODUCT_INTO, _PRODUCT_ADDED):
-        return None
     into, added = named.get("out"), func is _PRODUCT_ADDED
     if into is not None and into.dtype != args[-1]:
         return None
@@ -482,8 +480,8 @@ class Call(Protocol):
     """One of an operator that can be done again."""
 
     @property
-    def products(self) -> bool:
-        """Whether it may be done in another way where torch's settings are not `ordinary`."""
+    def conditions(self) -> Conditions:
+        """Under which it is done in this way."""
         ...
 
     def first(self, tensors: Tensors) -> Results: ...
@@ -501,7 +499,7 @@ class _Reshaped(NamedTuple):
     """What stands between calls: a tensor without gaps in another shape."""
 
     shape: tuple[int, ...]
-    products: bool = False
+    conditions: Conditions = frozenset()
 
     def again(self) -> Callable[[Tensors], Results]:
         return lambda tensors: (tensors[0].view(self.shape),)
@@ -517,9 +515,9 @@ def _outline(calls: Calls, given: int, results: int | list[int]) -> Known:
     if recording is not None:
         return recording.known()
     steps = [(call.again(), places) for call, places in calls]
-    products = any(call.products for call, _ in calls)
+    conditions = Conditions().union(*(call.conditions for call, _ in calls))
     if len(steps) == 1 and steps[0][1] == list(range(given)) and isinstance(results, int) and results >= given:
-        return Known(_one_result(steps[0][0], results - given), products=products)
+        return Known(_one_result(steps[0][0], results - given), conditions=conditions)
 
     def run(tensors: Tensors) -> Any:
         held = list(tensors)
@@ -527,7 +525,7 @@ def _outline(calls: Calls, given: int, results: int | list[int]) -> Known:
             held += again([held[i] for i in places])
         return held[results] if isinstance(results, int) else tuple([held[i] for i in results])
 
-    return Known(run, products=products)
+    return Known(run, conditions=conditions)
 
 
 def _one_result(again: Callable[[Tensors], Results], result: int) -> Callable[[Tensors], Tensor]:
@@ -564,7 +562,9 @@ def _joined(calls: Calls, given: int, results: int | list[int]) -> Recording | N
     if not reshaped.isdisjoint([results] if isinstance(results, int) else results):
         return None
     ends = held[results] if isinstance(results, int) else [held[i] for i in results]
-    return Recording(recordings[0].device, given, given + len(fresh), fresh, steps, ends, any(r.products for r in recordings))
+    return Recording(
+        recordings[0].device, given, given + len(fresh), fresh, steps, ends, Conditions().union(*(r.conditions for r in recordings))
+    )
 
 
 class Witness(_Mode):

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from gdn.core.portable_product import ordinary
 from gdn.core.replay_source import Body, Run, function
 
 FIRST_DEVICE = 0
@@ -33,6 +32,9 @@ FEW = 4
 """Quick looks at a call, and those that one signature has."""
 MISS = object()
 """In place of the results of a call that is not known."""
+
+Conditions = frozenset[tuple[Callable[[], bool], bool]]
+"""What has to be asked before each call, and the answer."""
 
 Quick = Callable[[Sequence[Any], Any], Any]
 """Of arguments and named ones: what a call with them returns, or MISS."""
@@ -52,8 +54,8 @@ class Known:
     """With other tensors of the same signature."""
     body: Body | None = None
     """What `run` does, if that is launches alone."""
-    products: bool = False
-    """Whether it is so only while torch's settings are `ordinary` (portable_product.py)."""
+    conditions: Conditions = frozenset()
+    """Of torch's settings, which no signature has (portable_product.py)."""
     looks: list[Quick | None] = field(default_factory=list)
     """What recognises such calls. Torch tells apart what is one signature: Tensor and Parameter, no_grad and inference mode, autocast."""
 
@@ -77,7 +79,7 @@ class Table(dict[tuple[Any, ...], Any]):
     def find(self, key: tuple[Any, ...]) -> Any:
         """What was kept, if it holds under torch's settings now."""
         known = self.get(key)
-        return None if known and known.products and not ordinary() else known
+        return known if not known or all(ask() is answer for ask, answer in known.conditions) else None
 
     def keep(self, key: tuple[Any, ...], value: Any, emptied: int = 0) -> None:
         """Unless the table has been emptied since it had been so often: what another thread found out before does not hold any more."""
@@ -229,10 +231,8 @@ def quick_look(known: Known, args: Sequence[Any], named: dict[str, Any] | None) 
         return None
     grad = f"grad() is not {look.constant(_grad())}"
     tensors = [f"x{i}" for i in range(len(look.tensors))]
-    if known.products:
-        look.values["ordinary"] = ordinary
-        grad += " or not ordinary()"
-    look.miss(grad, f"not same({', '.join(tensors)})")
+    conditions = [f"{look.constant(ask)}() is not {answer}" for ask, answer in known.conditions]
+    look.miss(grad, *conditions, f"not same({', '.join(tensors)})")
     look.lines += [f"a{i} = x{i}.data_ptr()" for i in range(len(tensors))]
     over = [x.data_ptr() & 15 for x in look.tensors]
     addresses = [f"a{i}" for i in range(len(tensors))]

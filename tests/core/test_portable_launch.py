@@ -41,6 +41,7 @@ def test_kinds_of_integers_have_different_keys() -> None:
         assert len({kinds(n) for n in (1, 16, 17, large + 1, large)}) == 5
     assert integer_kind(16) == integer_kind(0) == integer_kind(64) == integer_kind(-32)
     assert integer_kind(-100) == integer_kind(-1) == integer_kind(17)
+    assert integer_kind(-(2**31)) == 16 and kinds(-(2**31)) == kinds(16) != kinds(2**31)
     assert kinds(17, constant=True) != kinds(18, constant=True)
 
 

@@ -637,7 +637,7 @@ def test_products_are_replayed_without_torch(end: str) -> None:
 
     first = given(0)
     results, recording = replay.record(lambda: host(*first), first)
-    assert recording is not None and recording.products
+    assert recording is not None and recording.conditions == {(portable_product.ordinary, True)}
     assert recording.launches_only == (end in ("as matmul does", "in two dimensions", "of a part"))
     assert [x.shape for x in results] == [x.shape for x in host(*first)]
     for seed in (1, 2):
@@ -669,7 +669,7 @@ def test_products_into_memory_are_replayed_without_torch() -> None:
     arguments = given(0)
     expected = right(*arguments)
     (whole, rows), recording = replay.record(lambda: host(*arguments), arguments)
-    assert recording is not None and recording.products and recording.launches_only
+    assert recording is not None and recording.conditions and recording.launches_only
     for seed in (0, 1, 2):
         if seed:
             arguments = given(seed)
@@ -694,6 +694,21 @@ def test_other_products_into_memory_are_left_to_torch(call: Callable[..., Tensor
     with pytest.raises((NotImplementedError, RuntimeError)):
         replay.record(lambda: [call(a, out, other)], [a, out, other])
     assert not asked
+
+
+def test_parts_of_an_argument_that_is_a_part_itself_are_where_they_are() -> None:
+    """So many bytes after where it begins, not after where its memory does."""
+
+    def host(x: Tensor) -> list[Tensor]:
+        y = x.new_empty(4)
+        launch(scale_kernel, (1,), x[4:], None, y, 2.0, 4, 1, 16)
+        return [y]
+
+    first = numbers(0, 16)[8:]
+    _, recording = replay.record(lambda: host(first), [first])
+    assert recording is not None
+    for x in (numbers(1, 16)[8:], numbers(2, 8)):
+        assert torch.equal(recording.known().run([x])[0], 2 * x[4:])
 
 
 def test_operators_may_be_told_by_name_where_to_write() -> None:
@@ -810,7 +825,8 @@ def test_settings_of_torch_that_concern_products_are_followed(
         assert call(3) == (ran, [])
         assert call(4) == ([], [])
     assert portable_product.ordinary()
-    assert call(5) == ([], []), "as it was written down last"
+    assert call(5)[1] == ["cuBLAS"] * 3
+    assert call(6) == ([], ["cuBLAS"] * 3)
 
 
 @pytest.mark.parametrize("name", ["mm", "mm.dtype_out", "addmm.dtype_out"])

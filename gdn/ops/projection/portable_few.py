@@ -3,7 +3,7 @@
 For one or two, what stands before the matrix and the product are one kernel: a program has some rows of the matrix and goes along them, and
 makes again what stands before, which is cheap, saves a kernel and the way through memory, and takes the GPU two thirds to four fifths of both.
 For up to `MOST_TOKENS` of 16 bits the product is a kernel that takes the GPU as long as cuBLAS does, and the host less: a replay hands it to
-the driver together with the kernel before. Torch multiplies where its products are not to be as by default (`may_multiply`).
+the driver together with the kernel before. Torch multiplies where a user has put a kernel in place of its own (`may_multiply`).
 """
 
 from __future__ import annotations
