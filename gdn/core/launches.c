@@ -383,8 +383,8 @@ static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
     const char *name;
     int device;
     Product p = {0};
-    if (!PyArg_ParseTuple(args, "sOifiiiiiiiiii", &name, &p.handle, &device, &p.beta, &p.type, &p.result, &p.turned[0], &p.turned[1], &p.m, &p.n, &p.k,
-                          &p.leading[0], &p.leading[1], &p.leading[2]))
+    if (!PyArg_ParseTuple(args, "sOifiiiiiiiiii", &name, &p.handle, &device, &p.beta, &p.type, &p.result, &p.turned[0], &p.turned[1], &p.m, &p.n,
+                          &p.k, &p.leading[0], &p.leading[1], &p.leading[2]))
         return NULL;
     void *library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
     if (!library)

@@ -18,22 +18,11 @@ from gdn.testing import compare
 
 PROCESSES = 8
 """At most; each holds a context of the GPU, half a gigabyte."""
-LONGEST = (
-    "channel_delta_rule",
-    "gated_delta_product",
-    "value_gated_linear_attention",
-    "gated_delta_rule",
-    "gated_linear_attention",
-    "windowed_sigmoid_attention",
-    "linear_attention",
-)
-"""Operators whose kernels take longest to compile, so they are begun first. `delta_core` has those of the delta rule and comes later."""
 
 
 def start(names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Ahead | None:
     """Begin with the rows that would have to be compiled; None where there are none, or no cores for it."""
-    ordered = sorted(names, key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))
-    rows = [(name, impl) for name in ordered for impl in compiled_rows(name, device, dtype)]
+    rows = [(name, impl) for name in names for impl in compiled_rows(name, device, dtype)]
     processes = min(PROCESSES, len(rows), (os.cpu_count() or 1) // 2)
     if processes < 2:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from gdn.core.device import interprets_triton  # noqa: E402
 from gdn.core.portable_math import sigmoid  # noqa: E402
@@ -42,7 +40,6 @@ def test_what_a_launch_changes_is_as_before() -> None:
 
 def test_a_function_called_outside_of_a_launch_does_no_harm() -> None:
     x, y = torch.zeros(4), torch.zeros(4)
-    with suppress(InterpreterError):
-        sigmoid(0.0)
+    sigmoid(0.0)
     blocks_kernel[(1,)](x, y, 9, 4)
     assert torch.equal(y, torch.full((4,), 3.5))

@@ -28,6 +28,7 @@ from gdn.ops.delta_rule.portable import gated_delta_rule
 from gdn.ops.delta_step import portable as steps
 from gdn.ops.linear_recurrence.portable import linear_attention
 from gdn.ops.linear_recurrence.portable_value_gated import value_gated_linear_attention
+from gdn.ops.projection import portable_few as few
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 Call = tuple[Callable[..., Any], dict[str, Tensor], dict[str, Any]]
@@ -75,6 +76,19 @@ def attention(D: int) -> Call:
     )
 
 
+def few_tokens(x: Tensor, gate: Tensor, norm_weight: Tensor, weight: Tensor, h: Tensor) -> None:
+    """Each kernel of the row, with every tile that it has."""
+    few.swiglu_linear(h[:2].repeat(1, 2), weight)
+    few.gated_rms_norm_linear(x, gate, norm_weight, weight, 1e-5, True)
+    for count in (16, 32, 64):
+        few.linear(h[:count], weight)
+
+
+def matrix() -> Call:
+    shapes = {"x": (2, 4, 128), "gate": (2, 4, 128), "norm_weight": (128,), "weight": (96, 512), "h": (64, 512)}
+    return few_tokens, {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, {}
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "rule 128": lambda: recurrence(gated_delta_rule, 128, 128),
     "crowded rule 128": lambda: recurrence(gated_delta_rule, 128, 256, T=128),
@@ -95,6 +109,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "linear step 512": lambda: step(steps.linear_attention_step, 512, 512),
     "gated linear step 200": lambda: step(steps.gated_linear_attention_step, 200, 400),
     "value gated linear step 96": lambda: step(steps.value_gated_linear_attention_step, 96, 96),
+    "few tokens": matrix,
     "sigmoid 128": lambda: attention(128),
     "sigmoid 256": lambda: attention(256),
     "long sigmoid 256": lambda: attention(256),
@@ -102,9 +117,9 @@ CALLS: dict[str, Callable[[], Call]] = {
 
 
 def launches(row: Callable[..., Any], tensors: dict[str, Tensor], rest: dict[str, Any]) -> list[Launch]:
-    """What forward and backward would launch; a step has no backward."""
+    """What forward and backward would launch; a step has no backward, nor have few tokens."""
     THREAD.launches = found = []
-    if "state" in tensors:
+    if "state" in tensors or row is few_tokens:
         row(**tensors, **rest)
         THREAD.launches = None
         return found

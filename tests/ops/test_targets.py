@@ -14,6 +14,7 @@ DESK = (
 
 STEPS = ["step 512", "four steps 128", "channel step 512", "product step 512"]
 PRODUCTS = ["two writes 128", "three writes 256", "four writes 200", "crowded four writes 128"]
+FEW = ["few tokens"]
 LINEAR_STEPS = ["linear step 512", "gated linear step 200", "value gated linear step 96"]
 
 
@@ -28,8 +29,10 @@ LINEAR_STEPS = ["linear step 512", "gated linear step 200", "value gated linear 
         pytest.param(80, hardware.AMPERE, ["three writes 256", "crowded four writes 128"], id="A100, several writes"),
         pytest.param(100, hardware.AMPERE, ["rule 128"], id="B200"),
         pytest.param(100, hardware.AMPERE, ["two writes 128"], id="B200, several writes"),
-        pytest.param(80, hardware.SMALL, STEPS + LINEAR_STEPS, id="desk, steps"),
-        pytest.param(90, hardware.HOPPER, STEPS + LINEAR_STEPS, id="H200, steps"),
+        pytest.param(80, hardware.AMPERE, FEW, id="A100, few tokens"),
+        pytest.param(100, hardware.AMPERE, FEW, id="B200, few tokens"),
+        pytest.param(80, hardware.SMALL, STEPS + LINEAR_STEPS + FEW, id="desk, steps"),
+        pytest.param(90, hardware.HOPPER, STEPS + LINEAR_STEPS + FEW, id="H200, steps"),
     ],
 )
 def test_kernels_compile_and_fit(capability: int, room: int, calls: list[str]) -> None:

@@ -27,15 +27,6 @@ def test_the_rows_that_triton_compiles_are_known(monkeypatch: pytest.MonkeyPatch
     assert compile_ahead.compiled_rows("gated_delta_rule", torch.device("cuda"), torch.float64) == []
 
 
-def test_what_takes_longest_is_begun_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_ahead, "compiled_rows", lambda name, device, dtype: ["portable"])
-    monkeypatch.setattr(compile_ahead, "Ahead", lambda rows, *rest: [name for name, impl in rows])
-    monkeypatch.setattr(compile_ahead, "ProcessPoolExecutor", lambda *args, **named: None)
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
-    begun = compile_ahead.start(sorted(ops()), CPU, torch.float32)
-    assert begun == [*compile_ahead.LONGEST, *(name for name in sorted(ops()) if name not in compile_ahead.LONGEST)]
-
-
 def test_ready_rows_are_counted_and_a_failing_one_is_left_to_its_examiner() -> None:
     rows = [("l2norm", "torch"), ("l2norm", "no such row"), ("rms_norm", "torch")]
     ahead = compile_ahead.Ahead(rows, CPU, torch.float32, ThreadPoolExecutor(1))
