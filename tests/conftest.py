@@ -88,7 +88,8 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     plan = portable_plan.plan
 
     def noted(launches: Any, addresses: int) -> Any:
-        started, start = [kernel.name for kernel, _, _ in launches], plan(launches, addresses)
+        started = [what.name for what, _, _ in launches if isinstance(what, portable_plan.Kernel)]
+        start = plan(launches, addresses)
         assert start is not None
         return lambda *args: (names.extend(started), start(*args))
 
@@ -112,9 +113,13 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def interpreted(launches: Any, addresses: int) -> Any:
         def start(stream: str, *given: int) -> None:
             assert len(given) == addresses
-            for kernel, grid, arguments in launches:
+            for what, grid, arguments in launches:
                 places = [given[a[0]] + a[1] if isinstance(a, tuple) else a[0] for a in arguments]
-                kernel.function(*grid, stream, "function", "metadata", None, None, None, *places)
+                if isinstance(what, portable_plan.Nodes):
+                    ctypes.memset(places[3], 0xFF, what.workspace)
+                    what.chain(*places[:3])
+                else:
+                    what.function(*grid, stream, "function", "metadata", None, None, None, *places)
 
         return start
 
@@ -147,6 +152,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     else:
         monkeypatch.setattr(portable_product, "_multiply", multiplying)
         monkeypatch.setattr(portable_product, "_DEVICE", "cpu")
+        monkeypatch.setattr(replay, "nodes", lambda multiply, *matrices: portable_plan.Nodes(multiply, 300))
         monkeypatch.setattr(replay, "plan", interpreted)
         monkeypatch.setattr(portable_plan, "of_compiled", lambda compiled: compiled.known)
         monkeypatch.setattr(portable_launch, "JITFunction", object)

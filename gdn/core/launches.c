@@ -1,20 +1,15 @@
-/* The launches of one operator, handed to the driver in one call from Python, and products of matrices handed to cuBLAS.
+/* What an operator has the GPU do, handed to the driver in one call from Python.
 
-   plan(kernels, addresses) -> start; start(stream, *addresses)
+   plan(parts, addresses) -> start; start(stream, *addresses)
 
-   kernels: for each (function, x, y, z, threads, shared bytes, parameters), and each parameter is either the bytes of a value or
-   (which of the addresses, bytes after it). What differs between two calls are the stream and the addresses, nothing else.
+   Each part is a kernel, (function, x, y, z, threads, shared bytes, parameters), with parameters that are the bytes of a value or (which of the
+   addresses, bytes after it); or what cuBLAS has the GPU do (products.c), (nodes, addresses), each of these (which, bytes after it). What differs
+   between two calls are the stream and the addresses, nothing else.
 
-   From the third call on the kernels are nodes of a graph, in a row, if there are not too many graphs: the driver takes some 2 microseconds for
+   From the third call on all of it is a graph, one kernel after another, if there are not too many graphs: the driver takes some 2 microseconds for
    a graph, and 3 to 4 for each launch. New parameters of a node are for later launches of the graph, so it may still be running. It belongs to
    one stream, since a graph never runs twice at the same time, and goes over to another that is used three times in a row. In others, and while
-   a stream is captured, the kernels are launched one after another.
-
-   product(library, handle, device, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading) -> multiply; multiply(a, b, c)
-
-   c = b' a' + beta c of cuBLAS, which goes by columns: c [m, n], b' [m, k] and a' [k, n], each perhaps turned, of these types (cudaDataType), and
-   columns that are so far apart; sums in float32. The library is one that the process has loaded, by name. A call of `handle` gives cuBLAS's, for
-   this thread and the current stream, which belong to that device. */
+   a stream is captured, the kernels are launched one after another. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -25,11 +20,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { COMPUTE_32F = 68, DEFAULT_TENSOR_OP = 99, DEFAULT_MATH = 0 }; /* of library_types.h and cublas_api.h */
-enum { PATIENCE = 3, MOST_GRAPHS = 256, MOST_ADDRESSES = 256 };
-static const char *const PLAN = "gdn.plan";
+enum { PATIENCE = 3, MOST_GRAPHS = 256, MOST_ADDRESSES = 256, MOST_ATTRIBUTES = 4, ALIGNMENT = 16 };
+static const char *const PLAN = "gdn.plan", *const CHAIN = "gdn.chain";
 
-static CUresult (*launch_kernel)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **);
+static CUresult (*launch_kernel)(const CUlaunchConfig *, CUfunction, void **, void **);
 static CUresult (*parameter_info)(CUfunction, size_t, size_t *, size_t *);
 static CUresult (*get_context)(CUcontext *);
 static CUresult (*set_context)(CUcontext);
@@ -40,16 +34,31 @@ static CUresult (*exchange_capture_mode)(CUstreamCaptureMode *);
 static CUresult (*graph_create)(CUgraph *, unsigned);
 static CUresult (*graph_destroy)(CUgraph);
 static CUresult (*graph_add)(CUgraphNode *, CUgraph, const CUgraphNode *, size_t, const CUDA_KERNEL_NODE_PARAMS *);
+static CUresult (*set_attribute)(CUgraphNode, CUlaunchAttributeID, const CUlaunchAttributeValue *);
 static CUresult (*graph_instantiate)(CUgraphExec *, CUgraph, unsigned long long);
 static CUresult (*exec_destroy)(CUgraphExec);
 static CUresult (*exec_set)(CUgraphExec, CUgraphNode, const CUDA_KERNEL_NODE_PARAMS *);
 static CUresult (*graph_launch)(CUgraphExec, CUstream);
+/* Of products.c. */
+static CUresult (*stream_create)(CUstream *, unsigned);
+static CUresult (*stream_destroy)(CUstream);
+static CUresult (*begin_capture)(CUstream, CUstreamCaptureMode);
+static CUresult (*end_capture)(CUstream, CUgraph *);
+static CUresult (*get_nodes)(CUgraph, CUgraphNode *, size_t *);
+static CUresult (*get_dependencies)(CUgraphNode, CUgraphNode *, size_t *);
+static CUresult (*get_type)(CUgraphNode, CUgraphNodeType *);
+static CUresult (*get_kernel)(CUgraphNode, CUDA_KERNEL_NODE_PARAMS *);
+static CUresult (*get_fill)(CUgraphNode, CUDA_MEMSET_NODE_PARAMS *);
+static CUresult (*get_attribute)(CUgraphNode, CUlaunchAttributeID, CUlaunchAttributeValue *);
+static CUresult (*pointer_attribute)(void *, CUpointer_attribute, CUdeviceptr);
+static CUresult (*load_module)(CUmodule *, const void *);
+static CUresult (*get_function)(CUfunction *, CUmodule, const char *);
 
 static const struct {
     const char *name;
     void *place;
 } DRIVER[] = {
-    {"cuLaunchKernel", &launch_kernel},
+    {"cuLaunchKernelEx", &launch_kernel},
     {"cuFuncGetParamInfo", &parameter_info},
     {"cuCtxGetCurrent", &get_context},
     {"cuCtxSetCurrent", &set_context},
@@ -60,30 +69,57 @@ static const struct {
     {"cuGraphCreate", &graph_create},
     {"cuGraphDestroy", &graph_destroy},
     {"cuGraphAddKernelNode_v2", &graph_add},
+    {"cuGraphKernelNodeSetAttribute", &set_attribute},
     {"cuGraphInstantiateWithFlags", &graph_instantiate},
     {"cuGraphExecDestroy", &exec_destroy},
     {"cuGraphExecKernelNodeSetParams_v2", &exec_set},
     {"cuGraphLaunch", &graph_launch},
+    {"cuStreamCreate", &stream_create},
+    {"cuStreamDestroy_v2", &stream_destroy},
+    {"cuStreamBeginCapture_v2", &begin_capture},
+    {"cuStreamEndCapture", &end_capture},
+    {"cuGraphGetNodes", &get_nodes},
+    {"cuGraphNodeGetDependencies", &get_dependencies},
+    {"cuGraphNodeGetType", &get_type},
+    {"cuGraphKernelNodeGetParams_v2", &get_kernel},
+    {"cuGraphMemsetNodeGetParams", &get_fill},
+    {"cuGraphKernelNodeGetAttribute", &get_attribute},
+    {"cuPointerGetAttribute", &pointer_attribute},
+    {"cuModuleLoadData", &load_module},
+    {"cuModuleGetFunction", &get_function},
 };
-
-static const char *const PRODUCT = "gdn.product";
 
 static int graphs; /* that there are */
 
+/* A kernel. Its parameters lie among the bytes of a chain. */
 typedef struct {
-    size_t slot;
+    CUDA_KERNEL_NODE_PARAMS kernel;
+    unsigned attributes;
+    CUlaunchAttribute attribute[MOST_ATTRIBUTES];
+    size_t first, size;
+    void *extra[5];
+} Node;
+
+typedef struct {
+    size_t byte;
     Py_ssize_t address;
     uint64_t offset;
 } Patch;
 
+/* Kernels, one after another, and which bytes of theirs are addresses. */
+typedef struct {
+    Py_ssize_t nodes, patches;
+    size_t size;
+    Node *node;
+    Patch *patch;
+    uint8_t *bytes;
+} Chain;
+
 typedef struct {
     pthread_mutex_t lock;
     CUcontext context;
-    Py_ssize_t kernels, addresses, patches;
-    CUDA_KERNEL_NODE_PARAMS *nodes;
-    uint64_t *slots; /* of all parameters of all kernels */
-    void **pointers; /* to the slots */
-    Patch *patch;
+    Py_ssize_t addresses;
+    Chain chain;
     int calls; /* in a row that the graph was not there for */
     int refused;
     CUgraph graph;
@@ -91,6 +127,72 @@ typedef struct {
     CUgraphExec exec;
     CUstream stream;
 } Plan;
+
+static void chain_clear(Chain *chain)
+{
+    free(chain->node);
+    free(chain->patch);
+    free(chain->bytes);
+    memset(chain, 0, sizeof(*chain));
+}
+
+/* One more node with so many bytes, zeros; NULL without memory. */
+static Node *chain_node(Chain *chain, size_t size)
+{
+    size_t first = (chain->size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    Node *nodes = realloc(chain->node, (chain->nodes + 1) * sizeof(*nodes));
+    if (nodes)
+        chain->node = nodes;
+    uint8_t *bytes = realloc(chain->bytes, first + size + 1);
+    if (bytes)
+        chain->bytes = bytes;
+    if (!nodes || !bytes)
+        return NULL;
+    memset(bytes + chain->size, 0, first + size - chain->size);
+    chain->size = first + size;
+    Node *node = &nodes[chain->nodes++];
+    memset(node, 0, sizeof(*node));
+    node->first = first;
+    node->size = size;
+    return node;
+}
+
+static int chain_patch(Chain *chain, size_t byte, Py_ssize_t address, uint64_t offset)
+{
+    Patch *patch = realloc(chain->patch, (chain->patches + 1) * sizeof(*patch));
+    if (!patch)
+        return 0;
+    chain->patch = patch;
+    patch[chain->patches++] = (Patch){byte, address, offset};
+    return 1;
+}
+
+static void chain_write(Chain *chain, const uint64_t *addresses)
+{
+    for (Py_ssize_t i = 0; i < chain->patches; i++) {
+        uint64_t value = addresses[chain->patch[i].address] + chain->patch[i].offset;
+        memcpy(chain->bytes + chain->patch[i].byte, &value, sizeof(value));
+    }
+}
+
+/* When no more nodes will come, which move the others and their bytes. */
+static void chain_settle(Chain *chain)
+{
+    for (Py_ssize_t i = 0; i < chain->nodes; i++) {
+        Node *n = &chain->node[i];
+        void *extra[] = {CU_LAUNCH_PARAM_BUFFER_POINTER, chain->bytes + n->first, CU_LAUNCH_PARAM_BUFFER_SIZE, &n->size, CU_LAUNCH_PARAM_END};
+        memcpy(n->extra, extra, sizeof(extra));
+        n->kernel.kernelParams = NULL;
+        n->kernel.extra = n->extra;
+    }
+}
+
+static void chain_free(PyObject *capsule)
+{
+    Chain *chain = PyCapsule_GetPointer(capsule, CHAIN);
+    chain_clear(chain);
+    free(chain);
+}
 
 static void plan_free(Plan *plan)
 {
@@ -104,10 +206,7 @@ static void plan_free(Plan *plan)
         graph_destroy(plan->graph);
         exchange_capture_mode(&mode);
     }
-    free(plan->nodes);
-    free(plan->slots);
-    free(plan->pointers);
-    free(plan->patch);
+    chain_clear(&plan->chain);
     free(plan->handles);
     pthread_mutex_destroy(&plan->lock);
     free(plan);
@@ -121,10 +220,12 @@ static void capsule_free(PyObject *capsule)
 static CUresult one_by_one(Plan *plan, CUstream stream)
 {
     CUresult result = CUDA_SUCCESS;
-    for (Py_ssize_t i = 0; i < plan->kernels && result == CUDA_SUCCESS; i++) {
-        const CUDA_KERNEL_NODE_PARAMS *k = &plan->nodes[i];
-        result = launch_kernel(k->func, k->gridDimX, k->gridDimY, k->gridDimZ, k->blockDimX, 1, 1, k->sharedMemBytes, stream,
-                               k->kernelParams, NULL);
+    for (Py_ssize_t i = 0; i < plan->chain.nodes && result == CUDA_SUCCESS; i++) {
+        Node *n = &plan->chain.node[i];
+        const CUDA_KERNEL_NODE_PARAMS *k = &n->kernel;
+        CUlaunchConfig config = {k->gridDimX, k->gridDimY, k->gridDimZ, k->blockDimX, k->blockDimY, k->blockDimZ,
+                                 k->sharedMemBytes, stream, n->attribute, n->attributes};
+        result = launch_kernel(&config, k->func, NULL, k->extra);
     }
     return result;
 }
@@ -132,8 +233,13 @@ static CUresult one_by_one(Plan *plan, CUstream stream)
 static CUresult make_graph(Plan *plan, CUstream stream)
 {
     CUresult result = graph_create(&plan->graph, 0);
-    for (Py_ssize_t i = 0; i < plan->kernels && result == CUDA_SUCCESS; i++)
-        result = graph_add(&plan->handles[i], plan->graph, i ? &plan->handles[i - 1] : NULL, i > 0, &plan->nodes[i]);
+    for (Py_ssize_t i = 0; i < plan->chain.nodes && result == CUDA_SUCCESS; i++) {
+        Node *n = &plan->chain.node[i];
+        CUgraphNode *made = &plan->handles[i], *before = i ? made - 1 : NULL;
+        result = graph_add(made, plan->graph, before, i > 0, &n->kernel);
+        for (unsigned j = 0; j < n->attributes && result == CUDA_SUCCESS; j++)
+            result = set_attribute(*made, n->attribute[j].id, &n->attribute[j].value);
+    }
     if (result == CUDA_SUCCESS)
         result = graph_instantiate(&plan->exec, plan->graph, 0);
     if (result != CUDA_SUCCESS)
@@ -142,7 +248,7 @@ static CUresult make_graph(Plan *plan, CUstream stream)
     return result;
 }
 
-/* Whether the kernels are a graph that can be launched in this stream now. */
+/* Whether it is a graph that can be launched in this stream now. */
 static int has_graph(Plan *plan, CUstream stream)
 {
     CUstreamCaptureStatus status;
@@ -168,8 +274,8 @@ static int has_graph(Plan *plan, CUstream stream)
         return 0;
     plan->stream = stream;
     plan->calls = 0;
-    for (Py_ssize_t i = 0; i < plan->kernels; i++)
-        if (exec_set(plan->exec, plan->handles[i], &plan->nodes[i]) != CUDA_SUCCESS) {
+    for (Py_ssize_t i = 0; i < plan->chain.nodes; i++)
+        if (exec_set(plan->exec, plan->handles[i], &plan->chain.node[i].kernel) != CUDA_SUCCESS) {
             plan->refused = 1;
             return 0;
         }
@@ -205,8 +311,7 @@ static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count)
     Py_BEGIN_ALLOW_THREADS;
     pthread_mutex_lock(&plan->lock);
     enter(&plan->context);
-    for (Py_ssize_t i = 0; i < plan->patches; i++)
-        plan->slots[plan->patch[i].slot] = addresses[plan->patch[i].address] + plan->patch[i].offset;
+    chain_write(&plan->chain, addresses);
     result = has_graph(plan, stream) ? graph_launch(plan->exec, stream) : CUDA_ERROR_NOT_FOUND;
     if (result == CUDA_ERROR_OUT_OF_MEMORY)
         plan->refused = 1; /* a graph needs memory when it is first launched */
@@ -217,104 +322,151 @@ static PyObject *start(PyObject *self, PyObject *const *args, Py_ssize_t count)
     if (result != CUDA_SUCCESS) {
         const char *text = NULL;
         error_string(result, &text);
-        return PyErr_Format(PyExc_RuntimeError, "CUDA could not launch %zd kernels: %s (%d)", plan->kernels, text ? text : "unknown error", result);
+        return PyErr_Format(PyExc_RuntimeError, "CUDA could not launch %zd kernels: %s (%d)", plan->chain.nodes, text ? text : "unknown error", result);
     }
     Py_RETURN_NONE;
 }
 
-/* One parameter into its slot; its bytes, or -1 with an exception. */
-static Py_ssize_t take(Plan *plan, size_t slot, PyObject *parameter)
+/* Which address, and bytes after it; or 0 with an exception. */
+static int take_address(PyObject *pair, Py_ssize_t addresses, Py_ssize_t *address, unsigned long long *offset)
 {
+    if (!PyArg_ParseTuple(pair, "nK", address, offset))
+        return 0;
+    if (*address < 0 || *address >= addresses) {
+        PyErr_SetString(PyExc_ValueError, "there is no such address");
+        return 0;
+    }
+    return 1;
+}
+
+/* One parameter to its bytes; how many these are, or -1 with an exception. */
+static Py_ssize_t take(Plan *plan, size_t byte, Py_ssize_t most, PyObject *parameter)
+{
+    Py_ssize_t address, size = PyBytes_Check(parameter) ? PyBytes_GET_SIZE(parameter) : (Py_ssize_t)sizeof(uint64_t);
+    unsigned long long offset;
+    if (size != most)
+        return size;
     if (PyBytes_Check(parameter)) {
-        Py_ssize_t size = PyBytes_GET_SIZE(parameter);
-        if (size > (Py_ssize_t)sizeof(uint64_t)) {
-            PyErr_SetString(PyExc_ValueError, "a value has more than 8 bytes");
-            return -1;
-        }
-        memcpy(&plan->slots[slot], PyBytes_AS_STRING(parameter), size);
+        memcpy(plan->chain.bytes + byte, PyBytes_AS_STRING(parameter), size);
         return size;
     }
-    Patch *patch = &plan->patch[plan->patches];
-    unsigned long long offset;
-    if (!PyArg_ParseTuple(parameter, "nK", &patch->address, &offset))
+    if (!take_address(parameter, plan->addresses, &address, &offset))
         return -1;
-    if (patch->address < 0 || patch->address >= plan->addresses) {
-        PyErr_SetString(PyExc_ValueError, "there is no such address");
+    if (!chain_patch(&plan->chain, byte, address, offset)) {
+        PyErr_NoMemory();
         return -1;
     }
-    patch->slot = slot;
-    patch->offset = offset;
-    plan->patches++;
-    return sizeof(uint64_t);
+    return size;
 }
 
-/* One kernel with parameters from this slot on; the slot after them, or -1 with an exception. */
-static Py_ssize_t take_kernel(Plan *plan, Py_ssize_t i, Py_ssize_t slot, PyObject *kernel)
+/* One kernel; or 0 with an exception. */
+static int take_kernel(Plan *plan, Py_ssize_t i, PyObject *part)
 {
-    CUDA_KERNEL_NODE_PARAMS *node = &plan->nodes[i];
+    CUDA_KERNEL_NODE_PARAMS kernel = {.blockDimY = 1, .blockDimZ = 1};
     unsigned long long function;
     PyObject *parameters;
-    if (!PyArg_ParseTuple(kernel, "KIIIIIO!", &function, &node->gridDimX, &node->gridDimY, &node->gridDimZ, &node->blockDimX,
-                          &node->sharedMemBytes, &PyTuple_Type, &parameters))
-        return -1;
-    node->func = (CUfunction)(uintptr_t)function;
-    node->blockDimY = node->blockDimZ = 1;
-    node->kernelParams = &plan->pointers[slot];
-    size_t offset, size;
-    Py_ssize_t n = PyTuple_GET_SIZE(parameters);
-    for (Py_ssize_t j = 0; j < n; j++, slot++) {
-        Py_ssize_t taken = take(plan, slot, PyTuple_GET_ITEM(parameters, j));
+    if (!PyArg_ParseTuple(part, "KIIIIIO!", &function, &kernel.gridDimX, &kernel.gridDimY, &kernel.gridDimZ, &kernel.blockDimX,
+                          &kernel.sharedMemBytes, &PyTuple_Type, &parameters))
+        return 0;
+    kernel.func = (CUfunction)(uintptr_t)function;
+    size_t offset, size, end = 0;
+    Py_ssize_t n = PyTuple_GET_SIZE(parameters), taken;
+    for (Py_ssize_t j = 0; j < n && parameter_info(kernel.func, j, &offset, &size) == CUDA_SUCCESS; j++)
+        end = offset + size;
+    Node *node = chain_node(&plan->chain, end);
+    if (!node) {
+        PyErr_NoMemory();
+        return 0;
+    }
+    node->kernel = kernel;
+    for (Py_ssize_t j = 0; j < n; j++) {
+        if (parameter_info(kernel.func, j, &offset, &size) != CUDA_SUCCESS)
+            size = 0;
+        taken = take(plan, node->first + offset, size, PyTuple_GET_ITEM(parameters, j));
         if (taken < 0)
-            return -1;
-        plan->pointers[slot] = &plan->slots[slot];
-        if (parameter_info(node->func, j, &offset, &size) != CUDA_SUCCESS || size != (size_t)taken) {
+            return 0;
+        if (size != (size_t)taken) {
             PyErr_Format(PyExc_ValueError, "parameter %zd of kernel %zd has another size", j, i);
-            return -1;
+            return 0;
         }
     }
-    if (parameter_info(node->func, n, &offset, &size) == CUDA_SUCCESS) {
+    if (parameter_info(kernel.func, n, &offset, &size) == CUDA_SUCCESS) {
         PyErr_Format(PyExc_ValueError, "kernel %zd has more than %zd parameters", i, n);
-        return -1;
+        return 0;
     }
-    return slot;
+    return 1;
 }
 
-static PyMethodDef START = {"start", (PyCFunction)(void (*)(void))start, METH_FASTCALL, "start(stream, *addresses): launch the kernels of a plan."};
+/* What cuBLAS has the GPU do, with other addresses; or 0 with an exception. */
+static int take_chain(Plan *plan, const Chain *from, PyObject *addresses)
+{
+    size_t first = 0;
+    for (Py_ssize_t i = 0; i < from->nodes; i++) {
+        const Node *given = &from->node[i];
+        Node *node = chain_node(&plan->chain, given->size);
+        if (!node) {
+            PyErr_NoMemory();
+            return 0;
+        }
+        size_t place = node->first;
+        *node = *given;
+        node->first = place;
+        memcpy(plan->chain.bytes + place, from->bytes + given->first, given->size);
+        if (i == 0)
+            first = place; /* both chains have the same gaps from here on, as all places are aligned */
+    }
+    for (Py_ssize_t i = 0; i < from->patches; i++) {
+        const Patch *patch = &from->patch[i];
+        Py_ssize_t address;
+        unsigned long long offset;
+        if (patch->address >= PyTuple_GET_SIZE(addresses)) {
+            PyErr_SetString(PyExc_ValueError, "there are fewer addresses than the nodes need");
+            return 0;
+        }
+        if (!take_address(PyTuple_GET_ITEM(addresses, patch->address), plan->addresses, &address, &offset))
+            return 0;
+        if (!chain_patch(&plan->chain, first + patch->byte, address, offset + patch->offset)) {
+            PyErr_NoMemory();
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static int take_part(Plan *plan, Py_ssize_t i, PyObject *part)
+{
+    PyObject *nodes, *addresses;
+    if (!PyTuple_Check(part) || PyTuple_GET_SIZE(part) != 2)
+        return take_kernel(plan, i, part);
+    if (!PyArg_ParseTuple(part, "OO!", &nodes, &PyTuple_Type, &addresses))
+        return 0;
+    const Chain *from = PyCapsule_GetPointer(nodes, CHAIN);
+    return from && take_chain(plan, from, addresses);
+}
+
+static PyMethodDef START = {"start", (PyCFunction)(void (*)(void))start, METH_FASTCALL, "start(stream, *addresses): do what is planned."};
 
 static PyObject *make_plan(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    PyObject *kernels;
-    Py_ssize_t addresses, slots = 0, slot = 0;
-    if (!PyArg_ParseTuple(args, "O!n", &PyTuple_Type, &kernels, &addresses))
+    PyObject *parts, *capsule = NULL, *function = NULL;
+    Py_ssize_t addresses;
+    if (!PyArg_ParseTuple(args, "O!n", &PyTuple_Type, &parts, &addresses))
         return NULL;
     if (addresses < 0 || addresses > MOST_ADDRESSES)
         return PyErr_Format(PyExc_ValueError, "expected 0 to %d addresses, got %zd", MOST_ADDRESSES, addresses);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kernels); i++) {
-        PyObject *kernel = PyTuple_GET_ITEM(kernels, i);
-        if (!PyTuple_Check(kernel) || PyTuple_GET_SIZE(kernel) != 7 || !PyTuple_Check(PyTuple_GET_ITEM(kernel, 6)))
-            return PyErr_Format(PyExc_TypeError, "kernel %zd is not (function, x, y, z, threads, shared, parameters)", i);
-        slots += PyTuple_GET_SIZE(PyTuple_GET_ITEM(kernel, 6));
-    }
     Plan *plan = calloc(1, sizeof(Plan));
     if (!plan)
         return PyErr_NoMemory();
     pthread_mutex_init(&plan->lock, NULL);
-    plan->kernels = PyTuple_GET_SIZE(kernels);
     plan->addresses = addresses;
     get_context(&plan->context);
-    plan->nodes = calloc(plan->kernels + 1, sizeof(*plan->nodes));
-    plan->handles = calloc(plan->kernels + 1, sizeof(*plan->handles));
-    plan->slots = calloc(slots + 1, sizeof(*plan->slots));
-    plan->pointers = calloc(slots + 1, sizeof(*plan->pointers));
-    plan->patch = calloc(slots + 1, sizeof(*plan->patch));
-    PyObject *capsule = NULL, *function = NULL;
-    if (!plan->nodes || !plan->handles || !plan->slots || !plan->pointers || !plan->patch) {
-        PyErr_NoMemory();
-    } else {
-        for (Py_ssize_t i = 0; i < plan->kernels && slot >= 0; i++)
-            slot = take_kernel(plan, i, slot, PyTuple_GET_ITEM(kernels, i));
-        if (slot >= 0)
-            capsule = PyCapsule_New(plan, PLAN, capsule_free);
+    int taken = 1;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(parts) && taken; i++)
+        taken = take_part(plan, i, PyTuple_GET_ITEM(parts, i));
+    if (taken) {
+        chain_settle(&plan->chain);
+        plan->handles = calloc(plan->chain.nodes + 1, sizeof(*plan->handles));
+        capsule = plan->handles ? PyCapsule_New(plan, PLAN, capsule_free) : PyErr_NoMemory();
     }
     if (!capsule) {
         plan_free(plan);
@@ -323,114 +475,4 @@ static PyObject *make_plan(PyObject *Py_UNUSED(module), PyObject *args)
     function = PyCFunction_New(&START, capsule);
     Py_DECREF(capsule);
     return function;
-}
-
-typedef struct {
-    int (*set_math_mode)(void *, int);
-    /* cublasGemmEx(handle, turned, turned, m, n, k, alpha, b', type, leading, a', type, leading, beta, c, type, leading, compute type, algorithm) */
-    int (*gemm)(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int, const void *, void *, int, int,
-                int, int);
-    PyObject *handle;
-    CUcontext context;
-    float beta;
-    int type, result, turned[2], m, n, k, leading[3];
-} Product;
-
-static void product_free(PyObject *capsule)
-{
-    Product *product = PyCapsule_GetPointer(capsule, PRODUCT);
-    Py_DECREF(product->handle);
-    free(product);
-}
-
-static PyObject *multiply(PyObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    Product *p = PyCapsule_GetPointer(self, PRODUCT);
-    void *given[3];
-    const float one = 1;
-    int status;
-    if (!p)
-        return NULL;
-    if (count != 3)
-        return PyErr_Format(PyExc_TypeError, "expected 3 addresses, got %zd arguments", count);
-    for (int i = 0; i < 3; i++)
-        given[i] = PyLong_AsVoidPtr(args[i]);
-    if (PyErr_Occurred())
-        return NULL;
-    enter(&p->context); /* without one torch warns of it when it is asked for the handle */
-    PyObject *number = PyObject_CallNoArgs(p->handle);
-    if (!number)
-        return NULL;
-    void *handle = PyLong_AsVoidPtr(number);
-    Py_DECREF(number);
-    if (PyErr_Occurred())
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS;
-    status = p->set_math_mode(handle, DEFAULT_MATH);
-    if (!status)
-        status = p->gemm(handle, p->turned[0], p->turned[1], p->m, p->n, p->k, &one, given[1], p->type, p->leading[0], given[0], p->type,
-                         p->leading[1], &p->beta, given[2], p->result, p->leading[2], COMPUTE_32F, DEFAULT_TENSOR_OP);
-    Py_END_ALLOW_THREADS;
-    if (status)
-        return PyErr_Format(PyExc_RuntimeError, "cuBLAS could not multiply [%d, %d] by [%d, %d]: status %d", p->n, p->k, p->k, p->m, status);
-    Py_RETURN_NONE;
-}
-
-static PyMethodDef MULTIPLY = {"multiply", (PyCFunction)(void (*)(void))multiply, METH_FASTCALL, "multiply(a, b, c): c = a b, or added to it."};
-
-static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    const char *name;
-    int device;
-    Product p = {0};
-    if (!PyArg_ParseTuple(args, "sOifiiiiiiiiii", &name, &p.handle, &device, &p.beta, &p.type, &p.result, &p.turned[0], &p.turned[1], &p.m, &p.n,
-                          &p.k, &p.leading[0], &p.leading[1], &p.leading[2]))
-        return NULL;
-    void *library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
-    if (!library)
-        return PyErr_Format(PyExc_ImportError, "%s is not loaded", name);
-    *(void **)&p.set_math_mode = dlsym(library, "cublasSetMathMode");
-    *(void **)&p.gemm = dlsym(library, "cublasGemmEx");
-    if (!p.set_math_mode || !p.gemm)
-        return PyErr_Format(PyExc_ImportError, "%s has no cublasGemmEx or no cublasSetMathMode", name);
-    get_context(&p.context);
-    /* torch's, in a thread that has not used the device yet; it is never let go, as torch never ends it */
-    if (!p.context && retain_primary(&p.context, device) != CUDA_SUCCESS)
-        p.context = NULL;
-    Product *kept = malloc(sizeof(p));
-    if (!kept)
-        return PyErr_NoMemory();
-    *kept = p;
-    PyObject *capsule = PyCapsule_New(kept, PRODUCT, product_free);
-    if (!capsule) {
-        free(kept);
-        return NULL;
-    }
-    Py_INCREF(kept->handle);
-    PyObject *function = PyCFunction_New(&MULTIPLY, capsule);
-    Py_DECREF(capsule);
-    return function;
-}
-
-static PyMethodDef METHODS[] = {
-    {"plan", make_plan, METH_VARARGS, "plan(kernels, addresses): how to launch them."},
-    {"product", make_product, METH_VARARGS,
-     "product(library, handle, device, beta, type, type of c, turned, turned, m, n, k, leading, leading, leading): how to multiply."},
-    {NULL, NULL, 0, NULL},
-};
-
-static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "gdn_launches", "Launches handed to the driver in one call.", -1, METHODS};
-
-PyMODINIT_FUNC PyInit_gdn_launches(void)
-{
-    void *driver = dlopen("libcuda.so.1", RTLD_NOW);
-    if (!driver)
-        return PyErr_Format(PyExc_ImportError, "%s", dlerror());
-    for (size_t i = 0; i < sizeof(DRIVER) / sizeof(*DRIVER); i++) {
-        void *function = dlsym(driver, DRIVER[i].name);
-        if (!function)
-            return PyErr_Format(PyExc_ImportError, "this driver has no %s", DRIVER[i].name);
-        memcpy(DRIVER[i].place, &function, sizeof(function));
-    }
-    return PyModule_Create(&MODULE);
 }

@@ -1,13 +1,13 @@
-"""All launches of a replay that follow each other, handed to the CUDA driver in one call.
+"""All that a replay has the GPU do, handed to the CUDA driver in one call.
 
     kernel = of_compiled(compiled)                                            # what the driver has to know of a compiled Triton kernel
     start = plan([(kernel, (8, 1, 1), [(0, 0), [2.5], (1, 16)])], 2)          # arguments: (which address, bytes after it), or [a value]
     start(stream, first_address, second_address)
 
 Triton's launcher takes 4 to 5 microseconds for each kernel, of which the driver needs most. launches.c has the driver run several as one
-graph with other addresses, which takes 2 to 4 microseconds for all. It is compiled by Triton as Triton compiles its own launcher, once, and
-lies in Triton's cache. Where that is impossible (ROCm, drivers older than CUDA 12.4, no compiler any more) `plan` returns None, and replays
-launch each kernel through Triton.
+graph with other addresses, which takes 2 to 4 microseconds for all. Products by cuBLAS are part of it (`Nodes`, of portable_product.py). It is
+compiled by Triton as Triton compiles its own launcher, once, and lies in Triton's cache. Where that is impossible (ROCm, drivers older than
+CUDA 12.4, no compiler any more) `plan` returns None, and replays launch each kernel through Triton.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_SOURCE = Path(__file__).with_name("launches.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("launches.c", "products.c")]
 _NAME = "gdn_launches"
 _FORMATS = {
     "i1": "b",
@@ -59,6 +59,19 @@ class Kernel(NamedTuple):
     """Of each argument: an address, how a number is packed, or None for a constant of the code."""
 
 
+class Nodes(NamedTuple):
+    """What cuBLAS has the GPU do in one of its calls."""
+
+    chain: Any
+    """As launches.c knows it."""
+    workspace: int
+    """Bytes."""
+
+
+Launch = tuple[Kernel, tuple[int, ...], Arguments] | tuple[Nodes, tuple[()], Arguments]
+"""Programs along three axes. The arguments of nodes are addresses of both factors, the product and the workspace, if there is one."""
+
+
 def of_compiled(compiled: Any) -> Kernel | None:
     """None for a kernel that needs more than that, such as clusters or scratch memory."""
     metadata, source = compiled.metadata, compiled.src
@@ -70,21 +83,26 @@ def of_compiled(compiled: Any) -> Kernel | None:
     return Kernel(source.fn.__name__, compiled.function, threads, metadata.shared, tuple(kinds))
 
 
-def plan(launches: Sequence[tuple[Kernel, tuple[int, ...], Arguments]], addresses: int) -> Callable[..., None] | None:
+def plan(launches: Sequence[Launch], addresses: int) -> Callable[..., None] | None:
     """How to launch these in a row: `start(stream, *addresses)`. None where it cannot be done in one call.
 
     Args:
-        launches: kernels, programs along three axes, arguments.
+        launches: one after another.
         addresses: how many there are.
     """
     library = module()
     if library is None:
         return None
     try:
-        kernels = [(k.function, *grid, k.threads, k.shared, _parameters(k, arguments)) for k, grid, arguments in launches]
-        return library.plan(tuple(kernels), addresses)
+        return library.plan(tuple([_part(*launch) for launch in launches]), addresses)
     except (ValueError, OverflowError, struct.error):  # more addresses than it takes, or another Triton hands kernels other parameters
         return None
+
+
+def _part(what: Kernel | Nodes, grid: tuple[int, ...], arguments: Arguments) -> tuple[Any, ...]:
+    if isinstance(what, Nodes):
+        return what.chain, tuple(arguments)
+    return what.function, *grid, what.threads, what.shared, _parameters(what, arguments)
 
 
 def _parameters(kernel: Kernel, arguments: Arguments) -> tuple[Any, ...]:
@@ -123,6 +141,8 @@ def _built() -> tuple[Any, str]:
     from triton.runtime.build import compile_module_from_src
 
     try:
-        return compile_module_from_src(_SOURCE.read_text(), _NAME, include_dirs=list(driver.include_dirs)), ""
+        return compile_module_from_src(
+            "".join(source.read_text() for source in _SOURCES), _NAME, include_dirs=list(driver.include_dirs)
+        ), ""
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as problem:
         return None, f"launches.c cannot be compiled or loaded: {problem}"

@@ -3,14 +3,16 @@
     made = multiplied(a, b)                                                   # None where torch has to do it
     out, multiply = made
     multiply(a.data_ptr(), b.data_ptr(), out.data_ptr())                      # again, with others like these
+    found = nodes(multiply, a, b, out)                                        # or as part of a plan (portable_plan.py); None where it can't be
 
 It is the call that torch makes of cuBLAS, with torch's handle, which has its stream and workspace, for matrices of 16 bits under the `ordinary`
-settings of torch. launches.c makes it. Where torch's `linear` takes the host 15 to 17 microseconds, it takes 9 to 11; through cublasLt, with the
-choice of a kernel made beforehand, 8 to 9, for which a workspace would have to be kept.
+settings of torch. products.c makes it. Where torch's `linear` takes the host 15 to 17 microseconds, it takes 9 to 11, and as part of a graph,
+with what cuBLAS has the GPU do, 1 to 3: the same kernels, so the same bits.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,10 @@ import torch
 from torch import Tensor
 
 from gdn.core import portable_plan
+
+_WORKSPACE, _LARGE_WORKSPACE = 8320 << 10, 32 << 20
+"""Bytes that torch gives cuBLAS if users do not say how many: more on GPUs of these generations."""
+_GENERATIONS = (9, 10)
 
 Multiply = Callable[..., None]
 """Of the addresses of both factors and the product."""
@@ -93,6 +99,17 @@ def multiplied(a: Tensor, b: Tensor, out: Tensor | None = None, *, added: bool =
     with torch.cuda.device_of(a):
         multiply(a.data_ptr(), b.data_ptr(), out.data_ptr())
     return out, multiply
+
+
+def nodes(multiply: Multiply, *matrices: Tensor) -> portable_plan.Nodes | None:
+    """What cuBLAS has the GPU do in this multiplication. None where that is not known for sure, or for cuBLAS itself to decide."""
+    library = portable_plan.module()
+    if library is None or "CUBLAS_WORKSPACE_CONFIG" in os.environ or torch.cuda.is_current_stream_capturing():
+        return None
+    with torch.cuda.device_of(matrices[0]):
+        most = _LARGE_WORKSPACE if torch.cuda.get_device_capability()[0] in _GENERATIONS else _WORKSPACE
+        found = library.nodes(multiply, most, *[x.data_ptr() & 15 for x in matrices])
+    return None if found is None else portable_plan.Nodes(*found)
 
 
 def _columns(x: Tensor) -> tuple[bool, int] | None:

@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from gdn.core.foresight import without_modes
-from gdn.core.portable_plan import Kernel, plan
-from gdn.core.portable_product import Multiply, multiplied, ordinary, untouched
+from gdn.core.portable_plan import Kernel, Nodes, plan
+from gdn.core.portable_product import Multiply, multiplied, nodes, ordinary, untouched
 from gdn.core.replay_known import MISS, Conditions, Known, Table, distinct, signature
 from gdn.core.replay_source import Body, Source, replaying
 
@@ -81,7 +81,7 @@ Address = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Launch:
-    kernel: Kernel | None
+    driven: Kernel | None
     """As the driver knows it."""
     start: Callable[..., None]
     grid: tuple[int, ...]
@@ -132,14 +132,18 @@ class _Fresh(NamedTuple):
 @dataclass(frozen=True)
 class _Product:
     multiply: Multiply
+    driven: Nodes | None
+    """As the driver knows it."""
     arguments: list[Address]
-    """Both factors and the product."""
+    """Both factors, the product, and the workspace that nodes may need."""
+    grid: tuple[()] = ()
 
     def tensors(self) -> list[int]:
         return [i for i, _ in self.arguments]
 
     def write(self, source: Source) -> None:
-        source.product(self.multiply, [source.address(*a) for a in self.arguments])
+        """Through cuBLAS."""
+        source.product(self.multiply, [source.address(*a) for a in self.arguments[:3]])
 
 
 Step = _Launch | _Product | _Operator
@@ -191,7 +195,7 @@ class Recording:
         """Launches that follow each other done at once, unless that takes much more memory."""
         together: list[list[Step]] = []
         for step in self.steps:
-            if together and all(isinstance(s, _Launch) and s.kernel is not None for s in (step, together[-1][-1])):
+            if together and _is_driven(step) and _is_driven(together[-1][-1]):
                 together[-1].append(step)
             else:
                 together.append([step])
@@ -246,6 +250,11 @@ class Recording:
         return Known(replaying(body, self.given), body if self.launches_only else None, self.conditions)
 
 
+def _is_driven(step: Step) -> bool:
+    """Whether it can be handed to the driver with others."""
+    return not isinstance(step, _Operator) and step.driven is not None
+
+
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -287,12 +296,12 @@ def _lives(groups: Groups) -> tuple[dict[int, int], dict[int, int]]:
 
 
 def _write(group: Sequence[Step], source: Source) -> None:
-    """Launches of kernels that the driver can be told of in one call, or else each step by itself."""
+    """What the driver can be told of in one call, or else each step by itself."""
     names: dict[str, int] = {}
-    launches = [
-        (step.kernel, step.grid, [_place(source, a, names) if isinstance(a, tuple) else a for a in step.arguments])
+    launches: list[Any] = [
+        (step.driven, step.grid, [_place(source, a, names) if isinstance(a, tuple) else a for a in step.arguments])
         for step in group
-        if isinstance(step, _Launch) and step.kernel is not None
+        if not isinstance(step, _Operator) and step.driven is not None
     ]
     start = plan(launches, len(names)) if len(launches) == len(group) else None
     if start is not None:
@@ -391,10 +400,15 @@ class Recorder(_Mode):
 
     def _product(self, left: Tensor, right: Tensor, into: Tensor | None, out: Tensor, multiply: Multiply) -> Tensor:
         self.refused |= out.device != self._device
-        factors = [self._address(x) for x in (left, right)]
+        arguments = [self._address(x) for x in (left, right)]
         if into is None:
             self._fresh.append(self._hold(out))
-        self._steps.append(_Product(multiply, [*factors, self._address(out)]))
+        arguments.append(self._address(out))
+        driven = nodes(multiply, left, right, out)
+        if driven is not None and driven.workspace:
+            self._fresh.append(self._hold(torch.empty(driven.workspace, dtype=torch.uint8, device=out.device)))
+            arguments.append((self._fresh[-1], 0))
+        self._steps.append(_Product(multiply, driven, arguments))
         return out
 
     def _reshaped(self, x: Tensor, out: Tensor) -> bool:

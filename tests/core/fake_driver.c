@@ -1,6 +1,7 @@
-/* A CUDA driver, and of cuBLAS what launches.c asks for, that write down what they are asked for.
+/* A CUDA driver, and of cuBLAS what products.c asks for, that write down what they are asked for.
 
-   A function is a number whose hexadecimal digits are the sizes of its parameters, from the last to the first: 0x48 has 8 bytes, then 4. */
+   A function is a number whose hexadecimal digits are the sizes of its parameters, from the last to the first: 0x48 has 8 bytes, then 4, each at a
+   multiple of its size. What cuBLAS has the GPU do is told by `fake_cublas`. */
 
 #include <cuda.h>
 #include <stdarg.h>
@@ -11,12 +12,23 @@
 
 #undef cuGraphAddKernelNode
 #undef cuGraphExecKernelNodeSetParams
+#undef cuGraphKernelNodeGetParams
+#undef cuGraphNodeGetDependencies
+#undef cuStreamDestroy
+#undef cuStreamBeginCapture
 
-enum { MOST = 8 };
+enum { MOST = 16, BYTES = 96 };
 
 typedef struct {
+    CUgraphNodeType type;
     CUDA_KERNEL_NODE_PARAMS params;
-    uint64_t values[MOST];
+    CUDA_MEMSET_NODE_PARAMS fill;
+    uint8_t bytes[BYTES];
+    size_t size;
+    unsigned cluster;
+    /* As cuBLAS was asked to capture it. */
+    void *each[MOST], *extra[5];
+    int after; /* the node before the last, and not the last one */
 } Node;
 
 struct CUgraph_st {
@@ -55,19 +67,44 @@ static int size_of(CUfunction function, size_t i)
     return (uintptr_t)function >> (4 * i) & 15;
 }
 
-static void read_values(uint64_t *values, CUfunction function, void **params)
+static size_t offset_of(CUfunction function, size_t i)
 {
-    for (int i = 0; size_of(function, i); i++) {
-        values[i] = 0;
-        memcpy(&values[i], params[i], size_of(function, i));
+    size_t offset = 0;
+    for (size_t j = 0; j <= i; j++) {
+        size_t size = size_of(function, j);
+        offset = size ? (offset + size - 1) / size * size : offset;
+        offset += j < i ? size : 0;
     }
+    return offset;
 }
 
-static void show(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared, const uint64_t *values)
+/* Of a kernel as it is handed over. Functions without parameters take what they are given. */
+static size_t read_bytes(uint8_t *bytes, CUfunction function, void **extra)
+{
+    size_t size = *(size_t *)extra[3], last = 0;
+    while (size_of(function, last))
+        last++;
+    memset(bytes, 0, BYTES);
+    if (extra[0] != CU_LAUNCH_PARAM_BUFFER_POINTER || extra[2] != CU_LAUNCH_PARAM_BUFFER_SIZE || extra[4] != CU_LAUNCH_PARAM_END ||
+        size > BYTES || (last && size != offset_of(function, last - 1) + size_of(function, last - 1))) {
+        say(" wrong parameters");
+        return 0;
+    }
+    memcpy(bytes, extra[1], size);
+    return size;
+}
+
+static void show(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared, const uint8_t *bytes, size_t size)
 {
     say(" %lx(%u,%u,%u,%u,%u:", (unsigned long)(uintptr_t)function, x, y, z, threads, shared);
-    for (int i = 0; size_of(function, i); i++)
-        say(" %lu", (unsigned long)values[i]);
+    if (!size_of(function, 0))
+        for (size_t i = 0; i < size; i += 4)
+            say(i % 8 && i + 4 < size ? "" : " %lx", i + 4 < size ? *(const uint64_t *)(bytes + i) : *(const uint32_t *)(bytes + i));
+    for (int i = 0; size_of(function, i); i++) {
+        uint64_t value = 0;
+        memcpy(&value, bytes + offset_of(function, i), size_of(function, i));
+        say(" %lu", (unsigned long)value);
+    }
     say(")");
 }
 
@@ -109,22 +146,23 @@ CUresult cuGetErrorString(CUresult error, const char **text)
 
 CUresult cuFuncGetParamInfo(CUfunction function, size_t i, size_t *offset, size_t *size)
 {
-    *offset = 0;
+    *offset = offset_of(function, i);
     *size = size_of(function, i);
     return *size ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-CUresult cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz, unsigned shared,
-                        CUstream stream, void **params, void **extra)
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **params, void **extra)
 {
-    uint64_t values[MOST];
-    if (ty != 1 || tz != 1 || extra)
+    uint8_t bytes[BYTES];
+    if (config->blockDimY != 1 || config->blockDimZ != 1 || params)
         return CUDA_ERROR_INVALID_VALUE;
-    read_values(values, f, params);
-    say("%lu:", (unsigned long)(uintptr_t)stream);
-    show(f, x, y, z, threads, shared, values);
+    say("%lu:", (unsigned long)(uintptr_t)config->hStream);
+    size_t size = read_bytes(bytes, f, extra);
+    show(f, config->gridDimX, config->gridDimY, config->gridDimZ, config->blockDimX, config->sharedMemBytes, bytes, size);
+    for (unsigned i = 0; i < config->numAttrs; i++)
+        say(" %d=%u", (int)config->attrs[i].id, config->attrs[i].value.clusterDim.x);
     say("\n");
-    return now("cuLaunchKernel");
+    return now("cuLaunchKernelEx");
 }
 
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status)
@@ -162,16 +200,36 @@ CUresult cuGraphDestroy(CUgraph graph)
     return CUDA_SUCCESS;
 }
 
-CUresult cuGraphAddKernelNode_v2(CUgraphNode *node, CUgraph graph, const CUgraphNode *after, size_t count, const CUDA_KERNEL_NODE_PARAMS *params)
+static Node *add(CUgraph graph, CUgraphNodeType type)
 {
     Node *made = calloc(1, sizeof(*made));
-    made->params = *params;
-    read_values(made->values, params->func, params->kernelParams);
-    if (count != (graph->count > 0) || (count && *after != (CUgraphNode)graph->nodes[graph->count - 1]))
-        return CUDA_ERROR_INVALID_VALUE;
+    made->type = type;
     graph->nodes[graph->count++] = made;
+    return made;
+}
+
+static int is_last(CUgraph graph, const CUgraphNode *after, size_t count)
+{
+    return count == (graph->count > 0) && (!count || *after == (CUgraphNode)graph->nodes[graph->count - 1]);
+}
+
+CUresult cuGraphAddKernelNode_v2(CUgraphNode *node, CUgraph graph, const CUgraphNode *after, size_t count, const CUDA_KERNEL_NODE_PARAMS *params)
+{
+    if (!is_last(graph, after, count) || params->kernelParams)
+        return CUDA_ERROR_INVALID_VALUE;
+    Node *made = add(graph, CU_GRAPH_NODE_TYPE_KERNEL);
+    made->params = *params;
+    made->size = read_bytes(made->bytes, params->func, params->extra);
     *node = (CUgraphNode)made;
     return now("cuGraphAddKernelNode");
+}
+
+CUresult cuGraphKernelNodeSetAttribute(CUgraphNode node, CUlaunchAttributeID attribute, const CUlaunchAttributeValue *value)
+{
+    if (attribute != CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+        return CUDA_ERROR_INVALID_VALUE;
+    ((Node *)node)->cluster = value->clusterDim.x;
+    return now("cuGraphKernelNodeSetAttribute");
 }
 
 CUresult cuGraphInstantiateWithFlags(CUgraphExec *exec, CUgraph graph, unsigned long long flags)
@@ -205,7 +263,7 @@ CUresult cuGraphExecKernelNodeSetParams_v2(CUgraphExec exec, CUgraphNode node, c
         return now("cuGraphExecKernelNodeSetParams");
     for (int i = 0; i < exec->count; i++)
         if (exec->made_of[i] == (Node *)node)
-            read_values(exec->nodes[i].values, params->func, params->kernelParams);
+            exec->nodes[i].size = read_bytes(exec->nodes[i].bytes, params->func, params->extra);
     return CUDA_SUCCESS;
 }
 
@@ -213,11 +271,146 @@ CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream)
 {
     say("%lu: graph", (unsigned long)(uintptr_t)stream);
     for (int i = 0; i < exec->count; i++) {
-        const CUDA_KERNEL_NODE_PARAMS *p = &exec->nodes[i].params;
-        show(p->func, p->gridDimX, p->gridDimY, p->gridDimZ, p->blockDimX, p->sharedMemBytes, exec->nodes[i].values);
+        const Node *n = &exec->nodes[i];
+        const CUDA_KERNEL_NODE_PARAMS *p = &n->params;
+        show(p->func, p->gridDimX, p->gridDimY, p->gridDimZ, p->blockDimX, p->sharedMemBytes, n->bytes, n->size);
+        if (n->cluster)
+            say(" 4=%u", n->cluster);
     }
     say("\n");
     return now("cuGraphLaunch");
+}
+
+/* What cuBLAS does in a capture, by its name in the tests, and the least workspace that it does it with. */
+static char does[64];
+static size_t least;
+static CUstream of_handle, captured;
+static size_t workspace_size;
+static uint64_t workspace_at;
+static CUgraph capture;
+
+void fake_cublas(const char *what, long least_workspace)
+{
+    strcpy(does, what);
+    least = least_workspace;
+}
+
+static int is(const char *what) { return !strcmp(does, what); }
+
+CUresult cuStreamCreate(CUstream *stream, unsigned flags)
+{
+    *stream = (CUstream)(uintptr_t)77;
+    if (now("cuStreamCreate") == CUDA_SUCCESS)
+        living += flags == CU_STREAM_NON_BLOCKING ? 1 : 100;
+    return now("cuStreamCreate");
+}
+
+CUresult cuStreamDestroy_v2(CUstream stream)
+{
+    living -= (uintptr_t)stream == 77;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode)
+{
+    if (captured || mode != CU_STREAM_CAPTURE_MODE_RELAXED)
+        return CUDA_ERROR_INVALID_VALUE;
+    if (now("cuStreamBeginCapture") == CUDA_SUCCESS) {
+        captured = stream;
+        cuGraphCreate(&capture, 0);
+    }
+    return now("cuStreamBeginCapture");
+}
+
+CUresult cuStreamEndCapture(CUstream stream, CUgraph *graph)
+{
+    if (stream != captured)
+        return CUDA_ERROR_INVALID_VALUE;
+    captured = NULL;
+    *graph = capture;
+    if (now("cuStreamEndCapture") != CUDA_SUCCESS) {
+        cuGraphDestroy(capture);
+        *graph = NULL;
+    }
+    return now("cuStreamEndCapture");
+}
+
+CUresult cuGraphGetNodes(CUgraph graph, CUgraphNode *nodes, size_t *count)
+{
+    *count = graph->count;
+    if (nodes)
+        memcpy(nodes, graph->nodes, graph->count * sizeof(*nodes));
+    return now("cuGraphGetNodes");
+}
+
+CUresult cuGraphNodeGetDependencies(CUgraphNode node, CUgraphNode *before, size_t *count)
+{
+    int i = 0;
+    while (capture->nodes[i] != (Node *)node)
+        i++;
+    *count = i > 0;
+    if (before && i)
+        *before = (CUgraphNode)capture->nodes[((Node *)node)->after ? i - 2 : i - 1];
+    return now("cuGraphNodeGetDependencies");
+}
+
+CUresult cuGraphNodeGetType(CUgraphNode node, CUgraphNodeType *type)
+{
+    *type = ((Node *)node)->type;
+    return now("cuGraphNodeGetType");
+}
+
+CUresult cuGraphKernelNodeGetParams_v2(CUgraphNode node, CUDA_KERNEL_NODE_PARAMS *params)
+{
+    *params = ((Node *)node)->params;
+    return now("cuGraphKernelNodeGetParams");
+}
+
+CUresult cuGraphMemsetNodeGetParams(CUgraphNode node, CUDA_MEMSET_NODE_PARAMS *params)
+{
+    *params = ((Node *)node)->fill;
+    return now("cuGraphMemsetNodeGetParams");
+}
+
+CUresult cuGraphKernelNodeGetAttribute(CUgraphNode node, CUlaunchAttributeID attribute, CUlaunchAttributeValue *value)
+{
+    if (attribute != CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+        return CUDA_ERROR_INVALID_VALUE;
+    value->clusterDim.x = ((Node *)node)->cluster;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer)
+{
+    *(unsigned *)data = 2;
+    return attribute == CU_POINTER_ATTRIBUTE_MEMORY_TYPE && pointer == 0x123456789a00 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult cuModuleLoadData(CUmodule *module, const void *text)
+{
+    *module = (CUmodule)(uintptr_t)text;
+    return now("cuModuleLoadData");
+}
+
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name)
+{
+    *function = now("cuModuleGetFunction") == CUDA_SUCCESS && !strcmp(name, "fill") && strstr((const char *)module, "fill") ? (CUfunction)0x488 : 0;
+    return now("cuModuleGetFunction");
+}
+
+int cublasSetStream_v2(void *handle, CUstream stream)
+{
+    of_handle = stream;
+    say("%lu: stream %lu\n", (unsigned long)(uintptr_t)handle, (unsigned long)(uintptr_t)stream);
+    return now("cublasSetStream");
+}
+
+int cublasSetWorkspace_v2(void *handle, void *place, size_t size)
+{
+    (void)handle;
+    workspace_at = (uintptr_t)place;
+    workspace_size = size;
+    return now("cublasSetWorkspace");
 }
 
 int cublasSetMathMode(void *handle, int mode)
@@ -226,9 +419,92 @@ int cublasSetMathMode(void *handle, int mode)
     return now("cublasSetMathMode");
 }
 
+static Node *add_kernel(uintptr_t function, unsigned x)
+{
+    Node *node = add(capture, CU_GRAPH_NODE_TYPE_KERNEL);
+    node->params = (CUDA_KERNEL_NODE_PARAMS){(CUfunction)function, x, 2, 3, 128, 1, 1, 640, NULL, NULL, NULL, NULL};
+    return node;
+}
+
+/* With parameters of which the driver knows nothing, packed in this order by cuBLAS. */
+static void add_packed(uintptr_t function, unsigned x, const uint64_t *words, size_t size)
+{
+    Node *node = add_kernel(function, x);
+    node->size = size;
+    memcpy(node->bytes, words, size);
+    void *extra[] = {CU_LAUNCH_PARAM_BUFFER_SIZE, &node->size, CU_LAUNCH_PARAM_BUFFER_POINTER, node->bytes, CU_LAUNCH_PARAM_END};
+    if (is("something unknown"))
+        extra[0] = (void *)3;
+    memcpy(node->extra, extra, sizeof(extra));
+    node->params.extra = node->extra;
+    node->cluster = is("its cluster") ? 1 + (words[0] & 31) : 2;
+}
+
+static void add_fill(uint64_t place, size_t width, unsigned value, unsigned element)
+{
+    Node *node = add(capture, CU_GRAPH_NODE_TYPE_MEMSET);
+    node->fill = (CUDA_MEMSET_NODE_PARAMS){.dst = place, .value = value, .elementSize = element, .width = width, .height = 1};
+}
+
+/* As it is told, from a call with these. */
+static void capture_product(uint64_t a, uint64_t b, uint64_t c)
+{
+    static uint64_t calls;
+    uint64_t w = workspace_at, words[] = {a, 0x1234567890, b, c + 64, w + 16, a, 7};
+    size_t size = sizeof(words) - 4;
+    if (is("nothing"))
+        return;
+    if (is("kernels by alignment"))
+        return add_packed(a & 16 ? 0x100 : 0x200, 5, words, size);
+    if (is("its grid"))
+        return add_packed(0x100, 5 + (a & 16), words, size);
+    if (is("something else each time"))
+        words[1] = 0x1234567890 + calls++;
+    if (is("another address of the device"))
+        words[1] = 0x123456789a00;
+    if (is("an address between two words")) {
+        memcpy((uint8_t *)words + 12, &c, sizeof(c));
+        words[2] = words[2] >> 32 << 32 | 5;
+    }
+    if (is("an address at the end"))
+        words[6] = c >> 8;
+    if (is("more than its workspace"))
+        size -= workspace_size < least ? 8 : 0;
+    if (is("without workspace")) { /* with parameters that the driver knows */
+        Node *node = add_kernel(0x84888, 9);
+        const uint64_t each[] = {a, b, c, 41, 0x5678567856};
+        memcpy(node->bytes, each, sizeof(each));
+        for (int i = 0; i < 5; i++)
+            node->each[i] = node->bytes + 8 * i;
+        node->params.kernelParams = node->each;
+        return;
+    }
+    if (is("no function"))
+        return add_packed(0, 5, words, size);
+    if (is("too much"))
+        for (int i = 0; i < 9; i++)
+            add_fill(w, 4, 0, 1);
+    else
+        add_fill(w + 256, is("fills a lot") ? 1000 : workspace_size < least ? 12 : 4, is("fills a lot") ? 3 : 0, is("numbers") ? 4 : 1);
+    if (is("something that is no kernel"))
+        add(capture, CU_GRAPH_NODE_TYPE_HOST);
+    if (is("branches")) {
+        add_packed(0x200, 1, words, size);
+        add_packed(0x300, 1, words, size);
+        capture->nodes[2]->after = 1;
+        return;
+    }
+    if (!is("too much"))
+        add_packed(0x100, 5, words, size);
+}
+
 int cublasGemmEx(void *handle, int turned_a, int turned_b, int m, int n, int k, const void *alpha, const void *a, int type_a, int leading_a,
                  const void *b, int type_b, int leading_b, const void *beta, void *c, int type_c, int leading_c, int compute, int algorithm)
 {
+    if (captured && captured == of_handle) {
+        capture_product((uintptr_t)b, (uintptr_t)a, (uintptr_t)c);
+        return now("cublasGemmEx");
+    }
     say("%lu: %dx%dx%d %g*%lu(%d,%d,%d)*%lu(%d,%d,%d)+%g*%lu(%d,%d) by %d with %d\n", (unsigned long)(uintptr_t)handle, m, n, k,
         *(const float *)alpha, (unsigned long)(uintptr_t)a, turned_a, type_a, leading_a, (unsigned long)(uintptr_t)b, turned_b, type_b,
         leading_b, *(const float *)beta, (unsigned long)(uintptr_t)c, type_c, leading_c, compute, algorithm);

@@ -157,6 +157,7 @@ def test_what_goes_into_the_matrix_is_rounded_for_few_tokens_too(call: str) -> N
     assert torch.equal(y, before.float().unflatten(1, (32, 2)).sum(2).half())
 
 
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_products_of_the_user_s_are_not_replaced() -> None:
     portable = pytest.importorskip("gdn.ops.projection.portable")
     x, weight = torch.zeros(1, 96, dtype=torch.bfloat16), torch.zeros(10, 48, dtype=torch.bfloat16)

@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 pytest.importorskip("triton")
 
 from gdn import ops
-from gdn.core import checks, foresight, opaque, portable_launch, portable_product, replay_known
+from gdn.core import checks, foresight, opaque, portable_launch, portable_plan, portable_product, replay_known
 from gdn.core.dispatch import use
 from gdn.core.packing import Packing
 from gdn.ops.attention import problems as attentions
@@ -43,6 +43,7 @@ from gdn.ops.short_conv import problems as convs
 from gdn.ops.state_space import problems as spaces
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 Build = Callable[[int], dict[str, Any]]
 
 
@@ -524,6 +525,67 @@ def test_products_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: to
             thread.join()
             torch.cuda.synchronize()
             assert torch.equal(out, expected)
+            planned(multiply, a, b, out, expected)
+
+
+def planned(multiply: Any, a: Tensor, b: Tensor, out: Tensor, expected: Tensor) -> bool:
+    """Whether the multiplication can be part of a plan; then it has the same bits there, whatever the addresses, in a graph and outside."""
+
+    def copied(x: Tensor, y: Tensor) -> Tensor:
+        """x, as y lies in memory."""
+        return torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=DEVICE).copy_(x)
+
+    before = copied(out, out)
+    found = portable_product.nodes(multiply, a, b, out)
+    assert torch.equal(out, before), "something was computed"
+    assert torch.equal(torch.mm(a, b), torch.mm(a, b))
+    if found is None:
+        return False
+    given = [(0, 0), (1, 0), (2, 0), (3, 0)][: 3 + (found.workspace > 0)]
+    start = portable_plan.plan([(found, (), given)], len(given))
+    assert start is not None
+    for n in range(6):
+        kept = torch.empty(1000 * n + 1, device=DEVICE)  # other addresses
+        workspace = torch.full((found.workspace,), 255, dtype=torch.uint8, device=DEVICE)
+        tensors = [copied(x, y) for x, y in ((a, a), (b, b), (before, out))]
+        places = [x.data_ptr() for x in (*tensors, workspace)][: len(given)]
+        stream = torch.cuda.current_stream() if n < 5 else torch.cuda.Stream()
+        torch.cuda.synchronize()
+        start(stream.cuda_stream, *places)
+        torch.cuda.synchronize()
+        assert torch.equal(tensors[2], expected), n
+        del kept
+    graph = torch.cuda.CUDAGraph()
+    tensors[2].copy_(before)
+    with torch.cuda.graph(graph):
+        start(torch.cuda.current_stream().cuda_stream, *places)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(tensors[2], expected)
+    return True
+
+
+@gpu
+@pytest.mark.skipif(not HOPPER, reason="cuBLAS has other kernels on other GPUs")
+def test_products_of_many_tokens_are_parts_of_plans() -> None:
+    """Those of projections and of the head's loss: with and without workspace."""
+    normal = functools.partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
+    for n, k, m in ((512, 2048, 2048), (8192, 2048, 2048), (32768, 5632, 2048)):
+        a, b = normal(n, k), normal(m, k).T
+        made = portable_product.multiplied(a, b)
+        assert made is not None and planned(made[1], a, b, made[0], torch.mm(a, b))
+    for a, b in ((normal(8192, 2048), normal(32000, 2048).T), (normal(8192, 32000).T, normal(8192, 2048))):
+        there = torch.randn(len(a), b.shape[1], device=DEVICE)
+        for added in (True, False):
+            out, theirs = there.clone(), there.clone()
+            made = portable_product.multiplied(a, b, out, added=added)
+            assert made is not None
+            if added:
+                torch.addmm(theirs, a, b, out_dtype=torch.float32, out=theirs)
+                out.copy_(there)
+            else:
+                torch.mm(a, b, out_dtype=torch.float32, out=theirs)
+            assert planned(made[1], a, b, out, theirs)
 
 
 @gpu
@@ -544,6 +606,9 @@ def test_products_in_float32_have_the_bits_of_torchs(sizes: tuple[int, int, int]
                 else:
                     torch.mm(a, b, out_dtype=torch.float32, out=theirs)
                 assert torch.equal(ours, theirs)
+                if added:
+                    torch.addmm(theirs, a, b, out_dtype=torch.float32, out=theirs)
+                planned(made[1], a, b, ours, theirs)
 
 
 @gpu
