@@ -160,6 +160,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: "stream", raising=False)
         monkeypatch.setattr(replay_known, "FIRST_DEVICE", -1)
+        monkeypatch.setattr("gdn.ops.loss._check_values", lambda *args: None)  # values are looked at on the CPU only
     replay_known.forget()
     yield names
     replay_known.forget()

@@ -67,12 +67,18 @@ def recorder() -> Recorder | None:
     return mode if isinstance(mode, Recorder) else None
 
 
+def asked(ask: Callable[[], bool]) -> bool:
+    """The answer, while which is the same what is written down now is replayed. For what no signature has, such as settings of torch."""
+    answer = ask()
+    mode = None if is_compiling() else _get_current_dispatch_mode()
+    if isinstance(mode, Recorder | Witness):
+        mode.conditions[ask] = answer
+    return answer
+
+
 def may_multiply() -> bool:
     """Whether a host may multiply matrices by a kernel of its own: if no user has one in place of torch's."""
-    seen, may = recorder(), untouched()
-    if seen is not None:
-        seen.conditions[untouched] = may
-    return may
+    return asked(untouched)
 
 
 Address = tuple[int, int]
@@ -586,6 +592,7 @@ class Witness(_Mode):
 
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
+        self.conditions: dict[Callable[[], bool], bool] = {}
         self._refused = False
         self._held: list[Tensor] = []
         self._names: dict[int, int] = {}
@@ -612,7 +619,10 @@ class Witness(_Mode):
     def finish(self, results: Any) -> Known | None:
         ends = self._place(results) if isinstance(results, Tensor) else [self._place(x) for x in results]
         calls = any(not isinstance(call, _Reshaped) for call, _ in self._calls)
-        return _outline(self._calls, self._given, ends) if calls and not self._refused else None
+        if self._refused or not calls:
+            return None
+        known = _outline(self._calls, self._given, ends)
+        return replace(known, conditions=known.conditions.union(self.conditions.items()))
 
     def _hold(self, tensors: Tensors) -> None:
         for x in tensors:

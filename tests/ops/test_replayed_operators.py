@@ -296,6 +296,30 @@ def test_the_loss_in_chunks_is_replayed(reduction: str, autocast: bool, replayed
             assert replayed_here == [*["softmax_kernel"] * passes, *rest]
 
 
+def test_the_loss_under_another_autocast_is_another_call(replayed_here: list[str]) -> None:
+    """Which no signature has: the dtype of the products follows it."""
+    x, weight = torch.randn(20, 16, device=DEVICE), torch.randn(40, 16, device=DEVICE)
+    targets, settings = torch.arange(20, device=DEVICE), (None, torch.bfloat16, torch.float16, torch.bfloat16, None)
+
+    def loss(dtype: torch.dtype | None) -> Tensor:
+        with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+            return ops.linear_cross_entropy(x, weight, targets)
+
+    with use(linear_cross_entropy="portable"):
+        expected = {}
+        for dtype in settings:
+            replay_known.forget()
+            expected[dtype] = loss(dtype)
+        assert torch.equal(expected[None], expected[torch.float16]) and not torch.equal(expected[None], expected[torch.bfloat16])
+        replay_known.forget()
+        for _ in range(3):
+            replayed_here.clear()
+            for dtype in settings:
+                for _ in range(2):
+                    assert torch.equal(loss(dtype), expected[dtype]), dtype
+        assert len(replayed_here) == 2 * 2 * len(settings)
+
+
 @pytest.mark.parametrize(
     ("name", "build"),
     [pytest.param(n, b, id=f"{n}-{p}") for cases_of in (CASES, PARTLY) for n, cases in cases_of.items() for p, b in cases],

@@ -10,6 +10,7 @@ from torch import Tensor
 from gdn.core import checks
 from gdn.core.dispatch import Impl, Op, triton_gpu
 from gdn.core.errors import ArgumentError
+from gdn.core.replay import replayed
 
 OP = Op(
     "linear_cross_entropy",
@@ -24,6 +25,7 @@ OP = Op(
 Reduction = Literal["mean", "sum", "none"]
 
 
+@replayed
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

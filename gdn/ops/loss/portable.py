@@ -10,6 +10,7 @@ With "mean" and "sum" of dense bfloat16 what stands around the products is two k
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from gdn.core.device import memory_bytes
 from gdn.core.opaque import Opaque
 from gdn.core.portable_launch import launch
 from gdn.core.portable_math import int64
+from gdn.core.replay import asked
 
 CHUNK_LOGITS = 1 << 26
 """Logits of a chunk: 256 MB, 2048 tokens of 32768 words, with which the products run at nearly full speed."""
@@ -92,9 +94,8 @@ def scale_kernel(x, slope, share, out, count, BLOCK: tl.constexpr):
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """See `gdn.ops.linear_cross_entropy`."""
-    narrow = x.dtype == weight.dtype == torch.bfloat16
-    if torch.is_autocast_enabled(x.device.type):
-        narrow = torch.get_autocast_dtype(x.device.type) == torch.bfloat16
+    casts, to_bfloat16 = _AUTOCAST[x.device.type]
+    narrow = asked(to_bfloat16) if asked(casts) else x.dtype == weight.dtype == torch.bfloat16
     return _LOSS(x, weight, targets, ignore_index, reduction, narrow)[0]
 
 
@@ -194,6 +195,15 @@ def _scaled(x: Tensor, slope: Tensor, share: Tensor, dtype: torch.dtype) -> Tens
     launch(scale_kernel, (-(-x.numel() // 4096),), x, slope, share, out, x.numel(), 4096)
     return out
 
+
+def _casts_to_bfloat16(kind: str) -> bool:
+    return torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
+_AUTOCAST = {
+    kind: (functools.partial(torch.is_autocast_enabled, kind), functools.partial(_casts_to_bfloat16, kind)) for kind in ("cuda", "cpu")
+}
+"""Whether it is on, and its dtype, on these devices: the CPU has the interpreter."""
 
 _LOSS = Opaque(
     "gdn::linear_cross_entropy_portable", _forward, _backward, fake=_fake, results=1, differentiable=("x", "weight"), replay=True
