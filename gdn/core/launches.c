@@ -7,7 +7,7 @@
    between two calls are the stream and the addresses, nothing else.
 
    From the third call on all of it is a graph, one kernel after another, if there are not too many graphs: the driver takes some 2 microseconds for
-   a graph, and 3 to 4 for each launch. New parameters of a node are for later launches of the graph, so it may still be running. It belongs to
+   a graph, and 3 to 4 for each launch. Nodes are told their parameters where these have changed, for later launches, so it may still be running. It belongs to
    one stream, since a graph never runs twice at the same time, and goes over to another that is used three times in a row. In others, and while
    a stream is captured, the kernels are launched one after another. */
 
@@ -97,10 +97,12 @@ typedef struct {
     unsigned attributes;
     CUlaunchAttribute attribute[MOST_ATTRIBUTES];
     size_t first, size;
+    int changed; /* since the graph was told */
     void *extra[5];
 } Node;
 
 typedef struct {
+    Py_ssize_t node;
     size_t byte;
     Py_ssize_t address;
     uint64_t offset;
@@ -157,21 +159,26 @@ static Node *chain_node(Chain *chain, size_t size)
     return node;
 }
 
-static int chain_patch(Chain *chain, size_t byte, Py_ssize_t address, uint64_t offset)
+/* An address among the bytes of a node. */
+static int chain_patch(Chain *chain, Py_ssize_t node, size_t byte, Py_ssize_t address, uint64_t offset)
 {
     Patch *patch = realloc(chain->patch, (chain->patches + 1) * sizeof(*patch));
     if (!patch)
         return 0;
     chain->patch = patch;
-    patch[chain->patches++] = (Patch){byte, address, offset};
+    patch[chain->patches++] = (Patch){node, byte, address, offset};
     return 1;
 }
 
 static void chain_write(Chain *chain, const uint64_t *addresses)
 {
     for (Py_ssize_t i = 0; i < chain->patches; i++) {
-        uint64_t value = addresses[chain->patch[i].address] + chain->patch[i].offset;
-        memcpy(chain->bytes + chain->patch[i].byte, &value, sizeof(value));
+        const Patch *patch = &chain->patch[i];
+        uint64_t value = addresses[patch->address] + patch->offset;
+        if (memcmp(chain->bytes + patch->byte, &value, sizeof(value))) {
+            memcpy(chain->bytes + patch->byte, &value, sizeof(value));
+            chain->node[patch->node].changed = 1;
+        }
     }
 }
 
@@ -237,6 +244,7 @@ static CUresult make_graph(Plan *plan, CUstream stream)
         Node *n = &plan->chain.node[i];
         CUgraphNode *made = &plan->handles[i], *before = i ? made - 1 : NULL;
         result = graph_add(made, plan->graph, before, i > 0, &n->kernel);
+        n->changed = 0;
         for (unsigned j = 0; j < n->attributes && result == CUDA_SUCCESS; j++)
             result = set_attribute(*made, n->attribute[j].id, &n->attribute[j].value);
     }
@@ -274,11 +282,14 @@ static int has_graph(Plan *plan, CUstream stream)
         return 0;
     plan->stream = stream;
     plan->calls = 0;
-    for (Py_ssize_t i = 0; i < plan->chain.nodes; i++)
-        if (exec_set(plan->exec, plan->handles[i], &plan->chain.node[i].kernel) != CUDA_SUCCESS) {
+    for (Py_ssize_t i = 0; i < plan->chain.nodes; i++) {
+        Node *n = &plan->chain.node[i];
+        if (n->changed && exec_set(plan->exec, plan->handles[i], &n->kernel) != CUDA_SUCCESS) {
             plan->refused = 1;
             return 0;
         }
+        n->changed = 0;
+    }
     return 1;
 }
 
@@ -352,7 +363,7 @@ static Py_ssize_t take(Plan *plan, size_t byte, Py_ssize_t most, PyObject *param
     }
     if (!take_address(parameter, plan->addresses, &address, &offset))
         return -1;
-    if (!chain_patch(&plan->chain, byte, address, offset)) {
+    if (!chain_patch(&plan->chain, plan->chain.nodes - 1, byte, address, offset)) {
         PyErr_NoMemory();
         return -1;
     }
@@ -400,6 +411,7 @@ static int take_kernel(Plan *plan, Py_ssize_t i, PyObject *part)
 /* What cuBLAS has the GPU do, with other addresses; or 0 with an exception. */
 static int take_chain(Plan *plan, const Chain *from, PyObject *addresses)
 {
+    Py_ssize_t before = plan->chain.nodes;
     size_t first = 0;
     for (Py_ssize_t i = 0; i < from->nodes; i++) {
         const Node *given = &from->node[i];
@@ -425,7 +437,7 @@ static int take_chain(Plan *plan, const Chain *from, PyObject *addresses)
         }
         if (!take_address(PyTuple_GET_ITEM(addresses, patch->address), plan->addresses, &address, &offset))
             return 0;
-        if (!chain_patch(&plan->chain, first + patch->byte, address, offset + patch->offset)) {
+        if (!chain_patch(&plan->chain, before + patch->node, first + patch->byte, address, offset + patch->offset)) {
             PyErr_NoMemory();
             return 0;
         }

@@ -296,7 +296,7 @@ static int explain(Chain *x, const Chain *y, uint64_t given[SETS][GIVEN])
             Py_ssize_t address = 0;
             while (address < GIVEN && first - given[0][address] != second - given[1][address])
                 address++;
-            if (address == GIVEN || !chain_patch(x, byte, address, first - given[0][address]))
+            if (address == GIVEN || !chain_patch(x, n, byte, address, first - given[0][address]))
                 return 0;
         }
     return 1;

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console, Group
@@ -31,6 +31,9 @@ from gdn.ops.linear_recurrence import problems as linear_recurrence
 from gdn.ops.linear_recurrence.problems import Gates
 from gdn.ops.linear_step import problems as linear_step
 from gdn.testing import compare, compile_ahead
+
+REFERENCE = "reference"
+"""The row of every operator that the others are held to."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,13 @@ def examine(device: str = "auto", seconds: float = 55) -> int:
     names = [name for name in tables() if name in EXAMPLES]
     findings: list[Finding] = []
     with console.status("") as status:
-        truths = _prepare(names, chosen, dtype, ends, status.update)
+        expected = _prepare(names, chosen, dtype, ends, status.update)
         for name in names:
             status.update(name)
             if time.monotonic() > ends:
                 findings.append(Finding(name, "", False, reason=f"not examined: {seconds:g} s are over", examined=False))
             else:
-                findings += examine_op(tables()[name], chosen, dtype, truths[name])
+                findings += examine_op(tables()[name], chosen, dtype, expected[name])
     console.print(_table(findings, dtype))
     return _verdict(findings, console, time.monotonic() - begin)
 
@@ -96,25 +99,32 @@ def _say_how_kernels_are_launched(console: Console) -> None:
         console.print(escape(f"eager calls take the host longer than they need, as each kernel is launched by itself: {reason}"))
 
 
-def _prepare(
-    names: list[str], device: torch.device, dtype: torch.dtype, ends: float, say: Callable[[str], None]
-) -> dict[str, compare.Results]:
-    """The truth of every operator, while Triton's kernels are compiled by other processes for at most half of the time."""
+class Expected(NamedTuple):
+    """What the rows of an operator are held to."""
+
+    truth: compare.Results
+    """Of its reference in float64 on the CPU."""
+    error: float
+    """Of its reference in the dtype and on the device that are examined."""
+
+
+def _prepare(names: list[str], device: torch.device, dtype: torch.dtype, ends: float, say: Callable[[str], None]) -> dict[str, Expected]:
+    """What is expected of every operator, while Triton's kernels are compiled by other processes for at most half of the time."""
     half = time.monotonic() + (ends - time.monotonic()) / 2
     ahead = compile_ahead.start(names, device, dtype)
-    truths = {}
+    found = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of small tensors: on two busy cores two threads take 71 s to wait for each other, one takes 4
     try:
         for name in names:
-            say(f"{name} in float64")
-            truths[name] = _truth(name)
+            say(f"{name} by its reference")
+            found[name] = _expected(tables()[name], device, dtype)
     finally:
         torch.set_num_threads(threads)
     if ahead is not None:
         say("compiling Triton kernels")
         ahead.join(half)
-    return truths
+    return found
 
 
 def _verdict(findings: list[Finding], console: Console, seconds: float) -> int:
@@ -135,15 +145,17 @@ def _verdict(findings: list[Finding], console: Console, seconds: float) -> int:
     return 1 if wrong or len(left) == len(findings) else 0
 
 
-def _truth(name: str) -> compare.Results:
-    return compare.run(tables()[name], "reference", EXAMPLES[name](torch.device("cpu"), torch.float64, torch.float64))
+def _expected(op: Op, device: torch.device, dtype: torch.dtype) -> Expected:
+    make = EXAMPLES[op.name]
+    truth = compare.run(op, REFERENCE, make(torch.device("cpu"), torch.float64, torch.float64))
+    return Expected(truth, compare.distance(compare.run(op, REFERENCE, make(device, dtype, torch.float32)), truth))
 
 
-def examine_op(op: Op, device: torch.device, dtype: torch.dtype, truth: compare.Results | None = None) -> list[Finding]:
+def examine_op(op: Op, device: torch.device, dtype: torch.dtype, expected: Expected | None = None) -> list[Finding]:
     """One finding per row of a table."""
     make = EXAMPLES[op.name]
-    truth = truth or _truth(op.name)
-    allowed = compare.allowed(compare.distance(compare.run(op, "reference", make(device, dtype, torch.float32)), truth), dtype)
+    truth, own = expected or _expected(op, device, dtype)
+    allowed = compare.allowed(own, dtype)
     dims = {"K": 64, "V": 64, "D": 64, "W": 4}
     verdicts = op.explain(device.type, dtype, index=device.index or 0, compiled=False, **dims)
     first = next(v.name for v in verdicts if v.reason is None)
@@ -152,7 +164,9 @@ def examine_op(op: Op, device: torch.device, dtype: torch.dtype, truth: compare.
         finding = Finding(op.name, verdict.name, verdict.name == first, verdict.reason)
         if verdict.reason is None:
             try:
-                error = compare.distance(compare.run(op, verdict.name, make(device, dtype, torch.float32)), truth)
+                error = own
+                if verdict.name != REFERENCE:
+                    error = compare.distance(compare.run(op, verdict.name, make(device, dtype, torch.float32)), truth)
                 with use(**{op.name: verdict.name}):
                     elapsed = milliseconds(without_gradients(op, make(device, dtype, torch.float32)), device)
                 finding = dataclasses.replace(finding, error=error, allowed=allowed, milliseconds=elapsed)
@@ -177,15 +191,17 @@ def without_gradients(op: Op, arguments: Arguments) -> Callable[[], Any]:
     return call
 
 
-CALLS, SECONDS = 20, 0.3
-"""A time is a median of so many calls, or of as many as fit in the seconds and at least 3."""
+CALLS, FEWEST, SECONDS = 20, 3, 0.3
+"""A time is a median of so many calls, or of as many as fit in the seconds; of a single one where fewer than FEWEST fit."""
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     """Median time of a call after one that does not count: between events of the device where it has them, by the clock otherwise."""
     _clocked(call, device, 1)
     once = _clocked(call, device, 1)[0]
-    count = max(3, min(CALLS, int(1e3 * SECONDS / max(once, 1e-3))))
+    count = min(CALLS, int(1e3 * SECONDS / max(once, 1e-3)))
+    if count < FEWEST:
+        return once
     return statistics.median(_between_events(call, count) if device.type == "cuda" else _clocked(call, device, count))
 
 

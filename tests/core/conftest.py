@@ -47,6 +47,10 @@ class Driver:
         """What cuBLAS has the GPU do from now on, with at least so many bytes (fake_driver.c)."""
         self._library.fake_cublas(does.encode(), ctypes.c_long(workspace))
 
+    def told(self) -> int:
+        """How many nodes of graphs have been given parameters since the last time."""
+        return self._library.fake_told()
+
     def living(self) -> int:
         """Graphs, those made executable, and streams."""
         return self._library.fake_living()

@@ -45,7 +45,7 @@ struct CUgraphExec_st {
 static char log_[1 << 16];
 static char failing[64];
 static CUresult error;
-static int capturing, living;
+static int capturing, living, told;
 static _Thread_local CUcontext current = (CUcontext)1;
 
 static void say(const char *format, ...)
@@ -117,6 +117,12 @@ void fake_fail(const char *name, int how)
 }
 void fake_capture(int whether) { capturing = whether; }
 int fake_living(void) { return living; }
+int fake_told(void)
+{
+    int before = told;
+    told = 0;
+    return before;
+}
 void fake_context(long context) { current = (CUcontext)context; }
 long fake_current(void) { return (long)current; }
 
@@ -259,6 +265,7 @@ CUresult cuGraphExecDestroy(CUgraphExec exec)
 
 CUresult cuGraphExecKernelNodeSetParams_v2(CUgraphExec exec, CUgraphNode node, const CUDA_KERNEL_NODE_PARAMS *params)
 {
+    told++;
     if (now("cuGraphExecKernelNodeSetParams") != CUDA_SUCCESS)
         return now("cuGraphExecKernelNodeSetParams");
     for (int i = 0; i < exec->count; i++)

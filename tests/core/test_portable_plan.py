@@ -88,6 +88,29 @@ def test_a_thread_that_has_no_context_gets_the_last_one(what: str, driver: Any) 
     assert asked == ([] if what == "a plan" else [7, *seen])
 
 
+def test_nodes_are_told_what_has_changed(driver: Any) -> None:
+    """Also by a call that was launched one by one in between."""
+    start = made()
+    driver.told()
+    told = []
+    for stream, a, b in [(5, 1, 2)] * 3 + [
+        (5, 1, 2),
+        (5, 3, 2),
+        (5, 3, 4),
+        (5, 3, 4),
+        (6, 7, 8),
+        (5, 7, 8),
+        (5, 3, 4),
+        (6, 1, 1),
+        (5, 3, 4),
+    ]:
+        driver.log()
+        start(stream, a, b)
+        assert [line for line in driver.log() if "mode" not in line][-1] in (graph(stream, a, b)[0], one_by_one(stream, a, b)[-1])
+        told.append(driver.told())
+    assert told == [0, 0, 0, 0, 1, 2, 0, 0, 2, 2, 0, 2]
+
+
 def test_a_graph_without_memory_is_given_up(driver: Any) -> None:
     start = made()
     driver.fail("cuGraphLaunch", 2)

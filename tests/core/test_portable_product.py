@@ -223,8 +223,8 @@ def test_without_a_graph_it_is_launched_one_by_one(name: str, driver: Any) -> No
     driver.fail(name)
     for n in range(5):
         driver.log()
-        start(5, 100, 200, 300, 1024)
-        expected = ["488(1,1,1,128,0: 1280 4 0)", f"100(5,2,3,128,640: {words(100, 200, 300, 1024)}) 4=2"]
+        start(5, 100 + n, 200, 300, 1024)
+        expected = ["488(1,1,1,128,0: 1280 4 0)", f"100(5,2,3,128,640: {words(100 + n, 200, 300, 1024)}) 4=2"]
         in_graph = (n, name) == (2, "cuGraphExecKernelNodeSetParams")
         lines = [line for line in driver.log() if "mode" not in line]
         assert lines == ([f"5: graph {' '.join(expected)}"] if in_graph else [f"5: {each}" for each in expected])

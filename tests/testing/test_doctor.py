@@ -109,7 +109,7 @@ def test_verdicts_and_reasons_are_whole_in_a_narrow_terminal(capsys: pytest.Capt
 def test_the_truth_of_small_problems_is_found_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where other programs use the cores, threads wait for each other until the time of the whole examination is over."""
     threads: list[int] = []
-    monkeypatch.setattr(doctor, "_truth", lambda name: threads.append(torch.get_num_threads()))
+    monkeypatch.setattr(doctor, "_expected", lambda *args: threads.append(torch.get_num_threads()))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -147,3 +147,24 @@ def test_a_gpu_is_timed_between_its_events(monkeypatch: pytest.MonkeyPatch) -> N
         Event.now += 2.0
 
     assert doctor.milliseconds(call, torch.device("cuda")) == 2.0
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.2, 2), (0.06, 7), (0.001, 22)])
+def test_a_slow_call_is_timed_once(seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, called = [0.0], list[float]()
+
+    def call() -> None:
+        called.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(doctor, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert doctor.milliseconds(call, CPU) == pytest.approx(1e3 * seconds) and len(called) == calls
+
+
+def test_the_reference_is_held_to_float64_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than all other rows. Its error is what the others are allowed, and its own finding."""
+    run, rows = doctor.compare.run, list[str]()
+    monkeypatch.setattr(doctor.compare, "run", lambda op, row, arguments: (rows.append(row), run(op, row, arguments))[1])
+    found = {f.impl: f for f in doctor.examine_op(ops()["l2norm"], CPU, torch.float32)}
+    assert rows.count("reference") == 2 and rows.count("torch") == 1
+    assert found["reference"].error is not None and 0 < found["reference"].error < 1e-6
