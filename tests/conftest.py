@@ -88,7 +88,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     plan = portable_plan.plan
 
     def noted(launches: Any, addresses: int) -> Any:
-        started = [what.name for what, _, _ in launches if isinstance(what, portable_plan.Kernel)]
+        started = [what.name if isinstance(what, portable_plan.Kernel) else "product" for what, _, _ in launches]
         start = plan(launches, addresses)
         assert start is not None
         return lambda *args: (names.extend(started), start(*args))
@@ -116,7 +116,10 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             for what, grid, arguments in launches:
                 places = [given[a[0]] + a[1] if isinstance(a, tuple) else a[0] for a in arguments]
                 if isinstance(what, portable_plan.Nodes):
-                    ctypes.memset(places[3], 0xFF, what.workspace)
+                    names.append("product")
+                    assert len(places) == 3 + (what.workspace > 0)
+                    if what.workspace:
+                        ctypes.memset(places[3], 0xFF, what.workspace)
                     what.chain(*places[:3])
                 else:
                     what.function(*grid, stream, "function", "metadata", None, None, None, *places)
@@ -152,7 +155,7 @@ def replayed_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     else:
         monkeypatch.setattr(portable_product, "_multiply", multiplying)
         monkeypatch.setattr(portable_product, "_DEVICE", "cpu")
-        monkeypatch.setattr(replay, "nodes", lambda multiply, *matrices: portable_plan.Nodes(multiply, 300))
+        monkeypatch.setattr(replay, "nodes", lambda multiply, *matrices: portable_plan.Nodes(multiply, 300 * (len(matrices[0]) % 2)))
         monkeypatch.setattr(replay, "plan", interpreted)
         monkeypatch.setattr(portable_plan, "of_compiled", lambda compiled: compiled.known)
         monkeypatch.setattr(portable_launch, "JITFunction", object)

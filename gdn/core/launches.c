@@ -182,7 +182,7 @@ static void chain_write(Chain *chain, const uint64_t *addresses)
     }
 }
 
-/* When no more nodes will come, which move the others and their bytes. */
+/* Call it after the last node: one more may move the others and their bytes. */
 static void chain_settle(Chain *chain)
 {
     for (Py_ssize_t i = 0; i < chain->nodes; i++) {

@@ -12,6 +12,7 @@ with what cuBLAS has the GPU do, 1 to 3: the same kernels, so the same bits.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +21,6 @@ import torch
 from torch import Tensor
 
 from gdn.core import portable_plan
-
-_WORKSPACE, _LARGE_WORKSPACE = 8320 << 10, 32 << 20
-"""Bytes that torch gives cuBLAS if users do not say how many: more on GPUs of these generations."""
-_GENERATIONS = (9, 10)
 
 Multiply = Callable[..., None]
 """Of the addresses of both factors and the product."""
@@ -69,6 +66,29 @@ def untouched() -> bool:
     return _OVERRIDES.isdisjoint(_OPERATORS)
 
 
+_WORKSPACES = {8: 8320 << 10, 9: 32 << 20}
+"""Bytes that torch gives cuBLAS, by the generation of the GPU, where torch does not tell and its users do not say how many."""
+_given: Callable[[], int] | None = _of_torch("_cuda_getCublasWorkspaceSize", None)
+"""What torch tells of them, from 2.13 on."""
+
+
+def _workspace() -> int | None:
+    """Bytes that torch gives cuBLAS; None where they are not known."""
+    if _given is not None:
+        return _given()
+    return None if "CUBLAS_WORKSPACE_CONFIG" in os.environ else _WORKSPACES.get(torch.cuda.get_device_capability()[0])
+
+
+@functools.cache
+def _is_given(workspace: int) -> Callable[[], bool]:
+    return lambda: _given is not None and _given() == workspace
+
+
+def workspace_as_now() -> dict[Callable[[], bool], bool]:
+    """What has to be asked, and the answer, for torch to give cuBLAS as much workspace as now."""
+    return {} if _given is None else {_is_given(_given()): True}
+
+
 def multiplied(a: Tensor, b: Tensor, out: Tensor | None = None, *, added: bool = False) -> tuple[Tensor, Multiply] | None:
     """`a b` of `[n, k]` and `[k, m]`, and how to multiply others of their dtypes, shapes and strides; None where torch has to do it, or to
     say what is wrong.
@@ -102,13 +122,13 @@ def multiplied(a: Tensor, b: Tensor, out: Tensor | None = None, *, added: bool =
 
 
 def nodes(multiply: Multiply, *matrices: Tensor) -> portable_plan.Nodes | None:
-    """What cuBLAS has the GPU do in this multiplication. None where that is not known for sure, or for cuBLAS itself to decide."""
+    """What cuBLAS has the GPU do in this multiplication. None where that is not known for sure, and while the stream is captured."""
     library = portable_plan.module()
-    if library is None or "CUBLAS_WORKSPACE_CONFIG" in os.environ or torch.cuda.is_current_stream_capturing():
+    if library is None or torch.cuda.is_current_stream_capturing():
         return None
     with torch.cuda.device_of(matrices[0]):
-        most = _LARGE_WORKSPACE if torch.cuda.get_device_capability()[0] in _GENERATIONS else _WORKSPACE
-        found = library.nodes(multiply, most, *[x.data_ptr() & 15 for x in matrices])
+        most = _workspace()
+        found = None if most is None else library.nodes(multiply, most, *[x.data_ptr() & 15 for x in matrices])
     return None if found is None else portable_plan.Nodes(*found)
 
 
@@ -122,7 +142,7 @@ def _columns(x: Tensor) -> tuple[bool, int] | None:
 
 
 def _multiply(*numbers: int) -> Multiply | None:
-    """launches.c says what they are."""
+    """products.c says what they are."""
     library = portable_plan.module()
     if library is None or max(numbers) > _LARGEST:
         return None

@@ -11,9 +11,11 @@
    For a plan, with the addresses of a, b, c and of a workspace. Nothing is computed: calls of cuBLAS with invented addresses, so many bytes after
    a multiple of 16, are captured. What they hand to kernels is not documented, so it is found out and checked: two calls tell which eight bytes
    are an address plus something; of a third one, which also lies differently in memory, all bytes have to be what they tell. None if they are
-   not, if cuBLAS takes kernels by more than these 16 bytes, if it hands over any other address of the device, or does something else than kernels
-   and filling memory, one after another. Memory is filled by a kernel here, which takes the driver a third of the time. `most` bytes of workspace
-   are what torch gives it. */
+   not, if cuBLAS chooses kernels by more than these 16 bytes, if it hands over any other address of the device or leaves out one of a, b and c, or
+   if it does something else than run kernels and fill a little memory, one after another. Memory is filled by a kernel here, which takes the driver
+   a third of the time. `most` bytes of workspace are what torch gives cuBLAS.
+
+   This is one file with launches.c, which comes before it; the module of both is at the end. */
 
 enum { COMPUTE_32F = 68, DEFAULT_TENSOR_OP = 99, DEFAULT_MATH = 0 }; /* of library_types.h and cublas_api.h */
 static const char *const PRODUCT = "gdn.product";
@@ -122,23 +124,23 @@ static PyObject *make_product(PyObject *Py_UNUSED(module), PyObject *args)
     return function;
 }
 
-enum { GIVEN = 4, WORKSPACE = 3, SETS = 3, MOST_NODES = 8, MOST_CONTEXTS = 64, THREADS = 128, MOST_FILLED = 1 << 30 };
+enum { GIVEN = 4, WORKSPACE = 3, SETS = 3, MOST_NODES = 8, MOST_CONTEXTS = 64, THREADS = 128, MOST_FILLED = 1 << 16 };
 
-/* Of a, b, c and the workspace, for three calls; no two of the differences are alike. */
+/* Addresses of a, b, c and the workspace for three calls. From the first to the second each moves by another distance. */
 static const uint64_t INVENTED[SETS][GIVEN] = {
     {0x7f1200000000, 0x7e3400000000, 0x7d5600000000, 0x6f0000000000},
     {0x7a2145600010, 0x7b9876540030, 0x7c1112220050, 0x6f1040000000},
     {0x6a0000000030, 0x5b0123400010, 0x4c00ab000070, 0x6f00c0000100},
 };
 static const size_t WORKSPACES[] = {1 << 8, 1 << 16, 1 << 20, 1 << 22};
-/* cooperative, cluster, how clusters are scheduled, preferred cluster */
+/* Of a launch: cooperative, cluster, how clusters are scheduled, preferred cluster. What else there is changes no result. */
 static const CUlaunchAttributeID ATTRIBUTES[MOST_ATTRIBUTES] = {2, 4, 5, 11};
 
 static int read_kernel(CUgraphNode from, Chain *chain)
 {
     CUDA_KERNEL_NODE_PARAMS kernel;
     const void *packed = NULL;
-    size_t size = 0, offset, length;
+    size_t size = 0, count = 0, offset, length;
     if (get_kernel(from, &kernel) != CUDA_SUCCESS || !kernel.func)
         return 0;
     if (kernel.extra) {
@@ -150,10 +152,13 @@ static int read_kernel(CUgraphNode from, Chain *chain)
             else
                 return 0;
     } else {
-        for (size_t i = 0; parameter_info(kernel.func, i, &offset, &length) == CUDA_SUCCESS; i++)
+        CUresult result;
+        for (; (result = parameter_info(kernel.func, count, &offset, &length)) == CUDA_SUCCESS; count++)
             size = offset + length;
+        if (result != CUDA_ERROR_INVALID_VALUE) /* that there are no more */
+            return 0;
     }
-    if (size && !packed && !kernel.kernelParams)
+    if (!size || (!packed && !kernel.kernelParams))
         return 0;
     Node *node = chain_node(chain, size);
     if (!node)
@@ -161,9 +166,8 @@ static int read_kernel(CUgraphNode from, Chain *chain)
     node->kernel = kernel;
     if (packed)
         memcpy(chain->bytes + node->first, packed, size);
-    else
-        for (size_t i = 0; parameter_info(kernel.func, i, &offset, &length) == CUDA_SUCCESS; i++)
-            memcpy(chain->bytes + node->first + offset, kernel.kernelParams[i], length);
+    for (size_t i = 0; i < count && parameter_info(kernel.func, i, &offset, &length) == CUDA_SUCCESS; i++)
+        memcpy(chain->bytes + node->first + offset, kernel.kernelParams[i], length);
     static const CUlaunchAttributeValue nothing;
     for (int i = 0; i < MOST_ATTRIBUTES; i++) {
         CUlaunchAttribute *attribute = &node->attribute[node->attributes];
@@ -209,7 +213,9 @@ static int read_fill(CUgraphNode from, Chain *chain)
 {
     CUDA_MEMSET_NODE_PARAMS filling;
     CUfunction function = fill_kernel();
-    if (!function || get_fill(from, &filling) != CUDA_SUCCESS || filling.elementSize != 1 || filling.height != 1 || filling.width > MOST_FILLED)
+    if (!function || get_fill(from, &filling) != CUDA_SUCCESS || filling.elementSize != 1 || filling.height != 1)
+        return 0;
+    if (!filling.width || filling.width > MOST_FILLED)
         return 0;
     const uint64_t parameters[] = {filling.dst, filling.width, filling.value};
     Node *node = chain_node(chain, sizeof(parameters) - sizeof(uint32_t));
@@ -243,7 +249,7 @@ static int read_graph(CUgraph graph, Chain *chain)
 }
 
 /* What cuBLAS does with these addresses and so much workspace. */
-static int captured(const Product *p, void *handle, CUstream stream, const uint64_t *addresses, size_t workspace, Chain *chain)
+static int capture_product(const Product *p, void *handle, CUstream stream, const uint64_t *addresses, size_t workspace, Chain *chain)
 {
     CUgraph graph = NULL;
     void *given[GIVEN];
@@ -278,9 +284,10 @@ static int alike(const Chain *x, const Chain *y)
     return 1;
 }
 
-/* Which bytes of x are addresses, from y, which does the same with others; 0 if any cannot be told. */
-static int explain(Chain *x, const Chain *y, uint64_t given[SETS][GIVEN])
+/* Which bytes of x are addresses, from y, which does the same with others; 0 if any cannot be told, or a, b or c is not among them. */
+static int find_addresses(Chain *x, const Chain *y, uint64_t given[SETS][GIVEN])
 {
+    int seen = 0;
     for (Py_ssize_t n = 0; n < x->nodes; n++)
         for (size_t i = 0; i + sizeof(uint64_t) <= x->node[n].size; i += sizeof(uint64_t)) {
             size_t byte = x->node[n].first + i;
@@ -298,19 +305,20 @@ static int explain(Chain *x, const Chain *y, uint64_t given[SETS][GIVEN])
                 address++;
             if (address == GIVEN || !chain_patch(x, n, byte, address, first - given[0][address]))
                 return 0;
+            seen |= 1 << address;
         }
-    return 1;
+    return (seen & 7) == 7;
 }
 
-static int found_out(const Product *p, void *handle, CUstream stream, size_t most, const unsigned *after, Chain *chain, size_t *workspace)
+static int find_nodes(const Product *p, void *handle, CUstream stream, size_t most, const unsigned *after, Chain *chain, size_t *workspace)
 {
     uint64_t given[SETS][GIVEN];
     for (int i = 0; i < SETS; i++)
         for (int j = 0; j < GIVEN; j++)
             given[i][j] = INVENTED[i][j] + (j < WORKSPACE ? after[j] : 0);
     Chain other = {0};
-    int found = captured(p, handle, stream, given[0], most, chain) && captured(p, handle, stream, given[1], most, &other) &&
-                alike(chain, &other) && explain(chain, &other, given) && captured(p, handle, stream, given[2], most, &other);
+    int found = capture_product(p, handle, stream, given[0], most, chain) && capture_product(p, handle, stream, given[1], most, &other) &&
+                alike(chain, &other) && find_addresses(chain, &other, given) && capture_product(p, handle, stream, given[2], most, &other);
     if (found) {
         chain_write(chain, given[2]);
         found = alike(chain, &other) && !memcmp(chain->bytes, other.bytes, chain->size);
@@ -320,7 +328,7 @@ static int found_out(const Product *p, void *handle, CUstream stream, size_t mos
         if (chain->patch[i].address == WORKSPACE)
             *workspace = most;
     for (size_t i = 0; *workspace == most && i < sizeof(WORKSPACES) / sizeof(*WORKSPACES) && WORKSPACES[i] < most; i++)
-        if (captured(p, handle, stream, given[2], WORKSPACES[i], &other) && alike(chain, &other) &&
+        if (capture_product(p, handle, stream, given[2], WORKSPACES[i], &other) && alike(chain, &other) &&
             !memcmp(chain->bytes, other.bytes, chain->size))
             *workspace = WORKSPACES[i];
     chain_clear(&other);
@@ -349,7 +357,7 @@ static PyObject *nodes(PyObject *Py_UNUSED(module), PyObject *args)
     int found = 0;
     exchange_capture_mode(&mode);
     if (p->set_stream && p->set_workspace && stream_create(&stream, CU_STREAM_NON_BLOCKING) == CUDA_SUCCESS) {
-        found = found_out(p, handle, stream, most, after, chain, &workspace);
+        found = find_nodes(p, handle, stream, most, after, chain, &workspace);
         p->set_stream(handle, NULL);
         stream_destroy(stream);
     }

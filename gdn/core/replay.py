@@ -11,10 +11,11 @@ allocates anew and takes the current stream: no address and no tensor outlives i
 
 What cannot be replayed runs as if this file were not there: calls on the CPU, under torch.compile, functorch or a dispatch mode, those of
 tensor subclasses, and those in which anything else happened to tensors, such as reading a value. A host promises (`replay=True` there) that
-it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature. Launches that follow each other are
-handed to the driver at once (portable_plan.py), and buffers between them are parts of few allocations, as far as that takes 32 MiB at most
-or no more memory than buffers that are allocated where they are first needed and freed after their last use, whatever the host did. A call
-that raises leaves nothing behind. `forget` drops all, as `use` and `Op.register` do.
+it launches by `portable_launch.launch` alone and decides by nothing but its arguments' signature and what it has `asked`. Launches and
+products that follow each other are handed to the driver at once (portable_plan.py, portable_product.py), and buffers between them are parts
+of few allocations, as far as that takes 32 MiB at most or no more memory than buffers that are allocated where they are first needed and
+freed after their last use, whatever the host did. A call that raises leaves nothing behind. `forget` drops all, as `use` and `Op.register`
+do.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from gdn.core.foresight import without_modes
 from gdn.core.portable_plan import Kernel, Nodes, plan
-from gdn.core.portable_product import Multiply, multiplied, nodes, ordinary, untouched
+from gdn.core.portable_product import Multiply, multiplied, nodes, ordinary, untouched, workspace_as_now
 from gdn.core.replay_known import MISS, Conditions, Known, Table, distinct, signature
 from gdn.core.replay_source import Body, Source, replaying
 
@@ -68,7 +69,8 @@ def recorder() -> Recorder | None:
 
 
 def asked(ask: Callable[[], bool]) -> bool:
-    """The answer, while which is the same what is written down now is replayed. For what no signature has, such as settings of torch."""
+    """The answer to a question on which the call depends and that no signature has, such as a setting of torch. What is written down now is
+    replayed while the answer is the same."""
     answer = ask()
     mode = None if is_compiling() else _get_current_dispatch_mode()
     if isinstance(mode, Recorder | Witness):
@@ -342,6 +344,8 @@ class Recorder(_Mode):
         self._names: dict[int, int] = {}
         self._memory: dict[int, int | None] = {}
         self._fresh: list[int] = []
+        self._workspaces: dict[int, _Fresh] = {}
+        """Of products."""
         self._parts: set[int | None] = set()
         """Views of what was given."""
         self._steps: list[Step] = []
@@ -381,7 +385,7 @@ class Recorder(_Mode):
         places = [None if x is None else self._place(x) for x in results]
         if self.refused or not self._parts.isdisjoint(places):
             return None
-        fresh = {i: _fresh(self._held[i]) for i in self._fresh}
+        fresh = {i: _fresh(self._held[i]) for i in self._fresh} | self._workspaces
         return Recording(self._device, self._given, len(self._held), fresh, self._steps, places, frozenset(self.conditions.items()))
 
     def _hold(self, x: Tensor) -> int:
@@ -412,8 +416,10 @@ class Recorder(_Mode):
         arguments.append(self._address(out))
         driven = nodes(multiply, left, right, out)
         if driven is not None and driven.workspace:
-            self._fresh.append(self._hold(torch.empty(driven.workspace, dtype=torch.uint8, device=out.device)))
-            arguments.append((self._fresh[-1], 0))
+            self.conditions |= workspace_as_now()
+            i = self._hold(torch.empty(0, dtype=torch.uint8, device=out.device))  # nobody needs it now
+            self._workspaces[i] = _Fresh((driven.workspace,), (1,), torch.uint8, driven.workspace)
+            arguments.append((i, 0))
         self._steps.append(_Product(multiply, driven, arguments))
         return out
 

@@ -17,7 +17,7 @@
 #undef cuStreamDestroy
 #undef cuStreamBeginCapture
 
-enum { MOST = 16, BYTES = 96 };
+enum { MOST = 16, BYTES = 96, PREFERRED = 11 };
 
 typedef struct {
     CUgraphNodeType type;
@@ -25,7 +25,7 @@ typedef struct {
     CUDA_MEMSET_NODE_PARAMS fill;
     uint8_t bytes[BYTES];
     size_t size;
-    unsigned cluster;
+    unsigned cluster, preferred;
     /* As cuBLAS was asked to capture it. */
     void *each[MOST], *extra[5];
     int after; /* the node before the last, and not the last one */
@@ -46,6 +46,7 @@ static char log_[1 << 16];
 static char failing[64];
 static CUresult error;
 static int capturing, living, told;
+static size_t unknown_from; /* parameters of kernels of which the driver does not tell */
 static _Thread_local CUcontext current = (CUcontext)1;
 
 static void say(const char *format, ...)
@@ -152,6 +153,8 @@ CUresult cuGetErrorString(CUresult error, const char **text)
 
 CUresult cuFuncGetParamInfo(CUfunction function, size_t i, size_t *offset, size_t *size)
 {
+    if (unknown_from && i >= unknown_from)
+        return CUDA_ERROR_NOT_SUPPORTED;
     *offset = offset_of(function, i);
     *size = size_of(function, i);
     return *size ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
@@ -232,9 +235,9 @@ CUresult cuGraphAddKernelNode_v2(CUgraphNode *node, CUgraph graph, const CUgraph
 
 CUresult cuGraphKernelNodeSetAttribute(CUgraphNode node, CUlaunchAttributeID attribute, const CUlaunchAttributeValue *value)
 {
-    if (attribute != CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+    if (attribute != CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION && (int)attribute != PREFERRED)
         return CUDA_ERROR_INVALID_VALUE;
-    ((Node *)node)->cluster = value->clusterDim.x;
+    *((int)attribute == PREFERRED ? &((Node *)node)->preferred : &((Node *)node)->cluster) = value->clusterDim.x;
     return now("cuGraphKernelNodeSetAttribute");
 }
 
@@ -283,6 +286,8 @@ CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream)
         show(p->func, p->gridDimX, p->gridDimY, p->gridDimZ, p->blockDimX, p->sharedMemBytes, n->bytes, n->size);
         if (n->cluster)
             say(" 4=%u", n->cluster);
+        if (n->preferred)
+            say(" 11=%u", n->preferred);
     }
     say("\n");
     return now("cuGraphLaunch");
@@ -295,14 +300,22 @@ static CUstream of_handle, captured;
 static size_t workspace_size;
 static uint64_t workspace_at;
 static CUgraph capture;
+static unsigned joins; /* edges to a node, beside the first */
+static int captures;
 
 void fake_cublas(const char *what, long least_workspace)
 {
     strcpy(does, what);
     least = least_workspace;
+    joins = !strcmp(what, "joins");
+    unknown_from = !strcmp(what, "unknown parameters") ? 1 : 0;
+    captures = 0;
 }
 
-static int is(const char *what) { return !strcmp(does, what); }
+static int is(const char *what)
+{
+    return !strcmp(does, what);
+}
 
 CUresult cuStreamCreate(CUstream *stream, unsigned flags)
 {
@@ -355,9 +368,9 @@ CUresult cuGraphNodeGetDependencies(CUgraphNode node, CUgraphNode *before, size_
     int i = 0;
     while (capture->nodes[i] != (Node *)node)
         i++;
-    *count = i > 0;
-    if (before && i)
-        *before = (CUgraphNode)capture->nodes[((Node *)node)->after ? i - 2 : i - 1];
+    *count = i > 0 ? 1 + joins : 0;
+    for (size_t j = 0; before && j < *count; j++)
+        before[j] = (CUgraphNode)capture->nodes[((Node *)node)->after ? i - 2 : i - 1];
     return now("cuGraphNodeGetDependencies");
 }
 
@@ -381,9 +394,9 @@ CUresult cuGraphMemsetNodeGetParams(CUgraphNode node, CUDA_MEMSET_NODE_PARAMS *p
 
 CUresult cuGraphKernelNodeGetAttribute(CUgraphNode node, CUlaunchAttributeID attribute, CUlaunchAttributeValue *value)
 {
-    if (attribute != CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+    if (attribute != CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION && (int)attribute != PREFERRED)
         return CUDA_ERROR_INVALID_VALUE;
-    value->clusterDim.x = ((Node *)node)->cluster;
+    value->clusterDim.x = (int)attribute == PREFERRED ? ((Node *)node)->preferred : ((Node *)node)->cluster;
     return CUDA_SUCCESS;
 }
 
@@ -445,12 +458,18 @@ static void add_packed(uintptr_t function, unsigned x, const uint64_t *words, si
     memcpy(node->extra, extra, sizeof(extra));
     node->params.extra = node->extra;
     node->cluster = is("its cluster") ? 1 + (words[0] & 31) : 2;
+    node->preferred = is("prefers clusters") ? 8 : 0;
+    node->params.gridDimY += is("its second dimension") ? words[0] & 16 : 0;
+    node->params.blockDimX += is("its threads") ? words[0] & 16 : 0;
+    node->params.sharedMemBytes += is("its shared memory") ? words[0] & 16 : 0;
+    if (is("no parameters"))
+        node->params.extra = NULL;
 }
 
 static void add_fill(uint64_t place, size_t width, unsigned value, unsigned element)
 {
     Node *node = add(capture, CU_GRAPH_NODE_TYPE_MEMSET);
-    node->fill = (CUDA_MEMSET_NODE_PARAMS){.dst = place, .value = value, .elementSize = element, .width = width, .height = 1};
+    node->fill = (CUDA_MEMSET_NODE_PARAMS){.dst = place, .value = value, .elementSize = element, .width = width, .height = 1 + is("rows of zeros")};
 }
 
 /* As it is told, from a call with these. */
@@ -465,6 +484,12 @@ static void capture_product(uint64_t a, uint64_t b, uint64_t c)
         return add_packed(a & 16 ? 0x100 : 0x200, 5, words, size);
     if (is("its grid"))
         return add_packed(0x100, 5 + (a & 16), words, size);
+    if (is("its grid by the last bits"))
+        return add_packed(0x100, 1 + (a & 15) + 16 * (b & 15) + 256 * (c & 15), words, size);
+    if (is("more the third time") && ++captures == 3)
+        add_packed(0x100, 5, words, size);
+    if (is("not all matrices"))
+        words[2] = 5;
     if (is("something else each time"))
         words[1] = 0x1234567890 + calls++;
     if (is("another address of the device"))
@@ -477,9 +502,9 @@ static void capture_product(uint64_t a, uint64_t b, uint64_t c)
         words[6] = c >> 8;
     if (is("more than its workspace"))
         size -= workspace_size < least ? 8 : 0;
-    if (is("without workspace")) { /* with parameters that the driver knows */
+    if (is("without workspace") || unknown_from) { /* with parameters that the driver knows */
         Node *node = add_kernel(0x84888, 9);
-        const uint64_t each[] = {a, b, c, 41, 0x5678567856};
+        const uint64_t each[] = {a, b, c, 41, c + 8};
         memcpy(node->bytes, each, sizeof(each));
         for (int i = 0; i < 5; i++)
             node->each[i] = node->bytes + 8 * i;
@@ -492,7 +517,7 @@ static void capture_product(uint64_t a, uint64_t b, uint64_t c)
         for (int i = 0; i < 9; i++)
             add_fill(w, 4, 0, 1);
     else
-        add_fill(w + 256, is("fills a lot") ? 1000 : workspace_size < least ? 12 : 4, is("fills a lot") ? 3 : 0, is("numbers") ? 4 : 1);
+        add_fill(w + 256, is("fills a lot") ? 1000 : is("fills far too much") ? 1 << 20 : is("no zeros") ? 0 : workspace_size < least ? 12 : 4, is("fills a lot") ? 3 : 0, is("numbers") ? 4 : 1);
     if (is("something that is no kernel"))
         add(capture, CU_GRAPH_NODE_TYPE_HOST);
     if (is("branches")) {

@@ -4,6 +4,7 @@ The real ones are asked by tests/ops/test_replayed_operators.py."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from types import SimpleNamespace
@@ -93,13 +94,18 @@ NUMBERS = (14, 0, 1, 0, 5, 6, 7, 8, 9, 10)
 MOST = 32 << 20
 
 
-def made(driver: Any, does: str, workspace: int = 0, over: tuple[int, int, int] = (0, 0, 0)) -> tuple[Any, int] | None:
+def made(driver: Any, does: str, workspace: int = 0, over: tuple[int, int, int] = (0, 0, 0), most: int = MOST) -> tuple[Any, int] | None:
     """What the fake cuBLAS has the GPU do in a product."""
     driver.cublas(does, workspace)
     handles: list[int] = []
     multiply = portable_plan.module().product(driver.library, lambda: handles.append(3) or 3, 0, 0, *NUMBERS)
-    found = portable_plan.module().nodes(multiply, MOST, *over)
-    assert len(handles) == 2  # the second time it gets torch's stream and workspace again
+    driver.log()
+    found = portable_plan.module().nodes(multiply, most, *over)
+    lines = driver.log()
+    assert [lines[0], lines[-1]] == ["mode 2", "mode 0"]
+    assert len(handles) == 2 and (
+        len(lines) == 2 or lines[-2] == "3: stream 0"
+    )  # the second time it gets torch's stream and workspace again
     assert driver.living() == 0
     return found
 
@@ -143,7 +149,34 @@ def test_kernels_of_cublas_with_known_parameters_are_parts_of_plans_too(driver: 
     assert start is not None
     driver.log()
     start(5, 100, 200, 300)
-    assert driver.log() == [f"5: 84888(9,2,3,128,640: 100 200 300 41 {0x5678567856})"]
+    assert driver.log() == ["5: 84888(9,2,3,128,640: 100 200 300 41 308)"]
+
+
+def test_cublas_sees_where_matrices_lie(driver: Any) -> None:
+    """The last bits of their addresses, by which it chooses kernels."""
+    found = made(driver, "its grid by the last bits", over=(2, 4, 6))
+    assert found is not None
+    start = plan([(Nodes(*found), (), [(0, 0), (1, 0), (2, 0), (3, 0)])], 4)
+    assert start is not None
+    driver.log()
+    start(5, 100, 200, 300, 1024)
+    assert driver.log()[0].startswith(f"5: 100({1 + 2 + 16 * 4 + 256 * 6},2,3,128,640:")
+
+
+def test_all_that_a_launch_has_is_handed_on(driver: Any) -> None:
+    found = made(driver, "prefers clusters")
+    assert found is not None
+    start = plan([(Nodes(*found), (), [(0, 0), (1, 0), (2, 0), (3, 0)])], 4)
+    assert start is not None
+    for _ in range(3):
+        driver.log()
+        start(5, 100, 200, 300, 1024)
+        assert driver.log()[-1].endswith(") 4=2 11=8")
+
+
+def test_no_more_workspace_is_tried_than_torch_gives(driver: Any) -> None:
+    found = made(driver, "fills its workspace", 257, most=300)
+    assert found is not None and found[1] == 300
 
 
 def test_each_byte_is_filled_by_a_thread(driver: Any) -> None:
@@ -169,7 +202,18 @@ def test_cublas_gets_the_workspace_that_it_needs_to_do_the_same(does: str, least
         "nothing",
         "kernels by alignment",
         "its grid",
+        "its second dimension",
+        "its threads",
+        "its shared memory",
         "its cluster",
+        "more the third time",
+        "not all matrices",
+        "no parameters",
+        "unknown parameters",
+        "joins",
+        "rows of zeros",
+        "no zeros",
+        "fills far too much",
         "something else each time",
         "another address of the device",
         "an address between two words",
@@ -254,22 +298,34 @@ def test_nodes_get_all_the_addresses_that_they_need(driver: Any) -> None:
 
 def test_users_who_give_cublas_a_workspace_keep_it(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
+    devices: list[Any] = []
     a, b, c = torch.zeros(20, dtype=torch.bfloat16)[1:], torch.zeros(20), torch.zeros(20, dtype=torch.bfloat16)[3:]
     library = SimpleNamespace(nodes=lambda *given: asked.append(given) or ("chain", 7))
     monkeypatch.setattr(portable_plan, "module", lambda: library)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for generation, most in ((8, 8320 << 10), (9, MOST), (10, MOST), (12, 8320 << 10)):
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: devices.append(x) or contextlib.nullcontext())
+    for generation, most in ((8, 8320 << 10), (9, MOST), (10, None), (12, None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda generation=generation: (generation, 0))
-        assert portable_product.nodes(len, a, b, c) == Nodes("chain", 7)
-        assert asked.pop() == (len, most, a.data_ptr() & 15, b.data_ptr() & 15, c.data_ptr() & 15)
+        assert portable_product.nodes(len, a, b, c) == (None if most is None else Nodes("chain", 7))
+        assert devices.pop() is a
+        assert most is None or asked.pop() == (len, most, a.data_ptr() & 15, b.data_ptr() & 15, c.data_ptr() & 15)
+        assert portable_product.workspace_as_now() == {}
+        with monkeypatch.context() as patch:
+            patch.setattr(portable_product, "_given", lambda: 12345)
+            assert portable_product.nodes(len, a, b, c) == Nodes("chain", 7) and asked.pop()[1] == 12345
+            ((ask, answer),) = portable_product.workspace_as_now().items()
+            assert answer is ask() is True and portable_product.workspace_as_now() == {ask: True}
+            patch.setattr(portable_product, "_given", lambda: 123)
+            assert ask() is False and ask not in portable_product.workspace_as_now()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert portable_product.nodes(len, a, b, c) is None
     with monkeypatch.context() as patch:
         patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         assert portable_product.nodes(len, a, b, c) is None
+    assert not asked
     library.nodes = lambda *given: None
     assert portable_product.nodes(len, a, b, c) is None
     monkeypatch.setattr(portable_plan, "module", lambda: None)
     assert portable_product.nodes(len, a, b, c) is None
-    assert not asked

@@ -829,6 +829,45 @@ def test_settings_of_torch_that_concern_products_are_followed(
     assert call(6) == ([], ["cuBLAS"] * 3)
 
 
+def squaring(name: str) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor, keep: bool) -> tuple[Tensor]:
+        HOSTS.append("forward")
+        return (x @ x,)
+
+    host = toy(name, forward, lambda args, saved, grads: [grads[0] @ args[0]])
+    return replayed(lambda x: host(x)[0])
+
+
+def test_without_a_plan_products_are_cublas_s(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of what would have a workspace in a plan."""
+    monkeypatch.setattr(replay, "plan", lambda launches, addresses: None)
+    monkeypatch.setattr(replay, "nodes", lambda multiply, *matrices: portable_plan.Nodes(multiply, 300))
+    operate = squaring("planless")
+    for seed in range(3):
+        torch.testing.assert_close(operate(square(seed)), square(seed) @ square(seed))
+    assert hosts() == ["forward"] and asked == ["cuBLAS"] * 3
+
+
+@pytest.mark.parametrize("workspace", [0, 300])
+def test_a_plan_follows_the_workspace_that_torch_gives(workspace: int, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [1]
+    monkeypatch.setattr(portable_product, "_given", lambda: given[0])
+    monkeypatch.setattr(replay, "nodes", lambda multiply, *matrices: portable_plan.Nodes(multiply, workspace))
+    operate, ran = squaring(f"workspace_{workspace}"), list[int]()
+    for seed, given[0] in enumerate([1, 1, 2, 2, 1, 1]):
+        torch.testing.assert_close(operate(square(seed)), square(seed) @ square(seed))
+        ran.append(len(hosts()))
+    assert ran == ([1, 0, 1, 0, 0, 0] if workspace else [1, 0, 0, 0, 0, 0]) and len(asked) == 6
+
+
+def test_a_workspace_is_not_allocated_to_write_a_product_down(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "nodes", lambda multiply, *matrices: portable_plan.Nodes(multiply, 1 << 60))
+    with replay.Recorder([square(0)]) as seen:
+        y = seen._held[0] @ seen._held[0]
+    recording = seen.finish([y])
+    assert recording is not None and 1 << 60 in [x.bytes for x in recording.fresh.values()]
+
+
 @pytest.mark.parametrize("name", ["mm", "mm.dtype_out", "addmm.dtype_out"])
 def test_each_operator_that_is_asked_for_products_may_be_the_user_s(name: str) -> None:
     kernels = torch.library.Library("aten", "IMPL")
