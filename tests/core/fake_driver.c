@@ -308,7 +308,7 @@ void fake_cublas(const char *what, long least_workspace)
     strcpy(does, what);
     least = least_workspace;
     joins = !strcmp(what, "joins");
-    unknown_from = !strcmp(what, "unknown parameters") ? 1 : 0;
+    unknown_from = !strcmp(what, "unknown parameters") ? 3 : 0;
     captures = 0;
 }
 
@@ -462,8 +462,10 @@ static void add_packed(uintptr_t function, unsigned x, const uint64_t *words, si
     node->params.gridDimY += is("its second dimension") ? words[0] & 16 : 0;
     node->params.blockDimX += is("its threads") ? words[0] & 16 : 0;
     node->params.sharedMemBytes += is("its shared memory") ? words[0] & 16 : 0;
-    if (is("no parameters"))
+    if (is("no parameters")) {
+        node->params.func = (CUfunction)0x84888;
         node->params.extra = NULL;
+    }
 }
 
 static void add_fill(uint64_t place, size_t width, unsigned value, unsigned element)
@@ -486,8 +488,6 @@ static void capture_product(uint64_t a, uint64_t b, uint64_t c)
         return add_packed(0x100, 5 + (a & 16), words, size);
     if (is("its grid by the last bits"))
         return add_packed(0x100, 1 + (a & 15) + 16 * (b & 15) + 256 * (c & 15), words, size);
-    if (is("more the third time") && ++captures == 3)
-        add_packed(0x100, 5, words, size);
     if (is("not all matrices"))
         words[2] = 5;
     if (is("something else each time"))
@@ -527,6 +527,8 @@ static void capture_product(uint64_t a, uint64_t b, uint64_t c)
         return;
     }
     if (!is("too much"))
+        add_packed(0x100, 5, words, size);
+    if (is("more the third time") && ++captures == 3)
         add_packed(0x100, 5, words, size);
 }
 

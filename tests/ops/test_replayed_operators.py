@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 pytest.importorskip("triton")
 
 from gdn import ops
-from gdn.core import checks, foresight, opaque, portable_launch, portable_plan, portable_product, replay_known
+from gdn.core import checks, foresight, opaque, portable_launch, portable_plan, portable_product, replay, replay_known
 from gdn.core.dispatch import use
 from gdn.core.packing import Packing
 from gdn.ops import loss as losses_of
@@ -259,6 +259,16 @@ def test_products_of_few_tokens_are_replayed_while_torch_has_its_own(replayed_he
             patch.setattr(portable_product, "_OVERRIDES", {"aten/mm/CUDA"})
             assert [kernels() for _ in range(3)] == [[], ["swiglu_kernel"], ["swiglu_kernel"]]
         assert [kernels() for _ in range(2)] == [["swiglu_linear_kernel"], ["swiglu_linear_kernel"]]
+
+
+def test_a_product_is_handed_to_the_driver_with_what_stands_around_it(replayed_here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, plan = list[int](), replay.plan
+    monkeypatch.setattr(replay, "plan", lambda launches, addresses: (planned.append(len(launches)), plan(launches, addresses))[1])
+    x, weight = (torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for shape in ((256, 96), (16, 48)))
+    with use(swiglu_linear="portable"), torch.no_grad():
+        expected = ops.swiglu_linear(x, weight)
+        assert torch.equal(ops.swiglu_linear(x, weight), expected)
+    assert set(planned) == {2} and replayed_here == ["swiglu_kernel", "product"]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -556,8 +566,9 @@ def test_products_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: to
             planned(multiply, a, b, out, expected)
 
 
-def planned(multiply: Any, a: Tensor, b: Tensor, out: Tensor, expected: Tensor) -> bool:
-    """Whether the multiplication can be part of a plan; then it has the same bits there, whatever the addresses, in a graph and outside."""
+def planned(multiply: Any, a: Tensor, b: Tensor, out: Tensor, expected: Tensor) -> int | None:
+    """None if the multiplication cannot be part of a plan. Else it has the same bits there, whatever the addresses, in a graph and outside of it;
+    and the bytes of its workspace."""
 
     def copied(x: Tensor, y: Tensor) -> Tensor:
         """x, as y lies in memory."""
@@ -568,7 +579,7 @@ def planned(multiply: Any, a: Tensor, b: Tensor, out: Tensor, expected: Tensor) 
     assert torch.equal(out, before), "something was computed"
     assert torch.equal(torch.mm(a, b), torch.mm(a, b))
     if found is None:
-        return False
+        return None
     given = [(0, 0), (1, 0), (2, 0), (3, 0)][: 3 + (found.workspace > 0)]
     start = portable_plan.plan([(found, (), given)], len(given))
     assert start is not None
@@ -590,7 +601,7 @@ def planned(multiply: Any, a: Tensor, b: Tensor, out: Tensor, expected: Tensor) 
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(tensors[2], expected)
-    return True
+    return found.workspace
 
 
 @gpu
@@ -598,10 +609,13 @@ def planned(multiply: Any, a: Tensor, b: Tensor, out: Tensor, expected: Tensor) 
 def test_products_of_many_tokens_are_parts_of_plans() -> None:
     """Those of projections and of the head's loss: with and without workspace."""
     normal = functools.partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
+    workspaces = []
     for n, k, m in ((512, 2048, 2048), (8192, 2048, 2048), (32768, 5632, 2048)):
         a, b = normal(n, k), normal(m, k).T
         made = portable_product.multiplied(a, b)
-        assert made is not None and planned(made[1], a, b, made[0], torch.mm(a, b))
+        assert made is not None
+        workspaces.append(planned(made[1], a, b, made[0], torch.mm(a, b)))
+    assert None not in workspaces and 0 in workspaces and any(workspaces)
     for a, b in ((normal(8192, 2048), normal(32000, 2048).T), (normal(8192, 32000).T, normal(8192, 2048))):
         there = torch.randn(len(a), b.shape[1], device=DEVICE)
         for added in (True, False):
@@ -613,7 +627,7 @@ def test_products_of_many_tokens_are_parts_of_plans() -> None:
                 out.copy_(there)
             else:
                 torch.mm(a, b, out_dtype=torch.float32, out=theirs)
-            assert planned(made[1], a, b, out, theirs)
+            assert planned(made[1], a, b, out, theirs) is not None
 
 
 @gpu
