@@ -567,7 +567,7 @@ def test_products_have_the_bits_of_torchs(sizes: tuple[int, int, int], dtype: to
 
 
 def planned(multiply: Any, a: Tensor, b: Tensor, out: Tensor, expected: Tensor) -> int | None:
-    """None if the multiplication cannot be part of a plan. Else it has the same bits there, whatever the addresses, in a graph and outside of it;
+    """None if the multiplication cannot be part of a plan. Else it has the same bits there, whatever the addresses, in a graph and outside;
     and the bytes of its workspace."""
 
     def copied(x: Tensor, y: Tensor) -> Tensor:
