@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gdn.core import portable_plan
+from gdn.core.device import capability
 
 Multiply = Callable[..., None]
 """Of the addresses of both factors and the product."""
@@ -72,11 +73,11 @@ _given: Callable[[], int] | None = _of_torch("_cuda_getCublasWorkspaceSize", Non
 """What torch tells of them, from 2.13 on."""
 
 
-def _workspace() -> int | None:
-    """Bytes that torch gives cuBLAS; None where they are not known."""
+def _workspace(device: int) -> int | None:
+    """Bytes that torch gives cuBLAS there; None where they are not known."""
     if _given is not None:
         return _given()
-    return None if "CUBLAS_WORKSPACE_CONFIG" in os.environ else _WORKSPACES.get(torch.cuda.get_device_capability()[0])
+    return None if "CUBLAS_WORKSPACE_CONFIG" in os.environ else _WORKSPACES.get(capability(device) // 10)
 
 
 @functools.cache
@@ -127,7 +128,7 @@ def nodes(multiply: Multiply, *matrices: Tensor) -> portable_plan.Nodes | None:
     if library is None or torch.cuda.is_current_stream_capturing():
         return None
     with torch.cuda.device_of(matrices[0]):
-        most = _workspace()
+        most = _workspace(matrices[0].get_device())
         found = None if most is None else library.nodes(multiply, most, *[x.data_ptr() & 15 for x in matrices])
     return None if found is None else portable_plan.Nodes(*found)
 

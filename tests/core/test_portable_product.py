@@ -305,7 +305,7 @@ def test_users_who_give_cublas_a_workspace_keep_it(driver: Any, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: devices.append(x) or contextlib.nullcontext())
     for generation, most in ((8, 8320 << 10), (9, MOST), (10, None), (12, None)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda generation=generation: (generation, 0))
+        monkeypatch.setattr(portable_product, "capability", lambda device, generation=generation: 10 * generation if device == -1 else 0)
         assert portable_product.nodes(len, a, b, c) == (None if most is None else Nodes("chain", 7))
         assert devices.pop() is a
         assert most is None or asked.pop() == (len, most, a.data_ptr() & 15, b.data_ptr() & 15, c.data_ptr() & 15)
@@ -317,7 +317,7 @@ def test_users_who_give_cublas_a_workspace_keep_it(driver: Any, monkeypatch: pyt
             assert answer is ask() is True and portable_product.workspace_as_now() == {ask: True}
             patch.setattr(portable_product, "_given", lambda: 123)
             assert ask() is False and ask not in portable_product.workspace_as_now()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(portable_product, "capability", lambda device: 90)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert portable_product.nodes(len, a, b, c) is None
