@@ -415,8 +415,9 @@ class Recorder(_Mode):
             self._fresh.append(self._hold(out))
         arguments.append(self._address(out))
         driven = nodes(multiply, left, right, out)
-        if driven is not None and driven.workspace:
+        if driven is not None:
             self.conditions |= workspace_as_now()
+        if driven is not None and driven.workspace:
             i = self._hold(torch.empty(0, dtype=torch.uint8, device=out.device))  # nobody needs it now
             self._workspaces[i] = _Fresh((driven.workspace,), (1,), torch.uint8, driven.workspace)
             arguments.append((i, 0))

@@ -109,6 +109,8 @@ def test_nodes_are_told_what_has_changed(driver: Any) -> None:
         assert [line for line in driver.log() if "mode" not in line][-1] in (graph(stream, a, b)[0], one_by_one(stream, a, b)[-1])
         told.append(driver.told())
     assert told == [0, 0, 0, 0, 1, 2, 0, 0, 2, 2, 0, 2]
+    start(5, 3, 4 + 2**32)
+    assert driver.told() == 2 and driver.log()[-1:] == graph(5, 3, 4 + 2**32)
 
 
 def test_a_graph_without_memory_is_given_up(driver: Any) -> None:

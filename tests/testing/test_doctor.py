@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_a_gpu_is_timed_between_its_events(monkeypatch: pytest.MonkeyPatch) -> N
     assert doctor.milliseconds(call, torch.device("cuda")) == 2.0
 
 
-@pytest.mark.parametrize(("seconds", "calls"), [(0.2, 2), (0.06, 7), (0.001, 22)])
+@pytest.mark.parametrize(("seconds", "calls"), [(0.2, 2), (0.09, 5), (0.06, 7), (0.001, 22)])
 def test_a_slow_call_is_timed_once(seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, called = [0.0], list[float]()
 
@@ -159,6 +160,29 @@ def test_a_slow_call_is_timed_once(seconds: float, calls: int, monkeypatch: pyte
 
     monkeypatch.setattr(doctor, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     assert doctor.milliseconds(call, CPU) == pytest.approx(1e3 * seconds) and len(called) == calls
+
+
+def test_half_of_the_time_is_for_examining(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What references had no time to tell is asked of them then."""
+    monkeypatch.setattr(doctor, "EXAMPLES", {name: doctor.EXAMPLES[name] for name in ("l2norm", "rms_norm", "write_gate")})
+    clock, expected, seconds = [0.0], doctor._expected, list[float]()
+    monkeypatch.setattr(doctor, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter))
+
+    def slow(*args: Any) -> doctor.Expected:
+        seconds.append(clock[0])
+        clock[0] += 20.0
+        return expected(*args)
+
+    monkeypatch.setattr(doctor, "_expected", slow)
+    assert doctor.examine("cpu", seconds=55) == 0
+    assert seconds == [0.0, 20.0, 40.0]
+    assert "not examined" not in capsys.readouterr().out
+
+
+def test_a_row_is_held_to_the_error_of_its_own_dtype() -> None:
+    found = {f.impl: f for f in doctor.examine_op(ops()["l2norm"], CPU, torch.bfloat16)}
+    own = found["reference"].error
+    assert own is not None and 1e-4 < own < 1e-2 and found["torch"].ok
 
 
 def test_the_reference_is_held_to_float64_once(monkeypatch: pytest.MonkeyPatch) -> None:
