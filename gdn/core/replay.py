@@ -356,7 +356,7 @@ class Recorder(_Mode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if func in _PRODUCTS:
-            product = _asked(func, args, named)
+            product = _multiplication(func, args, named)
             if product is not None or not ordinary():
                 self.conditions[ordinary] = product is not None
             if product is not None:
@@ -474,7 +474,7 @@ class Recorder(_Mode):
         return i
 
 
-def _asked(func: Any, args: Sequence[Any], named: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Multiply] | None:
+def _multiplication(func: Any, args: Sequence[Any], named: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Multiply] | None:
     """Of an operator that multiplies matrices: both factors, into what, the product and its repetition. None where that is for torch."""
     into, added = named.get("out"), func is _PRODUCT_ADDED
     if into is not None and into.dtype != args[-1]:

@@ -605,17 +605,17 @@ def planned(multiply: Any, a: Tensor, b: Tensor, out: Tensor, expected: Tensor) 
 
 
 @gpu
-@pytest.mark.skipif(not HOPPER, reason="cuBLAS has other kernels on other GPUs")
 def test_products_of_many_tokens_are_parts_of_plans() -> None:
-    """Those of projections and of the head's loss: with and without workspace."""
+    """Those of projections and of the head's loss: with and without workspace. On other GPUs than Hopper's, where cuBLAS has other kernels,
+    they have the right bits if they are."""
     normal = functools.partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
-    workspaces = []
+    workspaces = list[int | None]()
     for n, k, m in ((512, 2048, 2048), (8192, 2048, 2048), (32768, 5632, 2048)):
         a, b = normal(n, k), normal(m, k).T
         made = portable_product.multiplied(a, b)
         assert made is not None
         workspaces.append(planned(made[1], a, b, made[0], torch.mm(a, b)))
-    assert None not in workspaces and 0 in workspaces and any(workspaces)
+    assert not HOPPER or (0 in workspaces and any(workspaces))
     for a, b in ((normal(8192, 2048), normal(32000, 2048).T), (normal(8192, 32000).T, normal(8192, 2048))):
         there = torch.randn(len(a), b.shape[1], device=DEVICE)
         for added in (True, False):
@@ -627,7 +627,8 @@ def test_products_of_many_tokens_are_parts_of_plans() -> None:
                 out.copy_(there)
             else:
                 torch.mm(a, b, out_dtype=torch.float32, out=theirs)
-            assert planned(made[1], a, b, out, theirs) is not None
+            workspaces.append(planned(made[1], a, b, out, theirs))
+    assert not (HOPPER and None in workspaces)
 
 
 @gpu
