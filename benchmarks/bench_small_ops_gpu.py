@@ -290,6 +290,25 @@ def recurrences() -> list[Row]:
     return found
 
 
+def attentions() -> list[Row]:
+    """Heads as the recurrences above have them; a score of a pair and what is read with it are two products, their gradients five."""
+    found = []
+    for backward in (False, True):
+
+        def make(B: int = 8, T: int = 4096, H: int = 16, K: int = 128, window: int = 1024) -> dict[str, Any]:
+            q, k, v = (normal(B, T, H, K) for _ in range(3))
+            return {"q": q, "k": k, "v": v, "slopes": torch.rand(H, device="cuda") / 8, "window": window}
+
+        x = make()
+        B, T, H, K = x["q"].shape
+        pairs = sum(min(t + 1, x["window"]) for t in range(T))
+        flops = (7 if backward else 2) * 2 * B * H * K * pairs
+        name = f"windowed sigmoid attention 8x4096{' fwd+bwd' if backward else ''}"
+        op = ops.windowed_sigmoid_attention
+        found.append(Row(name, op.__name__, op, x, 0, backward, lambda make=make: make(1, 100, 2, 32, 40), flops))
+    return found
+
+
 def cores() -> list[Row]:
     found = []
     for B, T, H, HV, backward in ((8, 4096, 16, 32, False), (8, 4096, 16, 32, True), (1, 512, 2, 8, False), (1, 512, 2, 8, True)):
@@ -579,7 +598,7 @@ def sweep(only: str, flush: Tensor, bandwidth: float) -> None:
 
 
 PLAIN = {
-    "linear_cross_entropy": "chunked",
+    **dict.fromkeys(("linear_cross_entropy", "windowed_sigmoid_attention"), "chunked"),
     **dict.fromkeys(("delta_core", "convolved_qkv"), "composed"),
     **dict.fromkeys(("gated_delta_rule", "gated_delta_product", "channel_delta_rule"), "chunked"),
     **dict.fromkeys(("linear_attention", "gated_linear_attention", "value_gated_linear_attention"), "chunked"),
@@ -630,7 +649,7 @@ def main() -> None:
             flush=True,
         )
     peers = of_fla() if args.peers else {}
-    for make in (steps, other_steps, convolutions, norms, gates, fused, few_tokens, losses, rules, cores, recurrences):
+    for make in (steps, other_steps, convolutions, norms, gates, fused, few_tokens, losses, rules, cores, recurrences, attentions):
         for row in make():
             if not wanted(row.name):
                 continue
