@@ -54,3 +54,16 @@ def sigmoid(x):
     root = tl.rsqrt(below)
     near = root * root
     return tl.fma(near, tl.fma(-tl.minimum(below, 3e38), near, 1.0), near)
+
+
+@triton.jit
+def quick_sigmoid(x):
+    """The same with an error of up to 2.6e-7 + 6e-8 |x|: five instructions, where a plain exponential and a division take thirteen."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -_LOG2_E))
+    return root * root
+
+
+@triton.jit
+def sigmoid_for(x, dtype: tl.constexpr):
+    """The quick one for what is rounded to 16 bits afterwards."""
+    return sigmoid(x) if dtype == tl.float32 else quick_sigmoid(x)

@@ -74,7 +74,7 @@ def several_writes(n: int) -> Case:
     return Case(Product(tokens=RULE.with_(T=100, lengths=(70, 0, 30)), n=n), narrow=True)
 
 
-POOL: dict[str, Any] = {"name": "", "B": 3, "T": 2, "H": 1, "HV": 2, "K": 128, "V": 130, "slots": (2, -1, 0), "pool": 3}
+POOL: dict[str, Any] = {"name": "", "B": 3, "T": 2, "H": 1, "HV": 2, "K": 384, "V": 130, "slots": (2, -1, 0), "pool": 3}
 STEP, LINEAR_STEP = Step(**POOL), LinearStep(**POOL)
 WIDE, HEADS = Norm(name="", shape=(40, 1025)), StateSpace(name="", T=70, H=3, P=100)
 GATES, BLOCKS = Gate(name="", B=2, T=500, HV=3), Projection(name="", shape=(7, 4, 130), M=6)

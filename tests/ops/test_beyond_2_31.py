@@ -54,6 +54,11 @@ def last_two(programs: int) -> Iterable[int]:
     return range(programs - 2, programs)
 
 
+def last_four(programs: int) -> Iterable[int]:
+    """Those of a head of 64 columns, of which a step of several writes gives each program 16."""
+    return range(programs - 4, programs)
+
+
 @dataclass(frozen=True)
 class Case:
     call: Callable[..., Any]
@@ -358,7 +363,7 @@ def delta_step() -> Case:
         tokens = dict.fromkeys(("q", "k", "v"), (B, 2, H, WIDTH))
         return tokens | dict.fromkeys(("g", "beta"), (B, 2, H)) | {"state": (N, H, WIDTH, WIDTH)}
 
-    return Case(ops.gated_delta_step, shapes(1, 1, 1), shapes(2**19 + 1, HEADS, 16400), wide="g beta state", fixed="*")
+    return Case(ops.gated_delta_step, shapes(1, 1, 1), shapes(2**19 + 1, HEADS, 16400), wide="g beta state", fixed="*", programs=last_four)
 
 
 def linear_step(call: Callable[..., Any], *decays: int) -> Case:
@@ -368,13 +373,13 @@ def linear_step(call: Callable[..., Any], *decays: int) -> Case:
         tokens = dict.fromkeys(("q", "k", "v"), (B, 2, H, WIDTH))
         return tokens | {"g": (B, 2, H, *decays), "state": (N, H, WIDTH, WIDTH)}
 
-    return Case(call, shapes(1, 1, 1), shapes(2**19 + 1, HEADS, 16400), fixed="*")
+    return Case(call, shapes(1, 1, 1), shapes(2**19 + 1, HEADS, 16400), fixed="*", programs=last_four)
 
 
 def channel_step() -> Case:
     case = linear_step(ops.channel_delta_step, WIDTH)
     corner, whole = ({**shapes, "beta": shapes["v"][:3]} for shapes in (case.corner, case.whole))
-    return Case(case.call, corner, whole, fixed="*")
+    return Case(case.call, corner, whole, fixed="*", programs=case.programs)
 
 
 def product_step() -> Case:
@@ -385,7 +390,8 @@ def product_step() -> Case:
         gates = {"g": (B, 2, H), "beta": (B, 2, 2, H)}
         return {"q": (B, 2, H, WIDTH), **writes, **gates, "state": (N, H, WIDTH, WIDTH)}
 
-    return Case(ops.gated_delta_product_step, shapes(1, 1, 1), shapes(2**18 + 1, HEADS, 16400), wide="g beta", fixed="*")
+    whole = shapes(2**18 + 1, HEADS, 16400)
+    return Case(ops.gated_delta_product_step, shapes(1, 1, 1), whole, wide="g beta", fixed="*", programs=last_four)
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:

@@ -197,6 +197,23 @@ def test_norm_with_a_gate_through_a_sigmoid(problem: norms.Problem, dtype: torch
     as_good_as_the_reference(gated_rms_norm, "portable", {**build(problem, dtype), "activation": "sigmoid"})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gates_of_norms_far_out(dtype: torch.dtype) -> None:
+    """In float32 a plain exponential would be wrong by 5e-6 at -80, on a GPU: the interpreter rounds a product before it is added to. What is
+    rounded to 16 bits is as near as they come."""
+    gate = torch.tensor([-300.0, -80.0, -60.0, -9.0, 0.0, 9.0, 60.0, 300.0], dtype=torch.float64, device=DEVICE)
+    x, narrow = torch.ones(1, 8, dtype=dtype, device=DEVICE), gate[None].to(dtype).requires_grad_()
+    with use(gated_rms_norm="portable"):
+        y = gated_rms_norm(x, narrow, x[0], eps=1e-12)
+    (slope,) = torch.autograd.grad(y.sum(), narrow)
+    exact = gate[None].clone().requires_grad_()
+    silu = exact * exact.sigmoid()
+    (expected,) = torch.autograd.grad(silu.sum(), exact)
+    rounded = 2**-8 if dtype == torch.bfloat16 else 1e-6 if DEVICE == "cuda" else 5e-6
+    torch.testing.assert_close(y.double(), silu, rtol=rounded, atol=1e-44)
+    torch.testing.assert_close(slope.double(), expected, rtol=rounded, atol=1e-44)
+
+
 @every_norm
 def test_norm_of_views_and_of_mixed_types(norm: Callable[..., Any], as_good_as_the_reference: Check) -> None:
     arguments = arguments_of(norm, norms.PROBLEMS[0])

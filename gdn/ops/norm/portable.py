@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gdn.core.opaque import Opaque
 from gdn.core.portable_launch import launch
-from gdn.core.portable_math import int64, sigmoid
+from gdn.core.portable_math import int64, sigmoid_for
 from gdn.core.portable_rows import fresh, power_of_two, rows
 
 PARTS = 1024
@@ -59,7 +59,8 @@ def norm_kernel(
         out *= tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
     if gate is not None:
         z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0).to(tl.float32)
-        out *= z * sigmoid(z) if SILU else sigmoid(z)
+        s = sigmoid_for(z, y.dtype.element_ty)
+        out *= z * s if SILU else s
     tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
 
 
@@ -84,7 +85,7 @@ def norm_backward_kernel(
         slope = tl.load(dy + at, mask=valid, other=0.0).to(tl.float32)
         if gate is not None:
             z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0).to(tl.float32)
-            s = sigmoid(z)
+            s = sigmoid_for(z, dx.dtype.element_ty)
             more = 1.0 + z * (1.0 - s) if SILU else 1.0 - s
             if y is not None:
                 tl.store(y + at, (unit * w * (z * s if SILU else s)).to(y.dtype.element_ty), mask=valid)

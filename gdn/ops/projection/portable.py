@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn.core.portable_launch import launch
-from gdn.core.portable_math import int64, sigmoid
+from gdn.core.portable_math import int64, sigmoid_for
 from gdn.core.portable_rows import fresh
 from gdn.ops.norm import portable as norm
 from gdn.ops.projection import portable_few, recompute
@@ -32,7 +32,7 @@ def swiglu_kernel(x, y, N, BN: tl.constexpr):
     r, c, valid = places(N, BN)
     gate = tl.load(x + r * 2 * N + c, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(x + r * 2 * N + N + c, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y + r * N + c, (gate * sigmoid(gate) * up).to(y.dtype.element_ty), mask=valid)
+    tl.store(y + r * N + c, (gate * sigmoid_for(gate, y.dtype.element_ty) * up).to(y.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def swiglu_backward_kernel(x, slope, dx, N, BN: tl.constexpr):
     gate = tl.load(x + r * 2 * N + c, mask=valid, other=0.0).to(tl.float32)
     up = tl.load(x + r * 2 * N + N + c, mask=valid, other=0.0).to(tl.float32)
     dy = tl.load(slope + r * N + c, mask=valid, other=0.0).to(tl.float32)
-    s = sigmoid(gate)
+    s = sigmoid_for(gate, dx.dtype.element_ty)
     opened = gate * s
     tl.debug_barrier()  # all of the slope is read before any of it is overwritten
     tl.store(slope + r * N + c, (opened * up).to(slope.dtype.element_ty), mask=valid)

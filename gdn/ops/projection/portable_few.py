@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gdn.core import device
 from gdn.core.portable_launch import launch
-from gdn.core.portable_math import int64, sigmoid
+from gdn.core.portable_math import int64, sigmoid_for
 from gdn.core.portable_rows import power_of_two, rows
 from gdn.core.replay import may_multiply
 
@@ -51,7 +51,7 @@ def swiglu_linear_kernel(x, weight, y, count, N, M, BT: tl.constexpr, BM: tl.con
         valid = (t < count)[:, None] & (c < N)[None, :]
         gate = tl.load(x + t[:, None] * 2 * N + c[None, :], mask=valid, other=0.0).to(tl.float32)
         up = tl.load(x + t[:, None] * 2 * N + N + c[None, :], mask=valid, other=0.0).to(tl.float32)
-        h = (gate * sigmoid(gate) * up).to(x.dtype.element_ty)
+        h = (gate * sigmoid_for(gate, x.dtype.element_ty) * up).to(x.dtype.element_ty)
         total += h.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :]
     write(y, total, count, M, BT, BM)
 
@@ -79,7 +79,8 @@ def gated_rms_norm_linear_kernel(
         z = tl.load(gate + (r // gate_group * gate_outer + r % gate_group * gate_inner)[:, None] + d[None, :], mask=valid, other=0.0)
         z = z.to(tl.float32)
         square = tl.where(head < heads, tl.sum(value * value, 1) / D + eps, 1.0)  # eps may be 0 in float32
-        h = value * (1.0 / tl.sqrt(square))[:, None] * factor * (z * sigmoid(z) if SILU else sigmoid(z))
+        s = sigmoid_for(z, x.dtype.element_ty)
+        h = value * (1.0 / tl.sqrt(square))[:, None] * factor * (z * s if SILU else s)
         h = tl.reshape(h.to(x.dtype.element_ty), (BT, BH * BD)).to(tl.float32)
         total += h[:, None, :] * w.to(tl.float32)[None, :, :]
     write(y, total, count, M, BT, BM)

@@ -18,7 +18,7 @@ from torch import Tensor
 from gdn.core.opaque import Opaque
 from gdn.core.packing import Packing
 from gdn.core.portable_launch import launch
-from gdn.core.portable_math import int64
+from gdn.core.portable_math import int64, quick_sigmoid
 from gdn.core.portable_rows import power_of_two
 from gdn.ops.qkv import EPS
 from gdn.ops.short_conv.portable import (
@@ -30,7 +30,6 @@ from gdn.ops.short_conv.portable import (
     push,
     reach,
     restart,
-    sigmoid,
     sum_taps,
     taps,
     tokens_of_a_piece,
@@ -105,7 +104,7 @@ def walk(
                 n, p = place(documents, positions, row, t, T)
                 window = restart(window, None, n, p, x, 0, d, inside, D, W)
             z = filtered(now, window, filters, 0.0, W)
-            z *= sigmoid(z)
+            z *= quick_sigmoid(z)
             if UNIT:
                 z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
             tl.store(y + int64(t) * WIDTH, z.to(y.dtype.element_ty), mask=inside & (t < T))
@@ -202,7 +201,7 @@ def walk_back(
 @triton.jit
 def through(slope, z, eps, UNIT: tl.constexpr):
     """The gradient of z from that of y = silu(z), or of the vector of length one u = y r: of y it is r (du - u <u, du>)."""
-    s = sigmoid(z)
+    s = quick_sigmoid(z)
     y = z * s
     if UNIT:
         scale = tl.rsqrt(tl.sum(y * y, 1) + eps)

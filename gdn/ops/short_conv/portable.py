@@ -19,11 +19,10 @@ from torch import Tensor
 from gdn.core.opaque import InPlace, Opaque
 from gdn.core.packing import Packing
 from gdn.core.portable_launch import launch
-from gdn.core.portable_math import int64
+from gdn.core.portable_math import int64, quick_sigmoid
 
 AT_ONCE = 4
 """Tokens whose loads are issued together, ahead of their arithmetic."""
-_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 MANY_WARPS = 8192
 """Pieces are halved until there are so many warps, two to three waves of a large GPU."""
 
@@ -97,13 +96,6 @@ def filtered(now, window, filters, bias, W: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(z):
-    """The kernels' time is that of their instructions: here five, with a division and an exponential to any base thirteen."""
-    root = tl.rsqrt(1.0 + tl.exp2(z * _MINUS_LOG2_E))
-    return root * root
-
-
-@triton.jit
 def load_bias(bias, d, inside):
     if bias is None:
         return tl.zeros(d.shape, tl.float32)
@@ -141,7 +133,7 @@ def forward_kernel(
                 window = restart(window, state, n, p, x, (W - 1) * D, d, inside, D, W)
             z = filtered(now, window, filters, shift, W)
             if SILU:
-                z *= sigmoid(z)
+                z *= quick_sigmoid(z)
             tl.store(y + int64(t) * D, z.to(y.dtype.element_ty), mask=inside & (t < T))
             window = push(now, window)
 
@@ -175,7 +167,7 @@ def bounds(cu_seqlens, n, T):
 @triton.jit
 def through_silu(dy, z, SILU: tl.constexpr):
     if SILU:
-        s = sigmoid(z)
+        s = quick_sigmoid(z)
         return dy * s * (1.0 + z * (1.0 - s))
     else:
         return dy
@@ -330,7 +322,7 @@ def step_kernel(
             now = tl.load(x + int64(t) * x_token, mask=inside, other=0.0).to(tl.float32)
             z = filtered(now, window, filters, shift, W)
             if SILU:
-                z *= sigmoid(z)
+                z *= quick_sigmoid(z)
             tl.store(y + int64(t) * D, z.to(y.dtype.element_ty), mask=inside)
             window = push(now, window)
         for j in tl.static_range(1, W):

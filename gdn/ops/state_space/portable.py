@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gdn.core.opaque import Opaque
 from gdn.core.portable_launch import launch
-from gdn.core.portable_math import int64, sigmoid
+from gdn.core.portable_math import int64, sigmoid_for
 from gdn.core.portable_rows import power_of_two, rows
 
 TILE = 4096
@@ -72,7 +72,7 @@ def skip_norm_kernel(
     inside = tl.arange(0, BW) < W
     at = t * groups * W
     value, _, _, z = gated_skip(y, x, gate, D, at, t * x_token, t * gate_token, c, c // P, inside)
-    value *= z * sigmoid(z)
+    value *= z * sigmoid_for(z, out.dtype.element_ty)
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / W + eps)
     tl.store(inverse + int64(tl.program_id(0)), scale)
     out_of = value * scale * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
@@ -97,7 +97,7 @@ def skip_norm_backward_kernel(
         t = int64(token)  # of a loop to an int64 the interpreter makes an int32
         at = t * groups * W
         value, of_x, skip, z = gated_skip(y, x, gate, D, at, t * x_token, t * gate_token, c, c // P, inside)
-        s = sigmoid(z)
+        s = sigmoid_for(z, dy.dtype.element_ty)
         scale = tl.load(inverse + t * groups + group)
         unit = value * z * s * scale
         slope = tl.load(d_out + at + c, mask=inside, other=0.0).to(tl.float32)
