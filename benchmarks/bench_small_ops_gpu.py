@@ -20,6 +20,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rows
 import torch
 import torch.nn.functional as F
+import tuning
 from torch import Tensor
 
 from gdn import ops
@@ -434,6 +436,11 @@ def of_fla() -> dict[str, Callable[..., Any]]:
     def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: None) -> Any:
         return fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True)
 
+    @functools.cache
+    def narrow(angles: Tensor) -> Tensor:
+        """The dtype of x, as FLA's layer keeps them."""
+        return angles.bfloat16()
+
     def swiglu(x: Tensor, weight: Tensor) -> Tensor:
         return swiglu_linear(*x.chunk(2, -1), weight, None)
 
@@ -443,7 +450,7 @@ def of_fla() -> dict[str, Callable[..., Any]]:
         "l2norm": l2norm,
         "rms_norm": lambda x, weight: rms_norm(x, weight, None, eps=1e-5),
         "gated_rms_norm": lambda x, gate, weight: rms_norm_gated(x, gate, weight, None, eps=1e-5),
-        "rotary_embedding": rotary_embedding,
+        "rotary_embedding": lambda x, cos, sin: rotary_embedding(x, narrow(cos), narrow(sin)),
         "swiglu_linear": swiglu,
         "linear_cross_entropy": lambda x, weight, targets: fused_linear_cross_entropy_loss(x, targets, weight),
     }
@@ -481,7 +488,9 @@ def median_ms(run: Call, flush: Tensor, repeats: int) -> float:
 
 def waits(call: Call) -> bool:
     """Whether a call waits for the GPU, as plain torch does where it looks at a value: a capture fails, and spoils what comes after it."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         call()
     except RuntimeError:
@@ -631,6 +640,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", action="store_true", help="FLA's functions beside those operators that it has, too; it must be installed"
     )
+    tuning.add_arguments(parser)
     parser.add_argument("--sweep", action="store_true", help="time the step for all sizes of its programs, and stop")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -681,8 +691,9 @@ def main() -> None:
             if row.op in peers and comparable(row):
                 theirs = dataclasses.replace(row, call=peers[row.op])
                 try:
-                    checked = check_theirs(row, theirs)
-                    found = measure(theirs, "fla", flush, bandwidth, args.repeats)
+                    with tuning.compiled_ahead(args.compilers, args.compile_limit):
+                        checked = check_theirs(row, theirs)
+                        found = measure(theirs, "fla", flush, bandwidth, args.repeats)
                     keep({"row": row.name} | checked | found)
                     show(row, checked, found)
                 except Exception as problem:
