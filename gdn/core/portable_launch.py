@@ -83,7 +83,10 @@ def launch(
     if not isinstance(kernel, JITFunction):
         if seen is not None:
             seen.refused = True
-        kernel[grid](*args)
+        from gdn.core.portable_interpreted import like_a_gpu
+
+        with like_a_gpu():
+            kernel[grid](*args)
         return None
     device = args[0].get_device()
     if device != torch._C._cuda_getDevice():

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -95,49 +94,14 @@ def as_good_as_the_reference() -> Callable[..., None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_computes_like_a_gpu(quick_interpreter: None) -> Iterator[None]:
-    """Let Triton's interpreter round float32 to the nearest bfloat16 (it cuts, which doubles every error), overflow silently, multiply
-    matrices of bfloat16 as numbers (it takes their bits for integers), and take exponentials and logarithms of float32 that are off by one
-    unit in the last place at most (numpy's are by more than two on some processors, and sums keep that)."""
+    """Kernels of the tests themselves too."""
     if not (has_package("triton") and interprets_triton()):
         yield
         return
-    import triton.language as tl
-    from triton.runtime import interpreter
+    from gdn.core.portable_interpreted import like_a_gpu
 
-    original = interpreter._convert_float
-
-    def convert(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
-        if source == tl.float32 and target == tl.bfloat16:
-            rounded = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).bfloat16()
-            return rounded.view(torch.int16).numpy().view(np.uint16)
-        if source == tl.bfloat16 and target == tl.float32:
-            return (np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return original(data, source, target, rounding)
-
-    def widen(x: Any) -> Any:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle(convert(x.data, tl.bfloat16, tl.float32, None), tl.float32)
-
-    product = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return product(self, widen(a), widen(b), *rest)
-
-    plainly = interpreter.InterpreterBuilder.unary_op
-
-    def unary(self: Any, argument: Any, function: Callable[..., Any]) -> Any:
-        if function not in (np.exp, np.exp2, np.log, np.log2) or argument.data.dtype != np.float32:
-            return plainly(self, argument, function)
-        return interpreter.TensorHandle(function(argument.data.astype(np.float64)).astype(np.float32), argument.dtype.scalar)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", convert)
-        patch.setattr(interpreter.InterpreterBuilder, "unary_op", unary)
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-        before = np.seterr(over="ignore")
+    with like_a_gpu():
         yield
-        np.seterr(**before)
 
 
 @pytest.fixture(autouse=True)

@@ -199,8 +199,9 @@ def test_norm_with_a_gate_through_a_sigmoid(problem: norms.Problem, dtype: torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gates_of_norms_far_out(dtype: torch.dtype) -> None:
-    """In float32 a plain exponential would be wrong by 5e-6 at -80, on a GPU: the interpreter rounds a product before it is added to. What is
-    rounded to 16 bits is as near as they come."""
+    """In float32 a plain exponential would be wrong by 5e-6 at -80, on a GPU: the interpreter rounds a product before it is
+    added to. What is rounded to 16 bits is as near as they come.
+    """
     gate = torch.tensor([-300.0, -80.0, -60.0, -9.0, 0.0, 9.0, 60.0, 300.0], dtype=torch.float64, device=DEVICE)
     x, narrow = torch.ones(1, 8, dtype=dtype, device=DEVICE), gate[None].to(dtype).requires_grad_()
     with use(gated_rms_norm="portable"):
