@@ -45,8 +45,6 @@ def norm_kernel(
     c = tl.arange(0, BD)
     valid = (r < count)[:, None] & (c < D)[None, :]
     value = tl.load(x + vectors(r, x_group, x_outer, x_inner, c), mask=valid, other=0.0).to(tl.float32)
-    if gate is not None:  # asked for before what x is waited for
-        z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0)
     at = r[:, None] * D + c[None, :]
     if residual is not None:
         value += tl.load(residual + at, mask=valid, other=0.0).to(tl.float32)
@@ -60,7 +58,7 @@ def norm_kernel(
     if weight is not None:
         out *= tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
     if gate is not None:
-        z = z.to(tl.float32)
+        z = tl.load(gate + vectors(r, gate_group, gate_outer, gate_inner, c), mask=valid, other=0.0).to(tl.float32)
         s = sigmoid_for(z, y.dtype.element_ty)
         out *= z * s if SILU else s
     tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
