@@ -417,13 +417,14 @@ def check_theirs(row: Row, theirs: Row) -> dict[str, Any]:
 def of_fla() -> dict[str, Callable[..., Any]]:
     """FLA's functions of our arguments, by the operator that they stand beside."""
     from fla.modules.activations import swiglu_linear
-    from fla.modules.causal_conv1d.ops import causal_conv1d
+    from fla.modules.causal_conv1d.ops import causal_conv1d, causal_conv1d_update
     from fla.modules.fused_linear_cross_entropy.ops import fused_linear_cross_entropy_loss
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
     from fla.modules.norm.l2norm import l2norm
     from fla.modules.norm.layernorm import rms_norm
     from fla.modules.rotary.ops import rotary_embedding
-    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    from fla.ops.gated_delta_rule.gate import fused_gdn_gate
 
     @functools.cache
     def bounds(packing: Packing | None) -> Tensor | None:
@@ -432,6 +433,18 @@ def of_fla() -> dict[str, Callable[..., Any]]:
 
     def convolution(x: Tensor, weight: Tensor, activation: str, packing: Packing | None) -> Tensor:
         return causal_conv1d(x, weight, activation=activation, cu_seqlens=bounds(packing))[0]
+
+    @functools.cache
+    def inputs_of(state: Tensor) -> Tensor:
+        """[B, D, W]: channels first, and a place for the input to come."""
+        return F.pad(state.transpose(1, 2), (1, 0)).contiguous()
+
+    def convolution_step(x: Tensor, weight: Tensor, state: Tensor, activation: str) -> Tensor:
+        return causal_conv1d_update(x, inputs_of(state), weight=weight, activation=activation)[0]
+
+    def core(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gates: ops.GateParameters) -> Tensor:
+        inside = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+        return chunk_gated_delta_rule(q, k, v, a, b, A_log=gates.A_log, dt_bias=gates.dt_bias, **inside)[0]
 
     def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, slots: None) -> Any:
         return fused_recurrent_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True)
@@ -446,7 +459,11 @@ def of_fla() -> dict[str, Callable[..., Any]]:
 
     return {
         "gated_delta_step": step,
+        "gated_delta_rule": lambda **arguments: chunk_gated_delta_rule(**arguments)[0],
+        "delta_core": core,
+        "decay_gate": lambda a, A_log, dt_bias: fused_gdn_gate(a, A_log, dt_bias),
         "causal_conv1d": convolution,
+        "causal_conv1d_step": convolution_step,
         "l2norm": l2norm,
         "rms_norm": lambda x, weight: rms_norm(x, weight, None, eps=1e-5),
         "gated_rms_norm": lambda x, gate, weight: rms_norm_gated(x, gate, weight, None, eps=1e-5),
@@ -708,9 +725,8 @@ def failure(row: Row, impl: str, problem: Exception) -> dict[str, Any]:
 
 
 def comparable(row: Row) -> bool:
-    """FLA's steps have states of float32, without slots."""
-    state = row.arguments.get("state")
-    return state is None or (state.dtype == f32 and row.arguments["slots"] is None)
+    """FLA's steps of the rule have states of float32, without slots."""
+    return row.op != "gated_delta_step" or (row.arguments["state"].dtype == f32 and row.arguments["slots"] is None)
 
 
 def show(row: Row, checked: dict[str, Any], found: dict[str, Any]) -> None:
