@@ -8,7 +8,8 @@ it changes, so that neither waits for the other:
 Without the delta rule u = v. A decay of each value has one d a column, in the same places. One of each key stands between k or q and S, and of
 several writes a token all but the first meet a memory that was changed: there S <- d S comes first, and d is 1 from then on.
 
-The columns are few, so that one sequence already gives more programs than a GPU has multiprocessors, and so are the warps of a program.
+The columns are few, so that one sequence already gives each multiprocessor a program, and so are the warps of a program
+(notes/decoding_step.md).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from torch import Tensor
 from gdn.core.opaque import InPlace
 from gdn.core.portable_launch import launch
 from gdn.core.portable_math import exp, int64
+
+FEW = 256
+"""Programs of 32 columns, of which an H200 runs two on each multiprocessor: half as wide ones are faster for 128, slower for 1024."""
 
 
 @triton.jit
@@ -142,7 +146,7 @@ def _run(
     memory = state if state.stride()[1:] == (K * V, V, 1) else state.contiguous()
     slots = None if slots is None else slots.contiguous()
     beta = None if beta is None else beta.contiguous()
-    columns, warps = block(K, V, T * writes)
+    columns, warps = block(K, V, T * writes, B * HV)
     launch(
         step_kernel, (B * HV * -(-V // columns),), q, k, v, g.contiguous(), beta, memory, slots, o, scale, T,
         q.stride(0), q.stride(1), k.stride(0), _distance(k), v.stride(0), _distance(v), memory.stride(0), memory.shape[0],
@@ -153,10 +157,12 @@ def _run(
     return o
 
 
-def block(K: int, V: int, writes: int) -> tuple[int, int]:
+def block(K: int, V: int, writes: int, memories: int) -> tuple[int, int]:
     """Columns of a program, and its warps: at most 128 numbers of the memory a thread, so one warp with keys of 128, whose sums over keys wait
-    for no other. For one write a sequence rows of 32 numbers; for several, whose arithmetic takes longer than the memory, of 16."""
-    columns = min(32 if writes == 1 else 16, max(16, _power_of_two(V)))
+    for no other. For one write a sequence rows of 32 numbers, if there are programs enough; for several, whose arithmetic takes longer than
+    the memory, of 16."""
+    many = writes == 1 and memories * -(-V // 32) > FEW
+    columns = min(32 if many else 16, max(16, _power_of_two(V)))
     return columns, min(max(_power_of_two(K) * columns // 4096, 1), 8)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from gdn.core.opaque import Opaque
 from gdn.core.packing import Packing
 from gdn.core.portable_launch import launch
-from gdn.core.portable_math import int64, quick_sigmoid
+from gdn.core.portable_math import int64, sigmoid_for
 from gdn.core.portable_rows import power_of_two
 from gdn.ops.qkv import EPS
 from gdn.ops.short_conv.portable import (
@@ -104,7 +104,7 @@ def walk(
                 n, p = place(documents, positions, row, t, T)
                 window = restart(window, None, n, p, x, 0, d, inside, D, W)
             z = filtered(now, window, filters, 0.0, W)
-            z *= quick_sigmoid(z)
+            z *= sigmoid_for(z, y.dtype.element_ty)
             if UNIT:
                 z *= tl.rsqrt(tl.sum(z * z, 1) + eps)[:, None]
             tl.store(y + int64(t) * WIDTH, z.to(y.dtype.element_ty), mask=inside & (t < T))
@@ -172,7 +172,7 @@ def walk_back(
             if documents is not None:
                 n, p = place(documents, positions, row, t, T)
                 window = restart(window, None, n, p, x, 0, d, inside, D, W)
-            dz = through(slopes[u].to(tl.float32), filtered(now, window, filters, 0.0, W), eps, UNIT)
+            dz = through(slopes[u].to(tl.float32), filtered(now, window, filters, 0.0, W), eps, dx.dtype.element_ty, UNIT)
             sums = sum_taps(sums, dz, now, window, W)
             reached = reach(dz, filters, waiting, None if documents is None else p, W)
             done = t - (W - 1)
@@ -188,7 +188,7 @@ def walk_back(
         if documents is not None:
             n, p = place(documents, positions, row, t, T)
             window = restart(window, None, n, p, x, 0, d, inside, D, W)
-        dz = through(slope, filtered(now, window, filters, 0.0, W), eps, UNIT)
+        dz = through(slope, filtered(now, window, filters, 0.0, W), eps, dx.dtype.element_ty, UNIT)
         reached = reach(dz, filters, waiting, None if documents is None else p, W)
         done = t - (W - 1)
         tl.store(dx + int64(done) * D, reached[W - 1].to(dx.dtype.element_ty), mask=inside & (done >= begin) & (done < end))
@@ -199,9 +199,9 @@ def walk_back(
 
 
 @triton.jit
-def through(slope, z, eps, UNIT: tl.constexpr):
+def through(slope, z, eps, dtype: tl.constexpr, UNIT: tl.constexpr):
     """The gradient of z from that of y = silu(z), or of the vector of length one u = y r: of y it is r (du - u <u, du>)."""
-    s = quick_sigmoid(z)
+    s = sigmoid_for(z, dtype)
     y = z * s
     if UNIT:
         scale = tl.rsqrt(tl.sum(y * y, 1) + eps)

@@ -19,7 +19,7 @@ from torch import Tensor
 from gdn.core.opaque import InPlace, Opaque
 from gdn.core.packing import Packing
 from gdn.core.portable_launch import launch
-from gdn.core.portable_math import int64, quick_sigmoid
+from gdn.core.portable_math import int64, sigmoid_for
 
 AT_ONCE = 4
 """Tokens whose loads are issued together, ahead of their arithmetic."""
@@ -133,7 +133,7 @@ def forward_kernel(
                 window = restart(window, state, n, p, x, (W - 1) * D, d, inside, D, W)
             z = filtered(now, window, filters, shift, W)
             if SILU:
-                z *= quick_sigmoid(z)
+                z *= sigmoid_for(z, y.dtype.element_ty)
             tl.store(y + int64(t) * D, z.to(y.dtype.element_ty), mask=inside & (t < T))
             window = push(now, window)
 
@@ -165,9 +165,9 @@ def bounds(cu_seqlens, n, T):
 
 
 @triton.jit
-def through_silu(dy, z, SILU: tl.constexpr):
+def through_silu(dy, z, dtype: tl.constexpr, SILU: tl.constexpr):
     if SILU:
-        s = quick_sigmoid(z)
+        s = sigmoid_for(z, dtype)
         return dy * s * (1.0 + z * (1.0 - s))
     else:
         return dy
@@ -240,7 +240,7 @@ def backward_kernel(
             if documents is not None:
                 n, p = place(documents, positions, row, t, T)
                 window = restart(window, state, n, p, x, (W - 1) * D, d, inside, D, W)
-            dz = through_silu(slopes[u].to(tl.float32), filtered(now, window, filters, shift, W), SILU)
+            dz = through_silu(slopes[u].to(tl.float32), filtered(now, window, filters, shift, W), dx.dtype.element_ty, SILU)
             mine = tl.where(t < end, dz, 0.0)
             sums = sum_taps(sums, mine, now, window, W) + (sums[W] + mine,)
             reached = reach(dz, filters, waiting, None if documents is None else p, W)
@@ -283,7 +283,7 @@ def ends_kernel(
             window = past_inputs(at, state, n, p, x_token, (W - 1) * D, d, there, D, W)
             z = filtered(tl.load(at + d, mask=there, other=0.0).to(tl.float32), window, filters, shift, W)
             slope = tl.load(dy + (row * T + first + p) * D + d, mask=there, other=0.0).to(tl.float32)
-            slopes = slopes + (through_silu(slope, z, SILU),)
+            slopes = slopes + (through_silu(slope, z, dx.dtype.element_ty, SILU),)
         for i in tl.static_range(W - 1):
             total = tl.zeros((BD,), tl.float32)
             for p in tl.static_range(i + 1):
@@ -322,7 +322,7 @@ def step_kernel(
             now = tl.load(x + int64(t) * x_token, mask=inside, other=0.0).to(tl.float32)
             z = filtered(now, window, filters, shift, W)
             if SILU:
-                z *= quick_sigmoid(z)
+                z *= sigmoid_for(z, y.dtype.element_ty)
             tl.store(y + int64(t) * D, z.to(y.dtype.element_ty), mask=inside)
             window = push(now, window)
         for j in tl.static_range(1, W):
