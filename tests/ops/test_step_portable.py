@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_row import Case, written
 from torch import Tensor
 
 from gdn import ops
@@ -67,6 +68,26 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize(("name", "problem", "dtype"), cases())
 def test_step(name: str, problem: Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
     as_good_as_the_reference(getattr(ops, name), "portable", build(name, problem, dtype))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "columns", "warps"),
+    [
+        ({"B": 9}, 32, 1),
+        ({"B": 8}, 16, 1),  # no more than 256 programs of 32 columns
+        ({"B": 9, "T": 2}, 16, 1),
+        ({"B": 9, "writes": 2}, 16, 1),
+        ({"B": 9, "K": 512}, 32, 4),
+        ({"B": 9, "K": 512, "T": 2}, 16, 2),
+        ({"B": 100, "K": 12, "V": 20}, 32, 1),
+        ({"B": 100, "V": 8}, 16, 1),
+    ],
+)
+def test_columns_and_warps_of_a_program(sizes: dict[str, Any], columns: int, warps: int) -> None:
+    """As measured, notes/decoding_step.md: 128 numbers a thread at most, half as many where a sequence has several writes."""
+    problem = delta.Problem(**{"name": "", "T": 1, "H": 8, "HV": 8, "K": 128, "V": 128, "writes": 1, **sizes})
+    (step,) = written("gated_delta_product_step", DEVICE, Case(problem, "build_product"))
+    assert (step.args[-1], step.warps) == (columns, warps)
 
 
 @pytest.mark.parametrize("writes", [1, 3, 5])
