@@ -2,9 +2,10 @@
 
 As it comes (3.6 and 3.7) it multiplies the bits of bfloat16 matrices instead of their numbers, which gives numbers without meaning and no
 error; it cuts off where a GPU rounds to the nearest bfloat16, which doubles every error; it rounds the product in a fused multiply-add, which
-the exponential of `portable_math` lives by; it warns where numbers overflow; and it takes exponentials and logarithms from numpy, which on
-some processors are wrong by more than two units in the last place, and sums keep that. Left as they are: arithmetic of bfloat16 other than
-products of matrices, which takes bits for numbers too (our kernels widen first), and warnings of divisions by zero.
+the exponential of `portable_math` lives by; it sums along an axis one number after another; it warns where numbers overflow; and it takes
+exponentials and logarithms from numpy, which on some processors are wrong by more than two units in the last place, and sums keep that. Left as
+they are: arithmetic of bfloat16 other than products of matrices, which takes bits for numbers too (our kernels widen first), and warnings of
+divisions by zero.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def like_a_gpu() -> Iterator[None]:
 
 
 def _change() -> None:
-    builder = interpreter.InterpreterBuilder
-    places = {"_convert_float": interpreter, "create_dot": builder, "create_fma": builder, "unary_op": builder}
+    builder, reductions = interpreter.InterpreterBuilder, interpreter.ReduceOps
+    places = {"_convert_float": interpreter, "create_dot": builder, "create_fma": builder, "unary_op": builder, "sum": reductions}
     missing = [name for name, place in places.items() if not hasattr(place, name)]
     if missing:
         warnings.warn(f"this Triton's interpreter has no {', '.join(missing)}: its bfloat16 may be wrong", stacklevel=4)
         return
     _before.update({(place, name): getattr(place, name) for name, place in places.items()})
-    convert, product, fused, unary = _before.values()
+    convert, product, fused, unary, added = _before.values()
 
     def rounding(data: Any, source: Any, target: Any, mode: Any) -> Any:
         if source == tl.bfloat16 and target == tl.float32:
@@ -76,7 +77,15 @@ def _change() -> None:
             return unary(self, argument, function)
         return interpreter.TensorHandle(function(argument.data.astype(np.float64)).astype(np.float32), argument.dtype.scalar)
 
-    for (place, name), changed in zip(_before, (rounding, multiplying, rounding_once, near), strict=True):
+    def halving(self: Any, x: Any) -> Any:
+        if x.handle.data.dtype != np.float32 or self.axis is None:
+            return added(self, x)
+        left = np.moveaxis(x.handle.data, self.axis, 0)
+        while len(left) > 1:  # a power of two
+            left = left[: len(left) // 2] + left[len(left) // 2 :]
+        return self.to_tensor(np.moveaxis(left, 0, self.axis) if self.keep_dims else left[0], x.dtype)
+
+    for (place, name), changed in zip(_before, (rounding, multiplying, rounding_once, near, halving), strict=True):
         setattr(place, name, changed)
 
 

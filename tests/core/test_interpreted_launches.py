@@ -142,3 +142,21 @@ def test_a_fused_product_is_not_rounded() -> None:
         fused_kernel[(1,)](x, y, 2)
     assert torch.equal(y, (x.double() ** 2 - 1).float())
     assert not torch.equal(y, x * x - 1)
+
+
+@triton.jit
+def sum_kernel(x, y, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    value = tl.load(x + rows[:, None] * COLUMNS + columns[None, :])
+    tl.store(y + (columns if AXIS == 0 else rows), tl.sum(value, AXIS))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_sums_are_those_of_a_tree(axis: int) -> None:
+    """One after another small numbers vanish beside a large one."""
+    x = torch.full((64, 32) if axis == 0 else (32, 64), 2.0**-24)
+    x.select(axis, 0).fill_(1.0)
+    y = torch.empty(32)
+    with like_a_gpu():
+        sum_kernel[(1,)](x, y, axis, *x.shape)
+    assert torch.equal(y, torch.full((32,), 1 + 62 * 2.0**-24))
