@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gdn.core.errors import FULL, ArgumentError, ConfigError, GdnError, nearest
+from gdn.core.errors import FULL, ArgumentError, CheckpointError, ConfigError, GdnError, nearest
 
 RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 OutPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Errors of gdn are one line on standard error and status 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0
+        return _told("", lambda: print(_usage(), flush=True))
     if arguments[0] in ("-V", "--version"):
         from gdn import __version__
 
@@ -37,10 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f'gdn: no command "{name}".{nearest(name, COMMANDS)}', file=sys.stderr)
         return 2
+    return _told(f" {name}", lambda: COMMANDS[name](rest))
+
+
+def _told(name: str, command: Callable[[], int | None]) -> int:
+    """Its exit status; what went wrong is one line."""
     try:
-        return COMMANDS[name](rest) or 0
+        return command() or 0
     except GdnError as error:
-        print(f"gdn {name}: {error}", file=sys.stderr)
+        print(f"gdn{name}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe has gone; that is its right
@@ -48,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
             raise
-        print(f"gdn {name}: {error.filename or 'cannot write'}: {error.strerror}", file=sys.stderr)
+        print(f"gdn{name}: {error.filename or 'cannot write'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        print(f"\ngdn{name}: interrupted", file=sys.stderr)
         return 130
 
 
@@ -137,7 +141,7 @@ def generate(
     if tokens < 0:
         raise ArgumentError(f"tokens: expected 0 or more, got {tokens}")
     if save_state is not None:
-        expect_writable(save_state, "save_state")
+        expect_writable(save_state, "save_state", replaced=True)
     model, tokenizer = _open(run, device)
     text = _utf8("prompt", sys.stdin.read if prompt == "-" else lambda: prompt)
     ids = list(tokenizer.encode(text))
@@ -253,7 +257,10 @@ def _data_of(run: Path) -> Any:
     from gdn.models.store import model_folder
 
     saved = model_folder(run).resolve().parent / "config.json"
-    values = json.loads(saved.read_text()) if saved.is_file() else {}
+    try:
+        values = json.loads(saved.read_text()) if saved.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{saved} is damaged: {error}") from None
     return DataConfig.from_dict(values["data"]) if "data" in values else None
 
 
@@ -304,7 +311,7 @@ def _utf8(name: str, read: Callable[[], str]) -> str:
         text = read()
         text.encode("utf-8")
     except UnicodeError as error:
-        raise ArgumentError(f"{name}: expected UTF-8; {error}") from None
+        raise ArgumentError(f"{name}: expected UTF-8, got something else in place {getattr(error, 'start', 0)}") from None
     return text
 
 

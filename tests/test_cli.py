@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import resource
 import sys
@@ -231,7 +232,8 @@ def test_a_full_disk_is_an_error_of_one_line(capsys: pytest.CaptureFixture[str],
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        assert says(capsys, "tokens", tmp_path / "x.bin", "--source", text, status=1) == "gdn tokens: cannot write: File too large\n"
+        file = tmp_path / "x.bin"
+        assert says(capsys, "tokens", file, "--source", text, status=1) == f"gdn tokens: {file}: File too large\n"
         said = says(capsys, "tokenizer", tmp_path / "bpe", "--source", text, "--vocab", 257, "--validation-fraction", 0, status=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -357,10 +359,46 @@ def test_a_file_that_cannot_be_opened_is_named(capsys: pytest.CaptureFixture[str
 def test_text_that_is_none_is_named(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
     file = tmp_path / "bytes.txt"
     file.write_bytes(b"ab\xff")
-    assert "source: expected UTF-8; " in says(capsys, "drift", run, "--source", file, status=1)
+    assert "source: expected UTF-8, got something else in place 2" in says(capsys, "drift", run, "--source", file, status=1)
     file.write_bytes(b"")
     assert f"source: expected text, got none in {file}" in says(capsys, "drift", run, "--source", file, status=1)
-    assert "prompt: expected UTF-8; " in says(capsys, "generate", run, "--prompt=ab\udcff", status=1)
+    assert "prompt: expected UTF-8, got something else in place 2" in says(capsys, "generate", run, "--prompt=ab\udcff", status=1)
+
+
+def test_a_run_that_is_none_is_named(capsys: pytest.CaptureFixture[str], run: Path, text: Path) -> None:
+    assert f"{text}: expected a folder, got a file" in says(capsys, "generate", text, status=1)
+    (run / "config.json").write_text("{")
+    assert f"{run / 'config.json'} is damaged: " in says(capsys, "eval", run, status=1)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("gdn.core.device.total_bytes", lambda device: 2**20)
+    monkeypatch.setattr(LM, "__init__", None)
+    error = says(capsys, "train", "demo", "--directory", tmp_path / "run", status=1)
+    assert re.search(r"model: [\d,]+ parameters take 0 GiB and more, and cpu has 0 GiB: choose a smaller size", error)
+
+
+def test_a_state_does_not_replace_a_device(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    error = says(capsys, "generate", run, "--prompt=a", "--tokens=1", "--save-state", pipe, status=1)
+    assert f"save_state: expected a file, got {pipe}, which is something else" in error and pipe.is_fifo()
+
+
+def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gdn.eval.report.evaluate", interrupted)
+    assert says(capsys, "eval", run, status=130) == "\ngdn eval: interrupted\n"
+
+
+def test_evaluation_says_how_far_it_is(capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdn.eval.report.EVERY", -1.0)
+    assert main(["eval", str(run), "--max-tokens", "1000"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"loss: 0 of (\d+) batches", lines[0]) and any(line.startswith("loss by position: 1 of ") for line in lines)
 
 
 @pytest.mark.parametrize(

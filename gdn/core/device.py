@@ -53,6 +53,14 @@ def memory_bytes(index: int = 0) -> int:
     return torch.cuda.get_device_properties(index).total_memory
 
 
+def total_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device or, for the CPU, of the machine; 0 where nobody says."""
+    if device.type == "cuda":
+        return memory_bytes(device.index or 0)
+    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    return os.sysconf(names[0]) * os.sysconf(names[1]) if all(name in getattr(os, "sysconf_names", ()) for name in names) else 0
+
+
 @functools.cache
 def has_package(name: str) -> bool:
     """Whether a package can be imported, without importing it."""

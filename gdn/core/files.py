@@ -7,11 +7,16 @@ from pathlib import Path
 from gdn.core.errors import ArgumentError
 
 
-def expect_writable(file: Path, argument: str) -> None:
-    """Raise `ArgumentError` unless a file can be written: for what takes long before it is. Its folder is made, and what it holds stays."""
+def expect_writable(file: Path, argument: str, *, replaced: bool = False) -> None:
+    """Raise `ArgumentError` unless a file can be written: for what takes long before it is. Its folder is made, and what it holds stays.
+
+    With `replaced` a new file takes its place when it is whole, so a device or a pipe will not do.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         known = file.exists()
+        if replaced and known and not file.is_file():
+            raise ArgumentError(f"{argument}: expected a file, got {file}, which is something else")
         file.open("a").close()
         if not known:
             file.unlink()

@@ -88,6 +88,10 @@ def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, out: str |
         partial.replace(out)
         partial.write_text(json.dumps(description | {"tokenizer": tokenizer.fingerprint}) + "\n")
         partial.replace(_sidecar(out))
+    except OSError as error:
+        if error.filename in (None, str(partial)):  # a full disk names no file
+            error.filename = str(out)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     return out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,9 @@ from gdn.data import Batch, DataConfig, validation_batches
 from gdn.eval.perplexity import ByPosition, evaluate, evaluate_by_position
 from gdn.models.describe import costs, mixer_costs
 from gdn.models.lm import LM
+
+EVERY = 20.0
+"""Seconds between two lines about how far an evaluation is, where there is no terminal."""
 
 
 def print_config(config: LM.Config, *, title: str, length: int, itemsize: int) -> None:
@@ -82,14 +86,23 @@ def print_evaluation(model: LM, tokenizer: Any, data: DataConfig, trained: int |
 
 @contextmanager
 def _watched(what: str, data: DataConfig, tokenizer: Any, max_tokens: int) -> Iterator[Iterable[Batch]]:
-    """Validation batches that move a bar on standard error as they are taken; nothing is shown where that is no terminal."""
+    """Validation batches that move a bar on standard error as they are taken, or write a line now and then where that is no terminal."""
     columns = BarColumn(bar_width=16), TextColumn("{task.description}"), TimeRemainingColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading text", total=None)
         batches = validation_batches(data, tokenizer, max_tokens)
         progress.update(task, description=what)
-        yield progress.track(batches, task_id=task)
+        yield progress.track(batches, task_id=task) if console.is_terminal else _counted(batches, what, console)
+
+
+def _counted(batches: Sequence[Batch], what: str, console: Console) -> Iterator[Batch]:
+    said = time.monotonic()
+    for done, batch in enumerate(batches):
+        if time.monotonic() - said > EVERY:
+            console.print(f"{what}: {done} of {len(batches)} batches", highlight=False)
+            said = time.monotonic()
+        yield batch
 
 
 def _by_position(buckets: list[ByPosition], trained: int | None) -> Table:

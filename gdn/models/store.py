@@ -43,6 +43,8 @@ def model_folder(run: str | Path) -> Path:
             return folder
     if not run.exists():
         raise CheckpointError(f"{run}: no such folder")
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: expected a folder, got a file")
     raise CheckpointError(f"{run} holds no {WEIGHTS}, nor does {run / 'model'}; a training run writes it when it ends")
 
 

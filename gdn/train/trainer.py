@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from gdn.core import device as hardware
 from gdn.core.errors import CheckpointError, ConfigError, NonFiniteError
 from gdn.data import Batch, Data, Loader, Tokenizer
 from gdn.eval.perplexity import evaluate
@@ -90,6 +91,7 @@ class Run:
 
 def build(config: TrainerConfig, world: World) -> Run:
     """The parts of a run at step 0, on this process's device."""
+    _expect_room(config, world)
     data = Data(config.data)
     vocab = data.tokenizer.vocab_size
     if vocab > config.model.vocab:
@@ -107,6 +109,17 @@ def build(config: TrainerConfig, world: World) -> Run:
         model.compile_blocks()
     random_state.seed(config.seed + world.rank)
     return Run(model.train(), optimizer, loader, validation, data.tokenizer, Progress())
+
+
+def _expect_room(config: TrainerConfig, world: World) -> None:
+    """Raise `ConfigError` for a model that cannot fit: its weights, of which each process makes all, and its share of their gradients."""
+    parameters, room = config.model.num_parameters(), hardware.total_bytes(world.device)
+    least = 4 * max(parameters, 2 * parameters // world.size)
+    if room and least > room:
+        raise ConfigError(
+            f"model: {parameters:,} parameters take {least / 2**30:,.0f} GiB and more, and {world.device} has {room / 2**30:,.0f} GiB: "
+            "choose a smaller size"
+        )
 
 
 def resume(run: Run, config: TrainerConfig, folder: Path, world: World) -> Path | None:

@@ -124,6 +124,16 @@ def test_forced_and_unable_is_an_error_with_the_reason(op: Op) -> None:
         op.pick(torch.zeros(5), K=5)
 
 
+def test_without_a_gpu_the_interpreter_is_named_where_it_would_do(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdn.core.device.interprets_triton", lambda: False)
+    monkeypatch.setattr("gdn.core.device.has_package", lambda name: name == "triton")
+    op.register(Impl("triton", f"{__name__}:narrow", triton_gpu(K=(64,))))
+    for x, named in ((torch.zeros(64), True), (torch.zeros(64).double(), False), (torch.zeros(65), False)):
+        with use(toy="triton"), pytest.raises(ImplementationError, match="needs a cuda tensor, got cpu") as caught:
+            op.pick(x, K=len(x))
+        assert ("or TRITON_INTERPRET=1 in the environment" in str(caught.value)) == named
+
+
 def test_unknown_names_are_errors_before_anything_changes(op: Op) -> None:
     with pytest.raises(ImplementationError, match=r'toy has no implementation "genral"\. Did you mean "general"\?'), use(toy="genral"):
         pass
