@@ -69,7 +69,7 @@ print(float((found.double() - truth).norm() / truth.norm()))
 
 
 def test_operators_compute_in_bfloat16_what_a_gpu_does() -> None:
-    """One rounding to the nearest, and no warning of overflow, for those who do not test. As it comes Triton multiplies bits of bfloat16."""
+    """One rounding to the nearest, and no warning of overflow, for those who do not test. Triton alone multiplies bits of bfloat16."""
     found = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", IN_BFLOAT16], capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     assert float(found.stdout) < 3e-3
