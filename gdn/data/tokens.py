@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gdn.core.errors import DataError
+from gdn.core.errors import FULL, DataError
 from gdn.data.source import Document, FileBlocks, Side, on_side
 from gdn.data.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, out: str |
         partial.write_text(json.dumps(description | {"tokenizer": tokenizer.fingerprint}) + "\n")
         partial.replace(_sidecar(out))
     except OSError as error:
-        if error.filename in (None, str(partial)):  # a full disk names no file
+        if error.filename == str(partial) or error.errno in FULL:  # which name no file
             error.filename = str(out)
         raise
     finally:
