@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -26,12 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Errors of gdn are one line on standard error and status 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return _told("", lambda: print(_usage(), flush=True))
+        return _told("", lambda: print(_usage()))
     if arguments[0] in ("-V", "--version"):
         from gdn import __version__
 
-        print(f"gdn {__version__}")
-        return 0
+        return _told("", lambda: print(f"gdn {__version__}"))
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         print(f'gdn: no command "{name}".{nearest(name, COMMANDS)}', file=sys.stderr)
@@ -42,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _told(name: str, command: Callable[[], int | None]) -> int:
     """Its exit status; what went wrong is one line."""
     try:
-        return command() or 0
+        status = command() or 0
+        sys.stdout.flush()
+        return status
     except GdnError as error:
         print(f"gdn{name}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe has gone; that is its right
+        with contextlib.suppress(OSError):  # the reader has gone; that is its right, and Python must not find out again as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.filename is None and error.errno not in FULL:
@@ -258,9 +262,11 @@ def _data_of(run: Path) -> Any:
 
     saved = model_folder(run).resolve().parent / "config.json"
     try:
-        values = json.loads(saved.read_text()) if saved.is_file() else {}
+        values = json.loads(saved.read_text("utf-8")) if saved.is_file() else {}
     except ValueError as error:
         raise CheckpointError(f"{saved} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{saved} is damaged: expected a JSON object")
     return DataConfig.from_dict(values["data"]) if "data" in values else None
 
 
@@ -310,8 +316,10 @@ def _utf8(name: str, read: Callable[[], str]) -> str:
     try:
         text = read()
         text.encode("utf-8")
-    except UnicodeError as error:
-        raise ArgumentError(f"{name}: expected UTF-8, got something else in place {getattr(error, 'start', 0)}") from None
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{name}: expected UTF-8, got {error.object[error.start]:#04x} as byte {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"{name}: expected UTF-8, which character {error.start} is not") from None
     return text
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import re
 import resource
+import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
+from rich.console import Console
 
 from gdn import recipes
 from gdn.cli import COMMANDS, Family, main
@@ -20,6 +24,7 @@ from gdn.core.errors import ConfigError
 from gdn.data import ByteTokenizer, DataConfig, load_tokenizer
 from gdn.data.find import open_source
 from gdn.data.source import View
+from gdn.eval.report import _counted
 from gdn.mixers.gated_deltanet import GatedDeltaNet
 from gdn.models.lm import LM
 from gdn.models.store import save_model
@@ -359,16 +364,17 @@ def test_a_file_that_cannot_be_opened_is_named(capsys: pytest.CaptureFixture[str
 def test_text_that_is_none_is_named(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
     file = tmp_path / "bytes.txt"
     file.write_bytes(b"ab\xff")
-    assert "source: expected UTF-8, got something else in place 2" in says(capsys, "drift", run, "--source", file, status=1)
+    assert "source: expected UTF-8, got 0xff as byte 2" in says(capsys, "drift", run, "--source", file, status=1)
     file.write_bytes(b"")
     assert f"source: expected text, got none in {file}" in says(capsys, "drift", run, "--source", file, status=1)
-    assert "prompt: expected UTF-8, got something else in place 2" in says(capsys, "generate", run, "--prompt=ab\udcff", status=1)
+    assert "prompt: expected UTF-8, which character 2 is not" in says(capsys, "generate", run, "--prompt=ab\udcff", status=1)
 
 
 def test_a_run_that_is_none_is_named(capsys: pytest.CaptureFixture[str], run: Path, text: Path) -> None:
     assert f"{text}: expected a folder, got a file" in says(capsys, "generate", text, status=1)
-    (run / "config.json").write_text("{")
-    assert f"{run / 'config.json'} is damaged: " in says(capsys, "eval", run, status=1)
+    for damaged in (b"{", b'"\xff"', b"3"):
+        (run / "config.json").write_bytes(damaged)
+        assert f"{run / 'config.json'} is damaged: " in says(capsys, "eval", run, status=1)
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_made(
@@ -377,21 +383,54 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_made(
     monkeypatch.setattr("gdn.core.device.total_bytes", lambda device: 2**20)
     monkeypatch.setattr(LM, "__init__", None)
     error = says(capsys, "train", "demo", "--directory", tmp_path / "run", status=1)
-    assert re.search(r"model: [\d,]+ parameters take 0 GiB and more, and cpu has 0 GiB: choose a smaller size", error)
+    assert re.search(r"model: [\d,]+ parameters take \d+\.\d GiB and more, and cpu has 0\.0 GiB: choose a smaller size", error)
 
 
 def test_a_state_does_not_replace_a_device(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
     os.mkfifo(pipe := tmp_path / "pipe")
-    error = says(capsys, "generate", run, "--prompt=a", "--tokens=1", "--save-state", pipe, status=1)
-    assert f"save_state: expected a file, got {pipe}, which is something else" in error and pipe.is_fifo()
+    for place in (pipe, Path("/dev/null"), tmp_path):
+        error = says(capsys, "generate", run, "--prompt=a", "--tokens=1", "--save-state", place, status=1)
+        assert f"save_state: expected a file, got {place}, which is something else" in error
+    assert pipe.is_fifo() and Path("/dev/null").is_char_device()
 
 
-def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_is_told(capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gdn.eval.report.evaluate", interrupted)
     assert says(capsys, "eval", run, status=130) == "\ngdn eval: interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "train --list"])
+def test_a_reader_that_has_gone_is_no_error(arguments: str) -> None:
+    """With the buffers that Python has by itself, which it empties as it ends."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    begin, end = os.pipe()
+    os.close(begin)
+    command = [sys.executable, "-m", "gdn", *arguments.split()]
+    ended = subprocess.run(command, stdout=end, stderr=subprocess.PIPE, env=environment, text=True, timeout=120)
+    os.close(end)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_help_on_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    for arguments in (["--help"], ["--version"]):
+        assert main(arguments) == 1
+        assert capsys.readouterr().err == "gdn: cannot write: No space left on device\n"
+
+
+def test_evaluation_says_now_and_then_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 1000, 9))
+    monkeypatch.setattr("gdn.eval.report.time", SimpleNamespace(monotonic=lambda: next(now)))
+    batches: list[Any] = list(range(9))
+    assert list(_counted(batches, "loss", Console(stderr=True))) == batches
+    assert capsys.readouterr().err.splitlines() == [f"loss: {done} of 9 batches" for done in (2, 5, 8)]
 
 
 def test_evaluation_says_how_far_it_is(capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

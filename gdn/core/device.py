@@ -54,11 +54,8 @@ def memory_bytes(index: int = 0) -> int:
 
 
 def total_bytes(device: torch.device) -> int:
-    """Memory of a CUDA device or, for the CPU, of the machine; 0 where nobody says."""
-    if device.type == "cuda":
-        return memory_bytes(device.index or 0)
-    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
-    return os.sysconf(names[0]) * os.sysconf(names[1]) if all(name in getattr(os, "sysconf_names", ()) for name in names) else 0
+    """Memory of a CUDA device or, for the CPU, of the machine; 0 for others, and where nobody says."""
+    return memory_bytes(device.index or 0) if device.type == "cuda" else _memory_bytes() if device.type == "cpu" else 0
 
 
 @functools.cache

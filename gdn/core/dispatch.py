@@ -174,11 +174,11 @@ class Op:
         if forced is not None:
             _plug_in()
             needs = next(row.needs for row in self.impls if row.name == forced)
-            interpreted = "triton" in needs.packages and hardware.interprets_triton()
-            reason = needs.why_not(call, interpreted=interpreted)
+            by_triton = "triton" in needs.packages
+            reason = needs.why_not(call, interpreted=by_triton and hardware.interprets_triton())
             if reason:
-                may = not interpreted and call.device == "cpu" and needs.why_not(call, interpreted=True) is None
-                hint = ", or TRITON_INTERPRET=1 in the environment, with which Triton runs slowly on the CPU" if may else ""
+                may = by_triton and needs.why_not(call, interpreted=True) is None
+                hint = "; or set TRITON_INTERPRET=1 in the environment: Triton then runs on the CPU, slowly" if may else ""
                 raise ImplementationError(f'{self.name}: "{forced}" was asked for and cannot run: {reason}{hint}')
             return forced
         verdicts = self.explain(call.device, call.dtype, index=call.index, compiled=call.compiled, **dict(call.dims))

@@ -13,12 +13,13 @@ def expect_writable(file: Path, argument: str, *, replaced: bool = False) -> Non
     With `replaced` a new file takes its place when it is whole, so a device or a pipe will not do.
     """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        known = file.exists()
-        if replaced and known and not file.is_file():
+        place = file.resolve()  # of a link that leads nowhere yet it is its aim that must not stay
+        place.parent.mkdir(parents=True, exist_ok=True)
+        known = place.exists()
+        if replaced and known and not place.is_file():
             raise ArgumentError(f"{argument}: expected a file, got {file}, which is something else")
-        file.open("a").close()
+        place.open("a").close()
         if not known:
-            file.unlink()
+            place.unlink()
     except OSError as error:
         raise ArgumentError(f"{argument}: expected a file that can be written, got {file} ({error.filename}: {error.strerror})") from None

@@ -65,5 +65,5 @@ def quick_sigmoid(x):
 
 @triton.jit
 def sigmoid_for(x, dtype: tl.constexpr):
-    """The quick one, unless `dtype`, that of what is scaled with it, is float32."""
+    """The exact one for results in float32, the quick one for those in 16 bits."""
     return sigmoid(x) if dtype == tl.float32 else quick_sigmoid(x)

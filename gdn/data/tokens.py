@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,12 @@ def write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, out: str |
         partial.write_text(json.dumps(description | {"tokenizer": tokenizer.fingerprint}) + "\n")
         partial.replace(_sidecar(out))
     except OSError as error:
-        if error.filename == str(partial) or error.errno in FULL:  # which name no file
+        if error.filename == str(partial) or (error.filename is None and error.errno in FULL):
             error.filename = str(out)
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return out
 
 

@@ -112,12 +112,12 @@ def build(config: TrainerConfig, world: World) -> Run:
 
 
 def _expect_room(config: TrainerConfig, world: World) -> None:
-    """Raise `ConfigError` for a model that cannot fit: its weights, of which each process makes all, and its share of their gradients."""
+    """Raise `ConfigError` for a model that cannot fit: a process makes all weights, and keeps its share of them and of their gradients."""
     parameters, room = config.model.num_parameters(), hardware.total_bytes(world.device)
     least = 4 * max(parameters, 2 * parameters // world.size)
     if room and least > room:
         raise ConfigError(
-            f"model: {parameters:,} parameters take {least / 2**30:,.0f} GiB and more, and {world.device} has {room / 2**30:,.0f} GiB: "
+            f"model: {parameters:,} parameters take {least / 2**30:,.1f} GiB and more, and {world.device} has {room / 2**30:,.1f} GiB: "
             "choose a smaller size"
         )
 

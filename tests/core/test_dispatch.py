@@ -131,7 +131,7 @@ def test_without_a_gpu_the_interpreter_is_named_where_it_would_do(op: Op, monkey
     for x, named in ((torch.zeros(64), True), (torch.zeros(64).double(), False), (torch.zeros(65), False)):
         with use(toy="triton"), pytest.raises(ImplementationError, match="needs a cuda tensor, got cpu") as caught:
             op.pick(x, K=len(x))
-        assert ("or TRITON_INTERPRET=1 in the environment" in str(caught.value)) == named
+        assert ("; or set TRITON_INTERPRET=1 in the environment" in str(caught.value)) == named
 
 
 def test_unknown_names_are_errors_before_anything_changes(op: Op) -> None:

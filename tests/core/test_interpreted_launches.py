@@ -77,7 +77,7 @@ def test_operators_compute_in_bfloat16_what_a_gpu_does() -> None:
 
 def functions() -> list[Any]:
     builder = interpreter.InterpreterBuilder
-    return [interpreter._convert_float, builder.create_dot, builder.create_fma, builder.unary_op]
+    return [interpreter._convert_float, builder.create_dot, builder.create_fma, builder.unary_op, interpreter.ReduceOps.sum]
 
 
 def test_the_interpreter_is_as_before_when_all_have_left() -> None:

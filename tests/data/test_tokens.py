@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,27 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
         prepare(broken(), ByteTokenizer(), path)
     assert read(path) == ["old"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["t.bin", "t.json"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """Not the file beside it, which only becomes it; another file that the system names stays."""
+
+    def broken(error: OSError) -> Iterator[str]:
+        yield "new"
+        raise error
+
+    path = tmp_path / ("t" * 250 + ".bin")
+    with pytest.raises(OSError) as caught:
+        prepare(["text"], ByteTokenizer(), path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENAMETOOLONG, str(path))
+    path = tmp_path / "t.bin"
+    for name, named in ((None, str(path)), ("cache", "cache")):
+        with pytest.raises(OSError) as caught:
+            prepare(broken(OSError(errno.ENOSPC, "full", name)), ByteTokenizer(), path)
+        assert caught.value.filename == named
+    with pytest.raises(OSError) as caught:
+        prepare(broken(OSError(errno.EIO, "broken")), ByteTokenizer(), path)
+    assert caught.value.filename is None
 
 
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import os
 import random
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fresh
@@ -356,3 +358,14 @@ def test_a_vocabulary_that_is_too_small_is_refused(tiny: Tiny) -> None:
 def test_values_that_cannot_work_are_named(tiny: Tiny, wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         tiny(**wrong)
+
+
+@pytest.mark.parametrize(("size", "bytes_of_one"), [(1, 8), (2, 4), (4, 4)])
+def test_a_model_must_fit(size: int, bytes_of_one: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights in each process, and each one's share of weights and gradients; where nobody knows the memory all models may."""
+    config: Any = SimpleNamespace(model=SimpleNamespace(num_parameters=lambda: 1000))
+    world: Any = SimpleNamespace(size=size, device=torch.device("cpu"))
+    for room, fits in ((1000 * bytes_of_one, True), (1000 * bytes_of_one - 1, False), (0, True)):
+        monkeypatch.setattr("gdn.core.device.total_bytes", lambda device, room=room: room)
+        with nullcontext() if fits else pytest.raises(ConfigError, match="model: 1,000 parameters take 0"):
+            trainer._expect_room(config, world)

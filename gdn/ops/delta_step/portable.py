@@ -26,7 +26,8 @@ from gdn.core.portable_launch import launch
 from gdn.core.portable_math import exp, int64
 
 FEW = 256
-"""Programs of 32 columns, of which an H200 runs two on each multiprocessor: half as wide ones are faster for 128, slower for 1024."""
+"""Programs of 32 columns, about two for each multiprocessor of an H200. Half as wide ones are faster for 128 and slower for 1024; between
+them nothing was measured."""
 
 
 @triton.jit
