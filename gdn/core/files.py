@@ -13,7 +13,7 @@ def expect_writable(file: Path, argument: str, *, replaced: bool = False) -> Non
     With `replaced` a new file takes its place when it is whole, so a device or a pipe will not do.
     """
     try:
-        place = file.resolve()  # of a link that leads nowhere yet it is its aim that must not stay
+        place = file if file.exists() else file.resolve()  # of a link that leads nowhere yet it is its aim that must not stay
         place.parent.mkdir(parents=True, exist_ok=True)
         known = place.exists()
         if replaced and known and not place.is_file():

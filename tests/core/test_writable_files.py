@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ def test_nothing_is_left_and_nothing_is_lost(tmp_path: Path) -> None:
 
 def test_a_device_is_written_to_but_not_replaced(tmp_path: Path) -> None:
     expect_writable(Path("/dev/null"), "out")
+    ends = os.pipe()
+    expect_writable(Path(f"/dev/fd/{ends[1]}"), "out")  # a link to what has no path, as /dev/stdout in a pipe
+    for end in ends:
+        os.close(end)
     with pytest.raises(ArgumentError, match="out: expected a file, got /dev/null, which is something else"):
         expect_writable(Path("/dev/null"), "out", replaced=True)
     with pytest.raises(ArgumentError, match="out: expected a file that can be written"):
