@@ -16,7 +16,7 @@ from printed import printed
 from torch import Tensor
 
 from gdn import Packing, ops
-from gdn.core import checks
+from gdn.core import checks, portable_launch
 from gdn.core.dispatch import use
 from gdn.ops import (
     add_rms_norm,
@@ -40,6 +40,7 @@ from gdn.ops.gates import problems as gates
 from gdn.ops.loss import portable as loss_row
 from gdn.ops.loss import problems as losses
 from gdn.ops.norm import problems as norms
+from gdn.ops.short_conv import portable as conv_row
 from gdn.ops.short_conv import problems as convs
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")]
@@ -126,6 +127,23 @@ def test_step_clears_at_minus_infinity_and_lets_nan_through() -> None:
 @cases(*convs.PROBLEMS, narrow=3)
 def test_convolution(problem: convs.Problem, dtype: torch.dtype, as_good_as_the_reference: Check) -> None:
     as_good_as_the_reference(causal_conv1d, "portable", build(problem, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolution_of_pieces_of_full_length(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, as_good_as_the_reference: Check) -> None:
+    """Pieces stay long where there are many, and then the forward pass has half the warps."""
+    warps = []
+
+    def launch(kernel: Any, *arguments: Any, **options: Any) -> Any:
+        warps.append((kernel.fn.__name__, options["warps"]))
+        return portable_launch.launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(conv_row, "launch", launch)
+    monkeypatch.setattr(conv_row, "LONG", 16)
+    for lengths in (None, (7, 0, 25, 8)):
+        problem = convs.Problem(name="", T=40, D=300, state=True, lengths=lengths)
+        as_good_as_the_reference(causal_conv1d, "portable", build(problem, dtype))
+    assert {("forward_kernel", 2), ("backward_kernel", 4)} <= set(warps)
 
 
 def test_convolution_reads_strided_views(as_good_as_the_reference: Check) -> None:

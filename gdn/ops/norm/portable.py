@@ -22,8 +22,8 @@ from gdn.core.portable_rows import fresh, power_of_two, rows
 
 PARTS = 1024
 """Most programs of a backward pass that sums a gradient over rows."""
-TILE = 4096
-"""Numbers of a program's tile."""
+TILE = 2048
+"""Numbers of a tile of four warps, 16 a thread. Backward twice as many where that is two vectors or less."""
 
 Saved = tuple[Tensor, ...]
 Grads = Sequence[Tensor | None]
@@ -167,7 +167,7 @@ def run_backward(
     dx = fresh(x)
     dgate = None if gate is None else fresh(gate)
     D, count = x.shape[-1], inverse.numel()
-    BD, BR, warps = _sizes(D, TILE if weight is None else TILE // 2)
+    BD, BR, warps = _sizes(D, 2 * TILE if 4 * D > TILE else TILE)
     blocks = -(-count // BR)
     each = max(1, -(-blocks // PARTS)) if weight is not None else 1
     parts = -(-blocks // each)
@@ -184,7 +184,7 @@ def run_backward(
 def _sizes(D: int, tile: int) -> tuple[int, int, int]:
     """Columns and rows of a program's tile, and its warps."""
     BD = power_of_two(D)
-    return BD, max(1, tile // BD), min(16, max(4, BD // 1024 if tile == TILE else BD // 512))
+    return BD, max(1, tile // BD), min(16, 4 * max(1, BD // tile))
 
 
 def _empty_inverse(x: Tensor, keep: bool) -> Tensor:

@@ -25,6 +25,7 @@ from gdn.ops.short_conv.portable import (
     AT_ONCE,
     dense,
     filtered,
+    inputs_from,
     past_inputs,
     place,
     push,
@@ -93,10 +94,10 @@ def walk(
     filters = taps(weight, d, inside, W)
     n, p = place(documents, positions, row, begin, T)
     window = past_inputs(x + int64(begin) * x_token, None, n, p, x_token, 0, d, inside, D, W)
+    coming = inputs_from(x + int64(begin) * x_token + d, begin, T, x_token, inside, U)
     for start in range(begin, tl.minimum(begin + L, T), U):
-        inputs = ()
-        for u in tl.static_range(U):
-            inputs = inputs + (tl.load(x + int64(start + u) * x_token + d, mask=inside & (start + u < T), other=0.0),)
+        inputs = coming
+        coming = inputs_from(x + int64(start + U) * x_token + d, start + U, T, x_token, inside, U)
         for u in tl.static_range(U):
             t = start + u
             now = inputs[u].to(tl.float32)
@@ -158,14 +159,13 @@ def walk_back(
     for _ in tl.static_range(1, W):
         waiting = waiting + (tl.zeros(d.shape, tl.float32),)
         sums = sums + (tl.zeros(d.shape, tl.float32),)
+    coming = inputs_from(x + int64(begin) * x_token + d, begin, T, x_token, inside, U)
+    coming_slopes = inputs_from(dy + int64(begin) * WIDTH, begin, T, WIDTH, inside, U)
     for start in range(begin, end, U):
-        source, above, target = x + int64(start) * x_token + d, dy + int64(start) * WIDTH, dx + int64(start) * D
-        inputs = ()
-        slopes = ()
-        for u in tl.static_range(U):
-            there = inside & (start + u < T)
-            inputs = inputs + (tl.load(source + u * x_token, mask=there, other=0.0),)
-            slopes = slopes + (tl.load(above + u * WIDTH, mask=there, other=0.0),)
+        inputs, slopes = coming, coming_slopes
+        coming = inputs_from(x + int64(start + U) * x_token + d, start + U, T, x_token, inside, U)
+        coming_slopes = inputs_from(dy + int64(start + U) * WIDTH, start + U, T, WIDTH, inside, U)
+        target = dx + int64(start) * D
         for u in tl.static_range(U):
             t = start + u
             now = inputs[u].to(tl.float32)
@@ -233,7 +233,8 @@ def _forward(
     x, weight = dense(x, documents is not None), weight.contiguous()
     programs, _, length, constants, warps = _sizes(x, weight, documents, heads, head_dim)
     launch(
-        forward_kernel, (programs,), x, weight, q, k, v, documents, positions, *length, x.stride(0), x.stride(1), EPS, *constants, warps=warps,
+        forward_kernel, (programs,), x, weight, q, k, v, documents, positions, *length, x.stride(0), x.stride(1), EPS, *constants,
+        warps=-(-warps // 2),
     )  # fmt: skip
     return q, k, v
 

@@ -22,7 +22,9 @@ from gdn.core.portable_launch import launch
 from gdn.core.portable_math import int64, sigmoid_for
 
 AT_ONCE = 4
-"""Tokens whose loads are issued together, ahead of their arithmetic."""
+"""Tokens whose loads are issued together, while the tokens before them are computed."""
+LONG = 256
+"""Most tokens of a piece."""
 MANY_WARPS = 8192
 """Pieces are halved until there are so many warps, two to three waves of a large GPU."""
 
@@ -54,6 +56,16 @@ def past_inputs(x, state, n, p, x_token, state_row, d, inside, D: tl.constexpr, 
     for j in tl.static_range(1, W):
         window = window + (past_input(x, state, n, p, j, x_token, state_row, d, inside, D, W),)
     return window
+
+
+@triton.jit
+def inputs_from(x, t, T, x_token, inside, U: tl.constexpr):
+    """Numbers of the U tokens from t on, zeros past the end of the row. x points at token t."""
+    inputs = ()
+    for u in tl.static_range(U):
+        inputs = inputs + (tl.load(x, mask=inside & (t + u < T), other=0.0),)
+        x += x_token
+    return inputs
 
 
 @triton.jit
@@ -121,10 +133,10 @@ def forward_kernel(
     shift = load_bias(bias, d, inside)
     n, p = place(documents, positions, row, begin, T)
     window = past_inputs(x + int64(begin) * x_token, state, n, p, x_token, (W - 1) * D, d, inside, D, W)
+    coming = inputs_from(x + int64(begin) * x_token + d, begin, T, x_token, inside, U)
     for start in range(begin, tl.minimum(begin + L, T), U):
-        inputs = ()
-        for u in tl.static_range(U):
-            inputs = inputs + (tl.load(x + int64(start + u) * x_token + d, mask=inside & (start + u < T), other=0.0),)
+        inputs = coming
+        coming = inputs_from(x + int64(start + U) * x_token + d, start + U, T, x_token, inside, U)
         for u in tl.static_range(U):
             t = start + u
             now = inputs[u].to(tl.float32)
@@ -227,13 +239,12 @@ def backward_kernel(
         waiting = waiting + (nothing,)
         sums = sums + (nothing,)
     sums = sums + (nothing,)
+    coming = inputs_from(x + int64(begin) * x_token + d, begin, T, x_token, inside, U)
+    coming_slopes = inputs_from(dy + int64(begin) * D, begin, T, D, inside, U)
     for start in range(begin, end + W - 1, U):
-        inputs = ()
-        slopes = ()
-        for u in tl.static_range(U):
-            there = inside & (start + u < T)
-            inputs = inputs + (tl.load(x + int64(start + u) * x_token + d, mask=there, other=0.0),)
-            slopes = slopes + (tl.load(dy + int64(start + u) * D, mask=there, other=0.0),)
+        inputs, slopes = coming, coming_slopes
+        coming = inputs_from(x + int64(start + U) * x_token + d, start + U, T, x_token, inside, U)
+        coming_slopes = inputs_from(dy + int64(start + U) * D, start + U, T, D, inside, U)
         for u in tl.static_range(U):
             t = start + u
             now = inputs[u].to(tl.float32)
@@ -364,7 +375,7 @@ def _forward(
     BD, L, pieces, blocks, warps = _sizes(rows, length, D)
     launch(
         forward_kernel, (rows * pieces * blocks,), x, weight, bias, initial_state, y, documents, positions, length, pieces, x.stride(0),
-        x.stride(1), D, W, BD, L, AT_ONCE, silu, warps=warps,
+        x.stride(1), D, W, BD, L, AT_ONCE, silu, warps=-(-warps // 2) if L == LONG else warps,
     )  # fmt: skip
     if W > 1:
         launch(
@@ -424,7 +435,7 @@ def _sizes(rows: int, length: int, D: int) -> tuple[int, int, int, int, int]:
 
 def tokens_of_a_piece(rows: int, length: int, warps: int) -> int:
     """Tokens of a program, by the warps that a piece of a row takes."""
-    L = 256
+    L = LONG
     while L > 16 and rows * -(-length // L) * warps < MANY_WARPS:
         L //= 2
     return L
