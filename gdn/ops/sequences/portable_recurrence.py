@@ -179,7 +179,7 @@ class Recurrence:
         if all(isinstance(size, int) for x in tensors for size in x.shape):
             o, final, *kept = self._buffers(self.plan(q, k, v, cu_seqlens, chunk_table), v)
             return o, final, *kept
-        q, k, like = (x.new_empty((1, 1, *x.shape[2:])) for x in (q, k, v))
+        q, k, like = (x.new_empty((1, 1, *map(int, x.shape[2:]))) for x in (q, k, v))  # a graph for each number of heads and width
         _, final, *kept = self._buffers(self.plan(q, k, like, None, None), like)
         documents = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return (
