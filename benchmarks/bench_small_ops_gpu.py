@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import statistics
 import sys
 import time
@@ -26,6 +27,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("FLA_FLASH_QLA", "0")  # FLA's own kernels, not those of a package that it calls
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rows
