@@ -139,7 +139,8 @@ class Opaque(_Kernels):
 
     def __call__(self, *args: Any) -> Tensors:
         if torch.compiler.is_compiling():
-            return self._operator(*args, self.keeps(args))[: self.results]
+            tensors = self._operator(*args, self.keeps(args))
+            return (tensors,) if self._alone else tensors[: self.results]
         return self._eager(args)
 
     def keeps(self, args: Arguments) -> bool:
@@ -195,19 +196,28 @@ class Opaque(_Kernels):
             begin(self._launches(*args), device)
 
     def _register(self) -> Callable[..., Any]:
-        """Register `name` and `name_backward` with fakes and an autograd formula."""
-        forward = torch.library.custom_op(self.name, self.forward, mutates_args=(), schema=_schema(self.forward))
-        forward.register_fake(self._traced)
+        """Register `name` and `name_backward` with fakes and an autograd formula.
+
+        A tensor alone is registered as one, not as a tuple: of what stands in a tuple torch asks for the sizes as numbers, and a graph of
+        symbols becomes one for these sizes alone.
+        """
+        run, fake, schema = self.forward, self._traced, _schema(self.forward)
+        self._alone = schema.endswith("-> ((Tensor))")
+        if self._alone:
+            run, fake, schema = _first(run), _first(fake), schema.replace("((Tensor))", "Tensor")
+        forward = torch.library.custom_op(self.name, run, mutates_args=(), schema=schema)
+        forward.register_fake(fake)
 
         backward = self._register_backward()
 
-        def setup(ctx: Any, inputs: Arguments, output: Tensors) -> None:
+        def setup(ctx: Any, inputs: Arguments, output: Any) -> None:
             args = inputs[:-1]
+            saved = () if self._alone else output[self.first_saved :]
             ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
             ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
             ctx.is_kept = tuple(isinstance(a, Tensor) and i not in self.without for i, a in enumerate(args))
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*self.kept(args), *output[self.first_saved :])
+            ctx.save_for_backward(*self.kept(args), *saved)
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             stored = iter(ctx.saved_tensors)
@@ -297,6 +307,10 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _first(function: Callable[..., Tensors]) -> Callable[..., Tensor]:
+    return lambda *args: function(*args)[0]
+
+
 def _foreseeing(function: Callable[..., Any], more: Callable[..., Launches]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any) -> Any:
@@ -309,6 +323,14 @@ def _foreseeing(function: Callable[..., Any], more: Callable[..., Launches]) -> 
 def _first_tensor(args: Arguments) -> Tensor:
     """The first tensor of the arguments, which may come as a tuple or a list in the first of them."""
     return next(a for a in (args[0] if isinstance(args[0], (tuple, list)) else args) if isinstance(a, Tensor))
+
+
+def decided(decide: Callable[[], int], *given: Tensor | int | None) -> Any:
+    """In a fake: a size that follows from those of tensors and from integers. Where one of these is a symbol, it is a symbol of its own."""
+    sizes = (x.shape if isinstance(x, Tensor) else (x,) for x in given if x is not None)
+    if all(isinstance(n, int) for shape in sizes for n in shape):
+        return decide()
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 def _schema(function: Callable[..., Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gdn.core.packing import Packing
 from gdn.mixers import GLA, GSA, HGRN2, Attention, DeltaNet, DeltaProduct, GatedDeltaNet, KimiDelta, Mamba2, RetNet, Swat, TransMamba
 from gdn.mixers.base import MixerConfig
 from gdn.models.lm import LM
@@ -49,3 +50,30 @@ def test_a_few_steps_lower_the_loss(mixer: MixerConfig, device: str) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0], losses
+
+
+@pytest.mark.parametrize(
+    ("mixer", "packed"),
+    [(mixer, packed) for mixer in MIXERS for packed in (False, True) if not (packed and isinstance(mixer, TransMamba.Config))],
+    ids=lambda value: value.tag() if isinstance(value, MixerConfig) else "packed" if value else "rows",
+)
+def test_one_compiled_graph_serves_any_length(mixer: MixerConfig, packed: bool) -> None:
+    """Forward and backward; sizes that an operator or a layer asked for as numbers would be constants of the graph.
+
+    Softmax through a window attends to each packed row by itself in plain torch: a graph of it has one number of rows.
+    """
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = LM(LM.Config(vocab=13, width=32, layers=1, mlp=64, pattern=(mixer,)))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, lengths in ((2, (12, 8)), (3, (5, 20, 11))):
+        tokens = torch.randint(13, (rows, sum(lengths)))
+        packing = Packing.from_lengths(lengths * rows) if packed else None
+        results = []
+        with torch._dynamo.config.patch(error_on_recompile=rows == 3):
+            for run in (model, compiled):
+                model.zero_grad()
+                loss = run(tokens, targets=tokens, packing=packing).loss
+                loss.backward()
+                results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)

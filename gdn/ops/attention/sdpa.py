@@ -70,13 +70,15 @@ def _full(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None) -
         return _attend(q, k, v, scale, None)
     places = torch.arange(total, device=q.device)
     step = max(1, MASK_ELEMENTS // (total * (1 if first is None else batch)))
-    outputs = []
-    for begin in range(0, length, step):
-        end = min(begin + step, length)
+
+    def attend(begin: int, end: int) -> Tensor:
         reach = past + end
         mask = visible(places[past + begin : reach], places[:reach], None if first is None else first[:, None, begin:end], None)
-        outputs.append(_attend(q[:, begin:end], k[:, :reach], v[:, :reach], scale, mask))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return _attend(q[:, begin:end], k[:, :reach], v[:, :reach], scale, mask)
+
+    if length <= step:  # without a loop, whose graph would serve one length
+        return attend(0, length)
+    return torch.cat([attend(begin, min(begin + step, length)) for begin in range(0, length, step)], dim=1)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, first: Tensor | None) -> Tensor:
@@ -85,7 +87,9 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, first:
         rows = zip(q.split(1), k.split(1), v.split(1), first.split(1))
         return torch.cat([_windowed(one_q, one_k, one_v, window, scale, one) for one_q, one_k, one_v, one in rows])
     batch, length, past = q.shape[0], q.shape[1], k.shape[1] - q.shape[1]
-    size = min(max(SMALLEST_BLOCK, window // 2), length)
+    size = max(SMALLEST_BLOCK, window // 2)
+    if length < size:
+        size = length
     blocks, back = -(-length // size), -(-(window - 1) // size) * size
     short = blocks * size - length
     queries = F.pad(q, (0, 0, 0, 0, 0, short)).unflatten(1, (blocks, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gdn.core import device as hardware
-from gdn.core.opaque import Arguments, Opaque, Tensors
+from gdn.core.opaque import Arguments, Opaque, Tensors, decided
 from gdn.core.packing import CHUNK, Packing
 from gdn.core.portable_rows import aligned as _aligned
 from gdn.core.portable_rows import fresh
@@ -544,15 +544,8 @@ def _fake(
     documents = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = q.new_empty((documents, *v.shape[2:3], q.shape[3], v.shape[3]), dtype=torch.float32)
     o = v.new_empty((*q.shape[:2], *v.shape[2:]))
-    return o, final, q.new_empty(_kept_size(q, v, cu_seqlens, chunk_table, writes, keep), dtype=torch.uint8)
-
-
-def _kept_size(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_table: Tensor | None, writes: int, keep: bool) -> Any:
-    """Bytes that forward keeps. How it cuts the work follows from its sizes, so where these are symbols, the bytes are a symbol of their own."""
-    sizes = [writes, *q.shape, *v.shape, *(n for x in (cu_seqlens, chunk_table) if x is not None for n in x.shape)]
-    if all(isinstance(n, int) for n in sizes):
-        return _kept(_plan(q, v, cu_seqlens, chunk_table, writes), q.dtype, keep).size
-    return torch.library.get_ctx().new_dynamic_size()
+    kept = decided(lambda: _kept(_plan(q, v, cu_seqlens, chunk_table, writes), q.dtype, keep).size, q, v, cu_seqlens, chunk_table, writes)
+    return o, final, q.new_empty(kept, dtype=torch.uint8)
 
 
 _OPAQUE = Opaque(

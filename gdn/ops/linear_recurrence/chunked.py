@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdn.core.checks import accumulate_dtype
-from gdn.core.opaque import Arguments, Opaque, Tensors
+from gdn.core.opaque import Arguments, Opaque, Tensors, decided
 from gdn.core.packing import Packing
 from gdn.ops.linear_recurrence.memory import CHUNK, Layout, carry, start, unfold
 from gdn.ops.sequences.decay import SMALLEST_LOG_DECAY, decays, log_decay_gradient, pair_decay
@@ -198,7 +198,7 @@ def _fake(
     documents = v.shape[0] if bounds is None else bounds.shape[0] - 1
     dtype, heads = accumulate_dtype(v.dtype), k.shape[2]
     final = v.new_empty((documents, v.shape[2], k.shape[3], v.shape[3]), dtype=dtype)
-    starts = _layout(k, v, bounds).starts if keep else 0
+    starts = decided(lambda: _layout(k, v, bounds).starts, k, v, bounds) if keep else 0
     return v.new_empty(v.shape), final, v.new_empty((starts, heads, k.shape[3], v.shape[2] // heads * v.shape[3]), dtype=dtype)
 
 
