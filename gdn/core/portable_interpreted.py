@@ -2,10 +2,11 @@
 
 As it comes (3.6 and 3.7) it multiplies the bits of bfloat16 matrices instead of their numbers, which gives numbers without meaning and no
 error; it cuts off where a GPU rounds to the nearest bfloat16, which doubles every error; it rounds the product in a fused multiply-add, which
-the exponential of `portable_math` lives by; it sums along most axes one number after another; it warns where numbers overflow; and it takes
-exponentials and logarithms from numpy, which on some processors are wrong by more than two units in the last place, and sums keep that. Left as
-they are: arithmetic of bfloat16 other than products of matrices, which takes bits for numbers too (our kernels widen first), sums of all of a
-block, scans, a fused multiply-add in float16, and warnings of divisions by zero.
+the exponential of `portable_math` lives by; it sums along most axes one number after another; it takes exponentials and logarithms from numpy,
+which on some processors are wrong by more than two units in the last place, and sums keep that; and it warns where numbers overflow or there is
+none, as where blocks for documents that a batch does not have multiply memory that nobody wrote, for no result. Left as they are: arithmetic of
+bfloat16 other than products of matrices, which takes bits for numbers too (our kernels widen first), sums of all of a block, scans, a fused
+multiply-add in float16, and warnings of divisions by zero.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def like_a_gpu() -> Iterator[None]:
             _change()
         _depth += 1
     try:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             yield
     finally:
         with _LOCK:

@@ -96,10 +96,23 @@ def test_the_interpreter_is_as_before_when_all_have_left() -> None:
         assert inside.wait(60)
         within, kept = functions(), np.geterr()
         raise ZeroDivisionError
-    assert functions() == within and kept["over"] == "ignore"
+    assert functions() == within and kept["over"] == kept["invalid"] == "ignore"
     leave.set()
     thread.join()
     assert functions() == before and np.geterr() == settings
+
+
+@triton.jit
+def difference_kernel(x, y, BLOCK: tl.constexpr):
+    value = tl.load(x + tl.arange(0, BLOCK))
+    tl.store(y + tl.arange(0, BLOCK), value - value)
+
+
+def test_what_has_no_value_is_no_number_and_no_warning() -> None:
+    found = torch.zeros(4)
+    with like_a_gpu():
+        difference_kernel[(1,)](torch.full((4,), torch.inf), found, 4)
+    assert found.isnan().all()
 
 
 @triton.jit
