@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -198,13 +199,13 @@ class Opaque(_Kernels):
     def _register(self) -> Callable[..., Any]:
         """Register `name` and `name_backward` with fakes and an autograd formula.
 
-        A tensor alone is registered as one, not as a tuple: of what stands in a tuple torch asks for the sizes as numbers, and a graph of
+        A tensor alone is registered as one, not as a tuple of one: from such a tuple torch asks for the sizes as numbers, and a graph of
         symbols becomes one for these sizes alone.
         """
         run, fake, schema = self.forward, self._traced, _schema(self.forward)
-        self._alone = schema.endswith("-> ((Tensor))")
+        self._alone = typing.get_type_hints(self._hosts[0])["return"] == tuple[Tensor]
         if self._alone:
-            run, fake, schema = _first(run), _first(fake), schema.replace("((Tensor))", "Tensor")
+            run, fake, schema = _first(run), _first(fake), f"{schema.rpartition('->')[0]}-> Tensor"
         forward = torch.library.custom_op(self.name, run, mutates_args=(), schema=schema)
         forward.register_fake(fake)
 
@@ -212,12 +213,12 @@ class Opaque(_Kernels):
 
         def setup(ctx: Any, inputs: Arguments, output: Any) -> None:
             args = inputs[:-1]
-            saved = () if self._alone else output[self.first_saved :]
+            tensors = (output,) if self._alone else output
             ctx.rest = tuple(None if isinstance(a, Tensor) else a for a in args)
             ctx.is_tensor = tuple(isinstance(a, Tensor) for a in args)
             ctx.is_kept = tuple(isinstance(a, Tensor) and i not in self.without for i, a in enumerate(args))
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*self.kept(args), *saved)
+            ctx.save_for_backward(*self.kept(args), *tensors[self.first_saved :])
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             stored = iter(ctx.saved_tensors)

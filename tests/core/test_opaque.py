@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 
 from gdn.core import replay_known
-from gdn.core.opaque import Arguments, InPlace, Opaque, Tensors
+from gdn.core.opaque import Arguments, InPlace, Opaque, Tensors, decided
 
 KEPT: list[bool] = []
 
@@ -250,3 +250,28 @@ def test_a_tangent_is_refused(needs_gradient: bool, monkeypatch: pytest.MonkeyPa
             TOY(x, None, 1.0)
         assert TOY(torch.ones(3), None, 1.0)[0].tolist() == [1.0, 1.0, 1.0]
         assert replay_known.signature((torch.ones(3),)) is None
+
+
+def test_a_lone_result_that_is_saved() -> None:
+    """In eager mode and as an operator of a graph."""
+
+    def forward(x: Tensor, keep: bool) -> tuple[Tensor]:
+        return (x.exp(),)
+
+    exp = Opaque(
+        "gdn::toy_exp",
+        forward,
+        lambda args, saved, grads: [saved[0] * grads[0]],
+        fake=lambda x, keep: (torch.empty_like(x),),
+        results=1,
+        differentiable=("x",),
+        saved_results=1,
+    )
+    for function in (exp, torch.compile(exp, fullgraph=True, backend="aot_eager")):
+        x = torch.randn(3, requires_grad=True)
+        (y,) = function(x)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], x.exp())
+
+
+def test_a_size_is_decided_where_all_are_numbers() -> None:
+    assert decided(lambda: 7, torch.empty(2, 3), None, 5) == 7

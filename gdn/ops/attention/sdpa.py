@@ -87,21 +87,25 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, first:
         rows = zip(q.split(1), k.split(1), v.split(1), first.split(1))
         return torch.cat([_windowed(one_q, one_k, one_v, window, scale, one) for one_q, one_k, one_v, one in rows])
     batch, length, past = q.shape[0], q.shape[1], k.shape[1] - q.shape[1]
-    size = max(SMALLEST_BLOCK, window // 2)
-    if length < size:
+    size, blocks = max(SMALLEST_BLOCK, window // 2), 1
+    if length > size:
+        blocks = -(-length // size)
+    else:
         size = length
-    blocks, back = -(-length // size), -(-(window - 1) // size) * size
+    back = -(-(window - 1) // size) * size
     short = blocks * size - length
     queries = F.pad(q, (0, 0, 0, 0, 0, short)).unflatten(1, (blocks, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-    keys, values = (_reaches(x, back - past, short, size, back + size) for x in (k, v))
+    keys, values = (_reaches(x, back - past, short, size, back + size, blocks) for x in (k, v))
     mask = _block_masks(window, size, back, blocks, past, None if first is None else F.pad(first[0], (0, short)), q.device)
     o = _kernel(queries, keys, values, scale, mask.unsqueeze(1))
     return o.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
 
 
-def _reaches(x: Tensor, before: int, after: int, size: int, reach: int) -> Tensor:
+def _reaches(x: Tensor, before: int, after: int, size: int, reach: int, blocks: int) -> Tensor:
     """The keys (or values) of each block, `[blocks, B * G, reach, K]`; the batch is folded into the heads."""
     padded = F.pad(x, (0, 0, 0, 0, before, after))  # a negative `before` drops keys that no window reaches
+    if blocks == 1:  # `unfold` would make a number of a symbol
+        return padded.transpose(1, 2).flatten(0, 1).unsqueeze(0)
     return padded.unfold(1, reach, size).permute(1, 0, 2, 4, 3).flatten(1, 2)
 
 

@@ -23,7 +23,7 @@ from gdn.core.portable_rows import fresh, power_of_two, rows
 PARTS = 1024
 """Most programs of a backward pass that sums a gradient over rows."""
 TILE = 2048
-"""Numbers of a tile of four warps, 16 a thread. Backward twice as many where that is two vectors or less."""
+"""Numbers of a tile of four warps. Backward twice as many for vectors of 1024 and 2048 (notes/memory_speed.md)."""
 
 Saved = tuple[Tensor, ...]
 Grads = Sequence[Tensor | None]
@@ -167,7 +167,7 @@ def run_backward(
     dx = fresh(x)
     dgate = None if gate is None else fresh(gate)
     D, count = x.shape[-1], inverse.numel()
-    BD, BR, warps = _sizes(D, 2 * TILE if 4 * D > TILE else TILE)
+    BD, BR, warps = _sizes(D, 2 * TILE if TILE < 4 * D <= 4 * TILE else TILE)
     blocks = -(-count // BR)
     each = max(1, -(-blocks // PARTS)) if weight is not None else 1
     parts = -(-blocks // each)

@@ -234,7 +234,7 @@ def _forward(
     programs, _, length, constants, warps = _sizes(x, weight, documents, heads, head_dim)
     launch(
         forward_kernel, (programs,), x, weight, q, k, v, documents, positions, *length, x.stride(0), x.stride(1), EPS, *constants,
-        warps=-(-warps // 2),
+        warps=warps // 2,
     )  # fmt: skip
     return q, k, v
 
@@ -276,7 +276,7 @@ def _sizes(
     BH = max(1, 512 // BK)
     values = D - 2 * heads * head_dim
     blocks = 2 * -(-heads // BH) + -(-values // (BH * BK))
-    warps = max(1, BH * BK // 128)
+    warps = BH * BK // 128  # 4 or 8
     L = tokens_of_a_piece(rows, length, blocks * warps)
     pieces = -(-length // L)
     constants = (heads, head_dim, values, weight.shape[1], BH, BK, blocks, L, AT_ONCE)

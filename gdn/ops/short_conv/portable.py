@@ -26,7 +26,7 @@ AT_ONCE = 4
 LONG = 256
 """Most tokens of a piece."""
 MANY_WARPS = 8192
-"""Pieces are halved until there are so many warps, two to three waves of a large GPU."""
+"""Pieces are halved until there are so many warps of the backward pass, two to three waves of a large GPU."""
 
 
 @triton.jit
