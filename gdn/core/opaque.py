@@ -328,10 +328,13 @@ def _first_tensor(args: Arguments) -> Tensor:
 
 def decided(decide: Callable[[], int], *given: Tensor | int | None) -> Any:
     """In a fake: a size that follows from those of tensors and from integers. Where one of these is a symbol, it is a symbol of its own."""
+    return decide() if all_numbers(*given) else torch.library.get_ctx().new_dynamic_size()
+
+
+def all_numbers(*given: Tensor | int | None) -> bool:
+    """Whether no size of the tensors and none of the integers is a symbol."""
     sizes = (x.shape if isinstance(x, Tensor) else (x,) for x in given if x is not None)
-    if all(isinstance(n, int) for shape in sizes for n in shape):
-        return decide()
-    return torch.library.get_ctx().new_dynamic_size()
+    return all(isinstance(n, int) for shape in sizes for n in shape)
 
 
 def _schema(function: Callable[..., Any]) -> str:

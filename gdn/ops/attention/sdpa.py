@@ -87,11 +87,8 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, first:
         rows = zip(q.split(1), k.split(1), v.split(1), first.split(1))
         return torch.cat([_windowed(one_q, one_k, one_v, window, scale, one) for one_q, one_k, one_v, one in rows])
     batch, length, past = q.shape[0], q.shape[1], k.shape[1] - q.shape[1]
-    size, blocks = max(SMALLEST_BLOCK, window // 2), 1
-    if length > size:
-        blocks = -(-length // size)
-    else:
-        size = length
+    size = max(SMALLEST_BLOCK, window // 2)
+    size, blocks = (length, 1) if length <= size else (size, -(-length // size))
     back = -(-(window - 1) // size) * size
     short = blocks * size - length
     queries = F.pad(q, (0, 0, 0, 0, 0, short)).unflatten(1, (blocks, size)).permute(1, 0, 3, 2, 4).flatten(1, 2)

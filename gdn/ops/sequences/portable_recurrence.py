@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gdn.core.opaque import Arguments, Opaque, Tensors
+from gdn.core.opaque import Arguments, Opaque, Tensors, all_numbers
 from gdn.core.packing import Packing
 from gdn.core.portable_rows import aligned, dense, fresh, token_rows
 from gdn.ops.sequences.portable import Bounds, bounds_of
@@ -175,8 +175,7 @@ class Recurrence:
         scale: float,
         keep: bool,
     ) -> Tensors:
-        tensors = (q, k, v, *(x for x in (cu_seqlens, chunk_table) if x is not None))
-        if all(isinstance(size, int) for x in tensors for size in x.shape):
+        if all_numbers(q, k, v, cu_seqlens, chunk_table):
             o, final, *kept = self._buffers(self.plan(q, k, v, cu_seqlens, chunk_table), v)
             return o, final, *kept
         q, k, like = (x.new_empty((1, 1, *map(int, x.shape[2:]))) for x in (q, k, v))  # a graph for each number of heads and width
