@@ -2,7 +2,8 @@
 
 Each row: the largest relative error of outputs and gradients against the float64 reference on a small problem, beside that of plain torch at
 the same dtype; then medians of eager calls and of CUDA-graph replays with the L2 cache flushed, and the bytes that must move over the graph's
-time as a share of the measured copy bandwidth. With `--peers` FLA's functions stand below those operators that it has, too.
+time as a share of the measured copy bandwidth. With `--peers` FLA's functions stand below those operators that it has, too; in both rows the
+errors are then those of the first output and its gradients, since not all of FLA's functions have the others.
 
 "host" is what an eager call takes the host by the clock: the median of twenty in a row behind a busy GPU, and apart from it the first of them,
 after a wait in which the processor's caches have gone cold. "bare" is what the same launches of the same compiled kernels take one after another
@@ -396,24 +397,15 @@ def error(actual: list[Tensor], truth: list[Tensor]) -> float:
     return worst
 
 
-def check(row: Row, plain: str) -> dict[str, Any]:
+def check(row: Row, impl: str, plain: str, *, first: bool) -> dict[str, Any]:
+    """Of what `impl` finds, with `first` the first output and its gradients alone, and of what `plain` does, if there is such a row."""
     assert row.small is not None
     torch.manual_seed(0)
     arguments = row.small()
-    truth = results(row, arguments, "reference", wide=True)
-    actual, again = results(row, arguments, "portable"), results(row, arguments, "portable")
-    same = all(torch.equal(a, b) for a, b in zip(actual, again))
-    return {"error": error(actual, truth), "plain_error": error(results(row, arguments, plain), truth), "same_bits": same}
-
-
-def check_theirs(row: Row, theirs: Row) -> dict[str, Any]:
-    """Of the first output and its gradients: not all of FLA's functions have the others."""
-    assert row.small is not None
-    torch.manual_seed(0)
-    arguments = row.small()
-    truth = results(row, arguments, "reference", wide=True, first=True)
-    actual, again = (results(theirs, arguments, "fla", first=True) for _ in range(2))
-    return {"error": error(actual, truth), "same_bits": all(torch.equal(a, b) for a, b in zip(actual, again))}
+    truth = results(dataclasses.replace(row, call=getattr(ops, row.op)), arguments, "reference", wide=True, first=first)
+    actual, again = (results(row, arguments, impl, first=first) for _ in range(2))
+    checked = {"error": error(actual, truth), "same_bits": all(torch.equal(a, b) for a, b in zip(actual, again))}
+    return checked | ({"plain_error": error(results(row, arguments, plain, first=first), truth)} if plain else {})
 
 
 def of_fla() -> dict[str, Callable[..., Any]]:
@@ -701,19 +693,20 @@ def main() -> None:
             if not wanted(row.name):
                 continue
             plain = PLAIN.get(row.op, "torch")
+            compared = row.op in peers and comparable(row)
             try:
-                checked = check(row, plain)
+                checked = check(row, "portable", plain, first=compared)
                 for impl in ("portable", *([plain] if args.plain else [])):
                     found = measure(row, impl, flush, bandwidth, args.repeats)
                     keep({"row": row.name} | checked | found)
                     show(row, checked, found)
             except Exception as problem:
                 keep(failure(row, "portable", problem))
-            if row.op in peers and comparable(row):
+            if compared:
                 theirs = dataclasses.replace(row, call=peers[row.op])
                 try:
                     with tuning.compiled_ahead(args.compilers, args.compile_limit) as tuned:
-                        checked = check_theirs(row, theirs)
+                        checked = check(theirs, "fla", "", first=True)
                         found = measure(theirs, "fla", flush, bandwidth, args.repeats)
                     keep({"row": row.name} | checked | found | tuned.facts())
                     show(row, checked, found)
