@@ -5,7 +5,8 @@ the L2 cache flushed before each, and give its peak memory and its errors; `erro
 the layer initialises them (A uniform in 0..16, dt log-uniform in 1e-3..1e-1) unless the row says otherwise. An error is relative in norm,
 against the chunked row in float64, which `--check` compares with the recurrence itself.
 
-Peers that can be imported: fla (flash-linear-attention, its own Triton kernels), flash_qla, attention_gym. FLA tunes each number of heads
+Peers that can be imported: fla (flash-linear-attention, its own Triton kernels), flash_qla, attention_gym, and transformers (its rule of
+Qwen3-Next in plain torch, what its models run where no peer of these is installed; not for packed rows). FLA tunes each number of heads
 anew, and packed rows once more, but not each length: 25 to 45 s forward and about as much backward; FlashQLA compiles for a minute for each
 number of heads. Both keep the results on disk, so a second run on the same machine takes seconds. Cold, `--tables forward,training --peers fla`
 takes about 6 minutes, with flash_qla 6 more; warm, 2. Rows of the same heads stand together, the most telling first.
@@ -39,6 +40,7 @@ from gdn.core.packing import Packing
 from gdn.ops import gated_delta_rule
 from gdn.ops.delta_rule import portable
 from gdn.ops.delta_rule.reference import gated_delta_rule as reference
+from gdn.testing import bench
 
 Problem = tuple[int, int, int, int, int, int, tuple[int, ...] | None]
 """H, HV, K, V, batch, length, lengths of packed documents."""
@@ -157,15 +159,26 @@ def attention_gym(problem: Problem, device: str = "cuda") -> Rule:
     return run
 
 
+def transformers(problem: Problem, device: str = "cuda") -> Rule:
+    rule = bench.peer()
+    if rule is None:
+        raise ImportError("transformers is not installed")
+    names = ("q", "k", "v", "g", "beta", "initial_state")
+    return lambda *x: rule(dict(zip(names, x)))
+
+
 RULES: dict[str, Callable[..., Rule]] = {
     "ours": ours, "fla": fla, "fla padded": fla_padded, "flash_qla": flash_qla, "attention_gym": attention_gym,
+    "transformers": transformers,
 }  # fmt: skip
-PEERS = ("fla", "flash_qla", "attention_gym")
+PEERS = ("fla", "flash_qla", "attention_gym", "transformers")
 
 
 def serves(impl: str, problem: Problem) -> bool:
-    """Whether a peer has kernels for the widths; FLA runs widths between powers of two as they are and padded."""
+    """Whether a peer takes the widths and packed rows; FLA runs widths between powers of two as they are and padded."""
     K, V = problem[2:4]
+    if impl == "transformers":
+        return problem[6] is None
     if impl == "fla padded":
         return bool(K & (K - 1) or V & (V - 1))
     return K == V == 128 or impl in ("ours", "fla")

@@ -3,10 +3,11 @@
 Each row: the largest relative error of outputs and gradients against the float64 reference on a small problem, beside that of plain torch at
 the same dtype; then medians of eager calls and of CUDA-graph replays with the L2 cache flushed, and the bytes that must move over the graph's
 time as a share of the measured copy bandwidth. With `--peers` FLA's functions stand below those operators that it has, too; in both rows the
-errors are then those of the first output and its gradients, since not all of FLA's functions have the others.
+errors are then those of the first output and its gradients, since not all of FLA's functions have the others, and ours have one of all results
+(`whole_error`) besides.
 
 "host" is what an eager call takes the host by the clock: the median of twenty in a row behind a busy GPU, and apart from it the first of them,
-after a wait in which the processor's caches have gone cold. "bare" is what the same launches of the same compiled kernels take one after another
+after a wait in which the processor's caches have gone cold. Of rows with gradients the file also has the forward alone, recorded for autograd. "bare" is what the same launches of the same compiled kernels take one after another
 through Triton's launcher, with no tensor looked at or allocated: replays (gdn/core/portable_plan.py) hand all to the driver in one call instead.
 The rows of torch launch one kernel each, for comparison. Without peers all take two minutes.
 """
@@ -398,14 +399,26 @@ def error(actual: list[Tensor], truth: list[Tensor]) -> float:
 
 
 def check(row: Row, impl: str, plain: str, *, first: bool) -> dict[str, Any]:
-    """Of what `impl` finds, with `first` the first output and its gradients alone, and of what `plain` does, if there is such a row."""
+    """Errors of what `impl` finds, with `first` those of the first output and its gradients alone, and of what `plain` does, if there is
+    such a row. Ours are compared whole all the same, and all results have the same bits."""
     assert row.small is not None
     torch.manual_seed(0)
     arguments = row.small()
-    truth = results(dataclasses.replace(row, call=getattr(ops, row.op)), arguments, "reference", wide=True, first=first)
-    actual, again = (results(row, arguments, impl, first=first) for _ in range(2))
-    checked = {"error": error(actual, truth), "same_bits": all(torch.equal(a, b) for a, b in zip(actual, again))}
-    return checked | ({"plain_error": error(results(row, arguments, plain, first=first), truth)} if plain else {})
+    reference = dataclasses.replace(row, call=getattr(ops, row.op))
+
+    def errors(first: bool) -> tuple[dict[str, float], bool]:
+        truth = results(reference, arguments, "reference", wide=True, first=first)
+        actual, again = (results(row, arguments, impl, first=first) for _ in range(2))
+        found = {"error": error(actual, truth)}
+        if plain:
+            found["plain_error"] = error(results(row, arguments, plain, first=first), truth)
+        return found, all(torch.equal(a, b) for a, b in zip(actual, again))
+
+    found, same = errors(first)
+    if first and impl != "fla":
+        whole, same = errors(False)
+        found["whole_error"] = whole["error"]
+    return {**found, "same_bits": same}
 
 
 def of_fla() -> dict[str, Callable[..., Any]]:
@@ -467,7 +480,8 @@ def of_fla() -> dict[str, Callable[..., Any]]:
     }
 
 
-def call_of(row: Row) -> Call:
+def call_of(row: Row, *, forward: bool = False) -> Call:
+    """A call to time; with `forward` without the backward pass that it is recorded for."""
     if not row.backward:  # nothing requires a gradient
         return lambda: row.call(**row.arguments)
     arguments = {n: v if n in FIXED else change(v, lambda t: t.detach().requires_grad_()) for n, v in row.arguments.items()}
@@ -477,6 +491,8 @@ def call_of(row: Row) -> Call:
     def training() -> Any:
         outputs = row.call(**arguments)
         first = outputs if isinstance(outputs, Tensor) else outputs[0]
+        if forward:
+            return first
         if not slopes:
             slopes.append(torch.randn_like(first))
         return torch.autograd.grad(first, leaves, slopes[0])
@@ -606,6 +622,8 @@ def measure(row: Row, impl: str, flush: Tensor, bandwidth: float, repeats: int) 
         for _ in range(2):
             call()
         found = {"impl": impl, "first_s": first, "eager_ms": median_ms(call, flush, repeats)} | host(call)
+        if row.backward:
+            found["host_forward_us"] = host(call_of(row, forward=True))["host_us"]
         if impl == "portable":
             found |= bare(call)
         if impl == "portable" or (impl == "fla" and not waits(call)):

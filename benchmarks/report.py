@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = {
     "ours": "gdn", "chunked": "gdn (chunked)", "ours compiled": "gdn, compiled", "ours graph": "gdn, CUDA graph", "ours compiled graph": "gdn, compiled, CUDA graph",
     "portable": "portable (Triton)", "fla": "FLA", "fla padded": "FLA, padded", "fla generate": "FLA, generate", "flash_qla": "FlashQLA",
-    "attention_gym": "attention-gym", "transformer": "Transformer++", "transformer compiled": "Transformer++, compiled", "ours blocks": "gdn, blocks compiled", "transformer blocks": "Transformer++, blocks compiled",
+    "attention_gym": "attention-gym", "transformers": "transformers", "transformer": "Transformer++", "transformer compiled": "Transformer++, compiled", "ours blocks": "gdn, blocks compiled", "transformer blocks": "Transformer++, blocks compiled",
 }  # fmt: skip
 """Implementations as they are called in tables, in their order."""
 Lines = list[str]
@@ -275,12 +275,19 @@ def small(results: Sequence[Result], runs: Numbered) -> Lines:
             speed = f"{r['of_copy']:.0%}" if "of_copy" in r.values else f"{number(r['TFLOP_s'])} TFLOP/s" if "TFLOP_s" in r.values else ""
             times = [number(1e3 * r[n]) if n in r.values else "" for n in ("eager_ms", "graph_ms")] if not r.failed else ["failed", ""]
             errors = [f"{r[n]:.1e}" if n in r.values else "" for n in ("error", "plain_error")]
-            host = [number(r.get("host_us")), str(r.get("launches", "")), number(r.get("bare_us")), number(r.get("host_first_us"))]
+            forward = f" (forward {number(r['host_forward_us'])})" if "host_forward_us" in r.values else ""
+            host = [
+                number(r.get("host_us")) + forward,
+                str(r.get("launches", "")),
+                number(r.get("bare_us")),
+                number(r.get("host_first_us")),
+            ]
             lines.append([problem[0], title(impl), *times, *host, speed, *errors, runs([r])])
     of_host = ["host µs", "launches", "host µs of these by Triton", "host µs after a wait"]
     measured = ["eager µs", "graph µs", *of_host, "of copy bandwidth", "error", "plain torch's error"]
     columns = ["", "implementation", *measured, "run"]
-    return ["", "### Operators around it", "", *cells(columns, lines), *failures(results)]
+    said = "Errors are of small problems of the same kind (in the script), the largest of any output or gradient, relative in norm."
+    return ["", "### Operators around it", "", said, "", *cells(columns, lines), *failures(results)]
 
 
 def first_results(results: Sequence[Result], runs: Numbered) -> Lines:

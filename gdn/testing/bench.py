@@ -8,6 +8,7 @@ on all of them. Peak memory is that of a fresh process for each row: the largest
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import multiprocessing
 import re
@@ -128,7 +129,10 @@ def _times_here(problem: Problem, names: Sequence[str], mode: str, repeats: int)
 
 
 def peer() -> Function | None:
-    """The gated delta rule of transformers (Qwen3-Next) in plain torch, called like ours; None where it is not installed."""
+    """The gated delta rule of transformers (Qwen3-Next) in plain torch, called like ours; None where it is not installed.
+
+    In plain torch also where flash-linear-attention is installed, which transformers would call by the same name.
+    """
     if not hardware.has_package("transformers"):
         return None
     from transformers.utils import logging
@@ -136,9 +140,10 @@ def peer() -> Function | None:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # importing the model says that its optional kernels are missing
     try:
-        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+        from transformers.models.qwen3_next import modeling_qwen3_next
     finally:
         logging.set_verbosity(level)
+    rule = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
 
     def function(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         q, k, v, g, beta = (arguments[name] for name in ("q", "k", "v", "g", "beta"))
@@ -146,7 +151,7 @@ def peer() -> Function | None:
         if groups > 1:
             q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
         start = arguments.get("initial_state")
-        o, state = torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=start, output_final_state=True)
+        o, state = rule(q, k, v, g=g, beta=beta, initial_state=start, output_final_state=True)
         assert state is not None
         return o, state
 

@@ -79,14 +79,18 @@ def test_the_bars_have_their_rows():
 
 
 def test_peers_get_the_problems_that_they_have_kernels_for():
-    args = bench.parse(["--device", "cpu", "--tables", "wide", "--peers", "fla,flash_qla,attention_gym"])
+    args = bench.parse(["--device", "cpu", "--tables", "wide", "--peers", "fla,flash_qla,attention_gym,transformers"])
     assert [(r.problem["row"], r.impl) for r in bench.plan(args)] == [
         ("1/1 8x64 K256 V512", "ours"),
         ("1/1 8x64 K256 V512", "fla"),
+        ("1/1 8x64 K256 V512", "transformers"),
         ("1/1 8x64 K200 V400", "ours"),
         ("1/1 8x64 K200 V400", "fla"),
         ("1/1 8x64 K200 V400", "fla padded"),
+        ("1/1 8x64 K200 V400", "transformers"),
     ]
+    args = bench.parse(["--device", "cpu", "--tables", "forward", "--match", "6144", "--peers", "transformers"])
+    assert [r.impl for r in bench.plan(args)] == ["ours"]  # it has no packed rows
 
 
 def test_padding_for_a_peer_changes_nothing(monkeypatch):

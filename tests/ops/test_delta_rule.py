@@ -425,7 +425,9 @@ def test_one_compiled_graph_of_triton_serves_any_number_of_documents(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "H", "HV", "most"), [(8, 4096, 16, 16, 1370), (1, 8192, 16, 32, 667), (1, 32768, 16, 32, 2608)], ids=str
+    ("B", "T", "H", "HV", "most"),
+    [(8, 4096, 16, 16, 1370), (1, 8192, 16, 32, 667), (1, 32768, 16, 32, 2608), (1, 32768, 2, 8, 617)],
+    ids=str,
 )
 def test_triton_peak_memory(B: int, T: int, H: int, HV: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward with heads of 128, bf16, counted on tensors without data: at most FlashQLA's MiB."""

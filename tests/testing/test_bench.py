@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
 from pathlib import Path
@@ -40,6 +42,20 @@ def test_table_and_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     for row in rows:
         assert row["ok"] and row["milliseconds"] > 0 and len(row["samples"]) == 2 and row["threads"] >= 1
         assert row["cpu"] and row["torch"] and row["transformers"] and row["command"] and row["problem"]["T"] == 70
+
+
+def test_the_peer_is_plain_torch_where_transformers_would_call_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    plain = inspect.unwrap(module.torch_chunk_gated_delta_rule)
+
+    @functools.wraps(plain)
+    def of_another_library(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", of_another_library)
+    peer = bench.peer()
+    assert peer is not None
+    assert peer(TINY.build())[0].shape == (1, 70, 2, 8)
 
 
 def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
