@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 RUN ?= runs/demo
 
-.PHONY: demo test oldest check bench clean
+WORKERS ?= 15
+
+.PHONY: demo test gpu oldest check bench clean
 
 # `demo` needs only the library and a plot; `test` needs the test extra. Each stamp is remade when the dependencies change.
 .stamps/base: pyproject.toml constraints.txt
@@ -24,6 +26,9 @@ demo: .stamps/base  ## train a small Gated DeltaNet on this machine's Python sou
 
 test: .stamps/test  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two workers with one thread each: more threads only wait for each other
+
+gpu: .stamps/test  ## the tests of operators and models on this machine's GPUs, which the workers share
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxschedchunk 1 tests/ops tests/models tests/core/test_portable_product.py
 
 oldest: $(OLDEST)/.complete  ## the whole test suite with the oldest torch, Triton and transformers that are supported
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2

@@ -1,4 +1,5 @@
-"""Without a GPU, Triton's kernels run in its interpreter. That is decided before Triton is first imported, so for all tests here."""
+"""Without a GPU, Triton's kernels run in its interpreter. That is decided before Triton is first imported, so for all tests here.
+With several GPUs the workers of pytest-xdist take one each, in turn."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterator
+from glob import glob
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,6 +18,10 @@ import torch
 from gdn.core.device import has_package, interprets_triton
 
 EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+GPUS = len(glob("/dev/nvidia[0-9]*"))
+if (WORKER := os.environ.get("PYTEST_XDIST_WORKER")) and GPUS > 1:
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(int(WORKER.removeprefix("gw")) % GPUS))
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
