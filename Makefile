@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 RUN ?= runs/demo
-
 WORKERS ?= 15
 
 .PHONY: demo test gpu oldest check bench clean

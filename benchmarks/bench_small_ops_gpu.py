@@ -7,9 +7,9 @@ errors are then those of the first output and its gradients, since not all of FL
 (`whole_error`) besides.
 
 "host" is what an eager call takes the host by the clock: the median of twenty in a row behind a busy GPU, and apart from it the first of them,
-after a wait in which the processor's caches have gone cold. Of rows with gradients the file also has the forward alone, recorded for autograd. "bare" is what the same launches of the same compiled kernels take one after another
-through Triton's launcher, with no tensor looked at or allocated: replays (gdn/core/portable_plan.py) hand all to the driver in one call instead.
-The rows of torch launch one kernel each, for comparison. Without peers all take two minutes.
+after a wait in which the processor's caches have gone cold. Of rows with gradients the file also has the forward alone, recorded for autograd.
+"bare" is what the same launches of the same compiled kernels take one after another through Triton's launcher, with no tensor looked at or
+allocated: replays (gdn/core/portable_plan.py) hand all to the driver in one call instead. The rows of torch launch one kernel each, for comparison. Without peers all take two minutes.
 """
 
 from __future__ import annotations

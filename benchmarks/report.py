@@ -286,7 +286,10 @@ def small(results: Sequence[Result], runs: Numbered) -> Lines:
     of_host = ["host µs", "launches", "host µs of these by Triton", "host µs after a wait"]
     measured = ["eager µs", "graph µs", *of_host, "of copy bandwidth", "error", "plain torch's error"]
     columns = ["", "implementation", *measured, "run"]
-    said = "Errors are of small problems of the same kind (in the script), the largest of any output or gradient, relative in norm."
+    said = (
+        "Errors are of small problems of the same kind (in the script), the largest of any output or gradient, relative in norm; "
+        "where FLA has the operator too, of the first output and its gradients."
+    )
     return ["", "### Operators around it", "", said, "", *cells(columns, lines), *failures(results)]
 
 

@@ -107,13 +107,8 @@ class Packing:
         table = torch.stack(_enumerate(chunks), dim=1)
         offsets = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
 
-        there = torch.device(device or "cpu")
-
         def move(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(torch.int32)
-            if there.type == "cuda":  # from memory that stays where it is, so that the host need not wait for the GPU
-                tensor = tensor.pin_memory()
-            return tensor.to(there, non_blocking=True)
+            return tensor.to(device=device, dtype=torch.int32)
 
         return cls(
             cu_seqlens=move(host),

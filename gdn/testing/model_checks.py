@@ -304,10 +304,15 @@ def report(model: Any, *, title: str, length: int = 96, seed: int = 0, console: 
         table.add_row(f.name, *error, f"[{color}]{f.verdict}[/]", "; ".join(x for x in (where, f.note) if x))
     console.print(table)
     leaking = [f.name for f in findings if f.leaks]
+    refused = [f.name for f in findings if f.verdict == "refused"]
     if leaking:
         console.print(f"[red]{len(leaking)} of {len(findings)} leak[/]: {'; '.join(leaking)}")
+    elif refused:
+        console.print(f"of the {len(findings) - len(refused)} checks that the model took none leaks")
     else:
         console.print("[green]nothing leaks[/]")
+    if refused:
+        console.print(f"[yellow]{len(refused)} of {len(findings)} say nothing, the model refused[/]: {'; '.join(refused)}")
     return 1 if leaking else 0
 
 

@@ -18,6 +18,7 @@ from gdn.core.errors import ArgumentError
 from gdn.hf.convert import convert
 from gdn.mixers import GatedDeltaNet
 from gdn.models import LM, store
+from gdn.testing import model_checks
 from gdn.testing.model_checks import Finding, OwnModel, check_model
 
 
@@ -143,6 +144,18 @@ def test_the_command_exits_with_1_when_something_leaks(tmp_path: Path, capsys: p
     file.write_bytes(file.read_bytes()[:-10])
     assert cli.main(["check", str(tmp_path / "stock"), "--device", "cpu"]) == 1
     assert "stock: neither a run of gdn nor a model of transformers: Error while deserializing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_what_a_model_refused_is_not_called_right(leaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    found = [Finding("packed", 1.0 if leaks else 0.0, 0.5), Finding("left padding", None, 0.5, note="no cache"), Finding("bf16", 0.0, 0.5)]
+    monkeypatch.setattr(model_checks, "check_model", lambda *_, **__: found)
+    assert model_checks.report(own(), title="") == int(leaks)
+    out = capsys.readouterr().out
+    assert "nothing leaks" not in out
+    assert ("1 of 3 leak: packed" if leaks else "of the 2 checks that the model took none leaks") in out
+    assert "1 of 3 say nothing, the model refused: left padding" in out
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
